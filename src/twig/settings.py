@@ -1,0 +1,378 @@
+"""The groups of settings: typed, frozen fields, each described once, and the checks between them.
+
+Knows nothing about files, YAML or the command line (`config.py` puts the groups together and reads those), nor about
+what acts on a setting. `docs/settings.md` and the words of most errors are made from the fields below. Names are
+those of TRL and transformers where the meaning is the same.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from twig.records import UserError
+
+S_GRPO_DEFAULTS = {"alpha": 50, "p": 0.3, "k": 100}
+
+Text = Annotated[str, Field(min_length=1)]
+Index = Annotated[int, Field(ge=0)]
+
+
+class Frozen(BaseModel):
+    # strict: `train.max_steps=true` is a mistake, not 1 step.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Model(Frozen):
+    """The language model that is trained, and how it is held."""
+
+    name: Text = Field(
+        description="`tiny-arithmetic` (the embedded model), a Hugging Face Hub id, or the path of a local model.",
+        examples=["tiny-arithmetic"],
+    )
+    revision: Text | None = Field(None, description="Branch, tag or commit on the Hub.", examples=["main"])
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto",
+        description="Number type of the base model. `auto`: float32 on a CPU; on a GPU bfloat16 where it has it, "
+        "else float16. Adapter, log-probabilities and loss are float32 (or wider) whatever is set here.",
+    )
+    device: Text = Field(
+        "auto",
+        description="`auto` takes a GPU if there is one; else as torch writes it: `cpu`, `cuda`, `cuda:1`, `mps`.",
+    )
+    adapter: Text | None = Field(
+        None, description="Path of a PEFT adapter to continue from.", examples=["runs/quickstart/adapter"]
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="Attention kernel. `auto` takes sdpa where the model has it."
+    )
+    engine: Literal["trie", "plain"] = Field(
+        "trie",
+        description="`trie` runs each shared prefix once and reuses the frozen lower layers. `plain` is the ordinary "
+        "batched forward: slower, the same gradient, for families that the trie engine refuses.",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Allow a model from the Hub to run its own Python code."
+    )
+
+
+class Lora(Frozen):
+    """The adapter: the only weights that change."""
+
+    r: int = Field(16, ge=1, description="Rank of the adapter matrices.")
+    alpha: float = Field(32, gt=0, description="Scale of the adapter: its output is multiplied by alpha / r.")
+    target_modules: list[Text] = Field(
+        ["q_proj", "v_proj"], min_length=1, description="Names of the linear modules that get an adapter."
+    )
+    layers: Literal["last_third", "all"] | Annotated[list[Index], Field(min_length=1)] = Field(
+        "last_third",
+        description="Layers that get an adapter, counted from 0. The layers below the lowest one never change, so "
+        "they run once a token: fewer layers cost less time and memory.",
+        examples=["last_third", [22, 23]],
+    )
+
+
+class TaskSettings(Frozen):
+    """The problems, how the model is asked, and how an answer is rewarded."""
+
+    name: Literal["multiplication", "svamp", "gsm8k", "custom"] = Field(
+        description="The task. `custom` is your own data (`task.path`) with your own reward (`task.reward_file`)."
+    )
+    path: Text | None = Field(
+        None,
+        description="Data to read in place of the task's own: a JSON, JSONL or Parquet file, a folder of them, or "
+        "(`custom`) a data set on the Hub.",
+        examples=["data/train.jsonl"],
+    )
+    revision: Text | None = Field(
+        None, description="Branch, tag or commit of a data set on the Hub.", examples=["main"]
+    )
+    prompt_template: Text | None = Field(
+        None,
+        description="Text of the prompt with the columns of a row in braces. null: the task's own.",
+        examples=["Question: {question}\nAnswer:"],
+    )
+    prompt_column: Text = Field("prompt", description="Column that holds the prompt. Used by `custom` only.")
+    system_prompt: Text | None = Field(
+        None,
+        description="Text of the system message. null: the task's own.",
+        examples=["Think step by step."],
+    )
+    chat: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether prompts go through the chat template. `auto`: where the tokenizer has one.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="Passed to the chat template.", examples=["{enable_thinking: false}"]
+    )
+    train_split: Text | None = Field(
+        None, description="Split to train on. null: the task's own.", examples=["train"]
+    )
+    eval_split: Text | None = Field(
+        None, description="Split to evaluate on. null: the task's own.", examples=["test"]
+    )
+    train_size: int | None = Field(
+        None, ge=1, description="Problems to train on. null: all there are.", examples=[1000]
+    )
+    eval_size: int | None = Field(
+        None, ge=1, description="Problems kept for evaluation. null: all.", examples=[1000]
+    )
+    digits: Annotated[list[Annotated[int, Field(ge=1, le=9)]], Field(min_length=2, max_length=2)] = Field(
+        [3, 2], description="Digits of the two factors. Used by `multiplication` only."
+    )
+    reward_file: str | None = Field(
+        None,
+        description="Python file and the reward functions in it; each has TRL's signature. null: the task's own reward.",
+        examples=["rewards.py:exact,short"],
+    )
+    reward_weights: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="Weight of each reward function in the sum. null: 1 each.",
+        examples=[[1.0, 0.5]],
+    )
+    correct_at: float = Field(
+        1.0,
+        description="A completion counts as right when its weighted reward reaches this. Used only where the task "
+        "cannot tell by itself (`custom`).",
+    )
+
+    @field_validator("reward_file")
+    @classmethod
+    def _names_functions(cls, value: str | None) -> str | None:
+        if value is not None:
+            file, _, names = value.rpartition(":")
+            if not file.endswith(".py") or not all(name.strip().isidentifier() for name in names.split(",")):
+                raise UserError(
+                    f"task.reward_file: {value!r} does not name a function; write FILE.py:FUNCTION or "
+                    "FILE.py:FUNCTION,FUNCTION, such as rewards.py:exact"
+                )
+        return value
+
+
+class Rollout(Frozen):
+    """How completions are sampled."""
+
+    num_generations: int = Field(16, ge=2, description="Completions per prompt (the group).")
+    prompts_per_step: int = Field(8, ge=1, description="Prompts per optimizer step.")
+    max_completion_length: int = Field(256, ge=1, description="Tokens after which a completion is cut off.")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Sampling temperature while training. Log-probabilities are those at this temperature.",
+    )
+    wave_size: int = Field(
+        128, ge=1, description="Completions sampled at once. Changes memory and speed, not results."
+    )
+    suppress_tokens: list[Index] = Field(
+        [], description="Token ids that are never sampled.", examples=[[0, 1]]
+    )
+
+
+class Replay(Frozen):
+    """Groups restarted from inside a completion. Used by `t-spmo` only."""
+
+    probability: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Chance that a prompt's next group restarts from inside one of its completions.",
+    )
+    prefer_correct: float = Field(
+        0.5, ge=0, le=1, description="Chance that a right completion is chosen for it."
+    )
+    cut: Literal["entropy", "uniform"] = Field(
+        "entropy",
+        description="Where the completion is cut: in proportion to the entropy recorded there, or anywhere.",
+    )
+
+
+class Algorithm(Frozen):
+    """Which tokens get credit, and how much."""
+
+    name: Literal["t-spmo", "grpo", "s-grpo"] = Field(
+        "t-spmo", description="The algorithm; see docs/algorithms.md."
+    )
+    scale_rewards: Literal["group", "none"] = Field(
+        "group",
+        description="`group` divides an advantage by the standard deviation of its group. Used by `grpo`, `s-grpo`.",
+    )
+    beta: float = Field(
+        0.0, ge=0, description="Weight of the KL term to the base model. Used by `grpo`, `s-grpo`."
+    )
+    use_bias_correction_kl: bool = Field(
+        True,
+        description="Multiply the KL term by the probability ratio, as TRL does. Used where beta is above 0.",
+    )
+    epsilon: float = Field(
+        0.2, ge=0, description="The ratio is clipped below at 1 - epsilon (`num_iterations` > 1)."
+    )
+    epsilon_high: float | None = Field(
+        None,
+        ge=0,
+        description="The ratio is clipped above at 1 + epsilon_high. null: epsilon.",
+        examples=[0.28],
+    )
+    num_iterations: int = Field(1, ge=1, description="Optimizer steps on each sampled batch.")
+    mask_truncated_completions: bool = Field(
+        False, description="Give no credit to completions that were cut off at max_completion_length."
+    )
+    alpha: int | None = Field(
+        None,
+        ge=0,
+        description="The first alpha tokens are always trained. null: 50. Used by `s-grpo` only.",
+        examples=[50],
+    )
+    p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Chance that a later token is trained. null: 0.3. Used by `s-grpo` only.",
+        examples=[0.3],
+    )
+    k: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens trained per completion. null: 100. Used by `s-grpo` only.",
+        examples=[100],
+    )
+    unbiased: bool = Field(
+        False,
+        description="Draw the later tokens so that the expected gradient is that of `grpo`. Used by `s-grpo` only.",
+    )
+    normalise: Literal["unique", "branches"] = Field(
+        "unique",
+        description="Divide by all unique nodes of a group, or by those with credit only. Used by `t-spmo` only.",
+    )
+    l2: float = Field(
+        0.0,
+        ge=0,
+        description="Lambda, the weight of the adapter's squared L2 norm (decoupled). Used by `t-spmo` only.",
+    )
+    replay: Replay = Field(default_factory=Replay, description="Groups restarted from inside a completion.")
+
+    @model_validator(mode="after")
+    def _one_algorithm(self) -> Self:
+        if self.name == "s-grpo":
+            for key, value in S_GRPO_DEFAULTS.items():
+                _resolve(self, key, value)
+            if self.unbiased and self.k <= self.alpha:
+                raise UserError(
+                    f"algorithm.k: {self.k} is not above algorithm.alpha={self.alpha}, which algorithm.unbiased needs; "
+                    f"write algorithm.k={self.alpha + 50} or a smaller algorithm.alpha"
+                )
+        else:
+            for key in S_GRPO_DEFAULTS:
+                self._refuse(getattr(self, key) is not None, key, "s-grpo", "null")
+            self._refuse(self.unbiased, "unbiased", "s-grpo", "false")
+        if self.name == "t-spmo":
+            self._refuse(
+                self.beta > 0, "beta", "grpo and s-grpo", "0 (and algorithm.l2 to stay near the base)"
+            )
+            self._refuse(self.scale_rewards != "group", "scale_rewards", "grpo and s-grpo", "group")
+        else:
+            self._refuse(self.normalise != "unique", "normalise", "t-spmo", "unique")
+            self._refuse(self.l2 > 0, "l2", "t-spmo", "0 (and algorithm.beta to stay near the base)")
+            self._refuse(self.replay.probability > 0, "replay.probability", "t-spmo", "0")
+        if self.epsilon > 1:
+            raise UserError(
+                f"algorithm.epsilon: {self.epsilon} is above 1; write a number from 0 to 1, such as 0.2"
+            )
+        _resolve(self, "epsilon_high", self.epsilon)
+        return self
+
+    def _refuse(self, wrong: bool, key: str, users: str, instead: str) -> None:
+        if wrong:
+            raise UserError(
+                f"algorithm.{key}: not used by algorithm.name={self.name}, only by {users}; write algorithm.{key}={instead}"
+            )
+
+
+class Train(Frozen):
+    """The optimizer, how long, and how often the run is saved."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Learning rate.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps. null: as many as num_train_epochs takes.", examples=[100]
+    )
+    num_train_epochs: float = Field(
+        1.0, gt=0, description="Passes over the training data. Used where max_steps is null."
+    )
+    optim: Literal["adamw_torch", "sgd"] = Field(
+        "adamw_torch", description="Optimizer, by its name in transformers."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the adapter.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of Adam's second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the square root in Adam's divisor.")
+    max_grad_norm: float = Field(1.0, ge=0, description="The gradient is scaled down to this norm. 0: never.")
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
+        "constant", description="How the learning rate moves, by its name in transformers."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0.")
+    save_steps: int = Field(
+        50, ge=0, description="A checkpoint every so many steps. 0: only at the end or when stopped."
+    )
+    save_total_limit: int | None = Field(
+        2, ge=1, description="Checkpoints kept; the oldest go first. null: all."
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of the order of the data, the sampling and the adapter."
+    )
+    pack_size: int = Field(
+        4096,
+        ge=1,
+        description="Most tokens in one forward and backward pass. Changes memory and speed, not results.",
+    )
+    head_chunk: int = Field(
+        1024, ge=1, description="Rows of logits computed at once. Changes memory and speed, not results."
+    )
+
+    @model_validator(mode="after")
+    def _warmup_has_effect(self) -> Self:
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise UserError(
+                "train.warmup_steps: train.lr_scheduler_type=constant has no warm-up; "
+                "write train.lr_scheduler_type=constant_with_warmup"
+            )
+        return self
+
+
+class Eval(Frozen):
+    """Measuring accuracy on problems that are never trained on."""
+
+    steps: int = Field(
+        0, ge=0, description="Evaluate every so many steps. 0: only before and after training."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Problems per evaluation. null: all of the task's.", examples=[500]
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="Problems answered at once. null: chosen.", examples=[64]
+    )
+    before: bool = Field(True, description="Evaluate before training too.")
+
+
+class Log(Frozen):
+    """What is written and shown while training."""
+
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [],
+        description="Trackers that get the metrics too (each must be installed).",
+        examples=[["tensorboard"]],
+    )
+    completions_steps: int = Field(
+        25,
+        ge=0,
+        description="Write the sampled completions every so many steps, and at the first one. 0: never.",
+    )
+    progress: Literal["auto", "live", "plain", "quiet"] = Field(
+        "auto", description="Progress display. `auto`: live on a terminal, plain lines elsewhere."
+    )
+
+
+def _resolve(group: Frozen, key: str, value: Any) -> None:
+    # The one write into a frozen group: null becomes what it stands for, while the group is being built.
+    if getattr(group, key) is None:
+        object.__setattr__(group, key, value)
