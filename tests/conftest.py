@@ -13,13 +13,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import jaxtyping
 import pytest
 
-# NOTE: before anything imports twig. Every function and dataclass of the package is then checked against its annotations.
+# NOTE: before anything imports twig. Every function and dataclass of the package is then checked against its
+# annotations.
 jaxtyping.install_import_hook("twig", "beartype.beartype")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _deterministic_torch() -> None:
-    """One thread and deterministic algorithms, so that a result does not depend on the machine's core count."""
+    """One thread and deterministic algorithms, so that no result depends on the number of cores."""
     import torch
 
     torch.use_deterministic_algorithms(True)
@@ -40,7 +41,7 @@ def _skip_gpu_without_cuda(request: pytest.FixtureRequest) -> None:
 def test_data() -> Path:
     """The folder of real data sets that tests read (SVAMP, GSM8K, a tokenizer), named by TWIG_TEST_DATA.
 
-    Without it these tests are skipped; on a CI machine (CI=true) they fail, so that nobody skips them unnoticed.
+    Without it these tests are skipped; where CI=true they fail, so that nobody skips them unnoticed.
     """
     value = os.environ.get("TWIG_TEST_DATA")
     if value and Path(value).is_dir():
