@@ -1,0 +1,216 @@
+"""Calls the layers of a Hugging Face decoder one by one: any range of layers, any attention mask, any positions.
+
+Slicing `model.layers` and calling the model is not the same: layer types, rotary embeddings per type, embedding scales
+and sliding windows go wrong in silence. Here each layer is called as the model's own forward calls it, with its own
+mask and rotary embedding, and `check` compares the result with the model's own forward before anything relies on it.
+What a family adds is read from its config (windows, scales, soft caps), never from its name.
+
+Knows nothing of adapters, tries or algorithms. Legend: B rows, L columns (queries), S keys, D hidden, V vocabulary.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from twig.records import UserError
+
+PLAIN = "write model.engine=plain to train it with the plain batched forward"
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class KeyValueCache:
+    """Keys and values of B rows for up to `capacity` tokens, in one buffer per layer, written in place.
+
+    The layers call `update`, which writes behind what `filled` says is there; the caller moves `filled` on once
+    all layers have run.
+    """
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.capacity = capacity
+        self.filled = 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        stop = self.filled + keys.shape[2]
+        if self.keys[layer] is None:
+            shape = (keys.shape[0], keys.shape[1], self.capacity)
+            self.keys[layer] = keys.new_empty(*shape, keys.shape[3])
+            self.values[layer] = values.new_empty(*shape, values.shape[3])
+        k, v = self.keys[layer], self.values[layer]
+        k[:, :, self.filled : stop] = keys
+        v[:, :, self.filled : stop] = values
+        return k[:, :, :stop], v[:, :, :stop]
+
+    def select(self, rows: Int[Tensor, " B2"], capacity: int | None = None) -> "KeyValueCache":
+        """A cache of the given rows (repeats allowed), with room for `capacity` tokens."""
+        chosen = KeyValueCache(len(self.keys), capacity or self.capacity)
+        chosen.filled = self.filled
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            for source, target in ((k, chosen.keys), (v, chosen.values)):
+                buffer = source.new_empty(len(rows), source.shape[1], chosen.capacity, source.shape[3])
+                buffer[:, :, : self.filled] = source[rows, :, : self.filled]
+                target[layer] = buffer
+        return chosen
+
+
+@dataclass
+class Context:
+    """What every layer of one pass shares: additive masks by window, rotary embeddings by layer type, positions."""
+
+    masks: dict[int | None, Tensor | None]
+    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    positions: Tensor
+    cache: KeyValueCache | None = None
+
+
+@dataclass
+class Decoder:
+    """A causal language model taken apart: embedding, layers, final norm, head.
+
+    Raises UserError, naming the model type, where a layer cannot be called on its own or cannot see a tree.
+    """
+
+    model: PreTrainedModel
+    layers: nn.ModuleList = field(init=False)
+    windows: list[int | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.model.config.get_text_config()
+        self.core = self.model.get_decoder()
+        self.layers = getattr(self.core, "layers", None)
+        self.norm = getattr(self.core, "norm", None) or getattr(self.core, "final_layernorm", None)
+        self.rotary = getattr(self.core, "rotary_emb", None)
+        self.head = self.model.get_output_embeddings()
+        self.embedding = self.model.get_input_embeddings()
+        parts = {"layers": self.layers, "norm": self.norm, "rotary_emb": self.rotary, "lm_head": self.head}
+        if missing := [name for name, part in parts.items() if part is None]:
+            self._refuse(f"it has no {missing[0]}")
+        self._refuse_unservable()
+        types = getattr(self.config, "layer_types", None) or [None] * len(self.layers)
+        window = getattr(self.config, "sliding_window", None)
+        if types[0] is None and not getattr(self.config, "use_sliding_window", True):
+            window = None
+        self.windows = [window if t in (None, "sliding_attention") else None for t in types]
+        per_type = "layer_type" in inspect.signature(self.rotary.forward).parameters
+        self.rotary_types = [t if per_type else None for t in types]
+        self.eager = self.config._attn_implementation == "eager"
+        self.embedding_scale = getattr(self.config, "embedding_multiplier", None) or 1.0
+        self.logit_scale = (getattr(self.config, "logit_scale", None) or 1.0) / (
+            getattr(self.config, "logits_scaling", None) or 1.0
+        )
+        self.softcap = getattr(self.config, "final_logit_softcapping", None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def _refuse(self, why: str) -> None:
+        raise UserError(f"model.engine=trie: model type '{self.config.model_type}' cannot be served: {why}; {PLAIN}")
+
+    def _refuse_unservable(self) -> None:
+        types = set(getattr(self.config, "layer_types", None) or []) - _KNOWN_LAYER_TYPES
+        if types:
+            self._refuse(f"its layers of type {sorted(types)} do not see tokens through an attention mask")
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            self._refuse("its layers share keys and values")
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+            if any(word in str(entry.get("rope_type", "")) for word in _LENGTH_DEPENDENT_ROPE):
+                self._refuse(f"its rotary embedding ('{entry['rope_type']}') depends on the length of the text")
+        parameters = inspect.signature(self.layers[0].forward).parameters
+        for name in ("attention_mask", "position_embeddings", "past_key_values"):
+            if name not in parameters:
+                self._refuse(f"its layers take no {name}")
+
+    def embed(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """The input of the first layer, the family's embedding scale applied."""
+        hidden = self.embedding(ids)
+        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+
+    def rotations(self, positions: Int[Tensor, "B L"]) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """Rotary embeddings (cos, sin) at `positions`, for each layer type that has its own."""
+        like = torch.empty(0, dtype=self.dtype, device=positions.device)
+        return {
+            t: self.rotary(like, positions) if t is None else self.rotary(like, positions, t)
+            for t in dict.fromkeys(self.rotary_types)
+        }
+
+    def masks(
+        self,
+        visible: Bool[Tensor, "B L S"],
+        positions: Int[Tensor, "B L"],
+        key_positions: Int[Tensor, "B S"],
+    ) -> dict[int | None, Tensor | None]:
+        """Additive masks [B, 1, L, S] (0 or -inf), one per sliding window: `visible` and nearer than the window.
+
+        Additive in the model's dtype for every attention implementation: a boolean mask is added as 0 and 1 by eager
+        attention, in silence.
+        """
+        masks = {}
+        for window in dict.fromkeys(self.windows):
+            seen = visible
+            if window is not None:
+                seen = visible & (positions[:, :, None] - key_positions[:, None, :] < window)
+            mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+            masks[window] = mask.masked_fill_(~seen, float("-inf"))[:, None]
+        return masks
+
+    def run(self, hidden: Float[Tensor, "B L D"], first: int, last: int, context: Context) -> Float[Tensor, "B L D"]:
+        """`hidden` after layers first .. last - 1."""
+        for i in range(first, last):
+            hidden = self.layers[i](
+                hidden,
+                attention_mask=context.masks[self.windows[i]],
+                position_embeddings=context.rotary[self.rotary_types[i]],
+                position_ids=context.positions,
+                past_key_values=context.cache,
+                use_cache=context.cache is not None,
+            )
+        return hidden
+
+    def logits(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
+        """Next-token logits of rows of the last layer's output, in float32 or better."""
+        logits = self.head(self.norm(hidden))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Refuses the model if a small tree run layer by layer differs from the model's own forward on its paths."""
+        vocab = self.embedding.weight.shape[0]
+        draw = torch.Generator().manual_seed(0)
+        stem, left, right = (torch.randint(vocab, (n,), generator=draw) for n in (6, 4, 4))
+        rows = torch.stack([torch.cat([stem, left]), torch.cat([stem, right])]).to(self.device)
+        own = self.model(input_ids=rows, use_cache=False).logits
+        tree = torch.cat([stem, left, right])[None].to(self.device)
+        at = torch.arange(14, device=self.device)
+        positions = torch.where(at < 10, at, at - 4)[None]
+        ends = torch.where((at >= 6) & (at < 10), 10, 14)
+        visible = tree_visible(ends[None])
+        context = Context(self.masks(visible, positions, positions), self.rotations(positions), positions)
+        ours = self.logits(self.run(self.embed(tree), 0, len(self.layers), context)[0])
+        paths = torch.stack([ours[:10], torch.cat([ours[:6], ours[10:]])])
+        gap = float((paths - own).abs().max() / own.abs().max().clamp(min=1e-6))
+        bound = 0.05 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        if not gap <= bound:
+            self._refuse(f"layer by layer its logits differ by {gap:.1e} of their size from its own forward")
+
+
+def tree_visible(ends: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:
+    """True where token q (second axis) sees token k (third): k <= q < end(k)."""
+    at = torch.arange(ends.shape[1], device=ends.device)
+    return (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] < ends[:, None, :])

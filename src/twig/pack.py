@@ -1,0 +1,194 @@
+"""From tries with credit to packs: what one forward and backward pass of the model reads.
+
+Only the ancestors of nodes with credit are run, each once, however many completions share them. A pack is a table of
+B rows and L columns; a row holds one or more segments, a segment is a prompt followed by part of its trie in depth-first
+order. Token q sees token k of its row when k <= q < end(k), where `end` closes k's subtree.
+
+Numpy only: knows nothing of models. Legend: B rows, L columns, R head rows, N targets (weighted nodes).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twig.credit import Credit
+from twig.records import Group
+from twig.trie import ROOT, PrefixTrie
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The weighted nodes that a pack computes, N entries each.
+
+    `row` is the entry of `Pack.rows` whose next-token distribution the node belongs to, `token` the node's token;
+    `group` and `node` say where it came from; `plus`, `minus`, `kl` are its weights.
+    """
+
+    row: np.ndarray
+    token: np.ndarray
+    group: np.ndarray
+    node: np.ndarray
+    plus: np.ndarray
+    minus: np.ndarray
+    kl: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One pass through the model. `ids`, `positions`, `ends` are [B, L]; unused cells see only themselves.
+
+    `cells` [B, L] are rows of the boundary table (None where sampling recorded none). `rows` [R] are the flat indices
+    b * L + l of the tokens whose next-token distribution is needed. `num_tokens` counts the cells in use.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    ends: np.ndarray
+    cells: np.ndarray | None
+    rows: np.ndarray
+    targets: Targets
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A prompt and the trie nodes `nodes` (depth-first, the root first) that follow it; `heads` are the nodes among
+    them whose children with credit this segment computes."""
+
+    group: int
+    nodes: np.ndarray
+    heads: np.ndarray
+    length: int
+
+
+def build_packs(
+    groups: Sequence[Group],
+    tries: Sequence[PrefixTrie],
+    credits: Sequence[Credit],
+    size: int,
+    share: bool = True,
+) -> list[Pack]:
+    """Packs of at most `size` cells that compute each weighted node of each group exactly once.
+
+    A pack is never smaller than its longest path, so it may exceed `size` where one path does. With `share=False`
+    every path is a row of its own, prompt included: the plain batch, for models that cannot run a trie. The cut
+    changes the gradient by rounding only. Empty where nothing has credit.
+    """
+    segments = []
+    for index, (group, trie, credit) in enumerate(zip(groups, tries, credits, strict=True)):
+        segments += _cut(index, len(group.prompt_ids), trie, credit.weighted, size if share else 0)
+    bins = _fill(segments, size, share)
+    return [_table(rows, groups, tries, credits) for rows in bins]
+
+
+def _cut(index: int, prompt_length: int, trie: PrefixTrie, weighted: np.ndarray, size: int) -> list[_Segment]:
+    """The needed part of one trie as segments of at most `size` tokens, cut between paths; shared ancestors repeat."""
+    marked = np.zeros(len(trie), bool)
+    marked[trie.parent[weighted]] = True
+    if not marked.any():
+        return []
+    below = np.concatenate([[0], np.cumsum(marked)])
+    inside = below[trie.end] - below[:-1]  # marked nodes in each subtree
+    needed = np.flatnonzero(inside)
+    if prompt_length + len(needed) - 1 <= size:
+        return [_Segment(index, needed, np.flatnonzero(marked), prompt_length + len(needed) - 1)]
+
+    leaves = np.flatnonzero(marked & (inside == 1))
+    segments, fresh, start = [], 0, 0  # `fresh`: first node that no segment has; `start`: first leaf of this segment
+    ancestors = _ancestors(trie, int(leaves[0]))
+    length = prompt_length + len(ancestors) - 1
+    for i in range(1, len(leaves) + 1):
+        if i < len(leaves):
+            grown = length + int(np.count_nonzero((needed > leaves[i - 1]) & (needed <= leaves[i])))
+            if grown <= size:
+                length = grown
+                continue
+        last = leaves[i - 1]
+        nodes = np.union1d(ancestors, needed[(needed > leaves[start]) & (needed <= last)])
+        heads = nodes[marked[nodes] & (nodes >= fresh)]
+        segments.append(_Segment(index, nodes, heads, prompt_length + len(nodes) - 1))
+        if i < len(leaves):
+            fresh, start = last + 1, i
+            ancestors = _ancestors(trie, int(leaves[i]))
+            length = prompt_length + len(ancestors) - 1
+    return segments
+
+
+def _ancestors(trie: PrefixTrie, node: int) -> np.ndarray:
+    """The path from the root to `node`, both included."""
+    path = [node]
+    while path[-1] != ROOT:
+        path.append(int(trie.parent[path[-1]]))
+    return np.array(path[::-1], np.int64)
+
+
+def _fill(segments: list[_Segment], size: int, share: bool) -> list[list[list[_Segment]]]:
+    """First-fit decreasing: packs of rows of segments, rows as long as the pack's longest segment."""
+    packs: list[list[list[_Segment]]] = []
+    free: list[int] = []  # of each row of the last pack
+    width = 0
+    for segment in sorted(segments, key=lambda s: -s.length):
+        room = next((i for i, left in enumerate(free) if left >= segment.length), None) if share else None
+        if room is not None:
+            packs[-1][room].append(segment)
+            free[room] -= segment.length
+        elif packs and (len(free) + 1) * width <= size:
+            packs[-1].append([segment])
+            free.append(width - segment.length)
+        else:
+            width = segment.length
+            packs.append([[segment]])
+            free = [0]
+    return packs
+
+
+def _table(
+    rows: list[list[_Segment]], groups: Sequence[Group], tries: Sequence[PrefixTrie], credits: Sequence[Credit]
+) -> Pack:
+    width = max(sum(s.length for s in row) for row in rows)
+    shape = (len(rows), width)
+    recorded = all(len(groups[s.group].prompt_cells) for row in rows for s in row)
+    ids, positions, cells = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    ends = np.broadcast_to(np.arange(1, width + 1), shape).copy()
+    head_rows, targets = [], []
+    for b, row in enumerate(rows):
+        column = 0
+        for segment in row:
+            here = slice(column, column + segment.length)
+            group, trie = groups[segment.group], tries[segment.group]
+            prompt = len(group.prompt_ids)
+            ids[b, here] = np.concatenate([group.prompt_ids, trie.token[segment.nodes[1:]]])
+            positions[b, here] = np.concatenate([np.arange(prompt), prompt - 1 + trie.depth[segment.nodes[1:]]])
+            # the root is the prompt's last token: it and those before it see the whole segment below them
+            close = np.searchsorted(segment.nodes, trie.end[segment.nodes]) + prompt - 1
+            ends[b, here] = column + np.concatenate([np.full(prompt - 1, segment.length), close])
+            if recorded:
+                cells[b, here] = np.concatenate([group.prompt_cells, _node_cells(group, trie, segment.nodes[1:])])
+            at = column + prompt - 1 + np.searchsorted(segment.nodes, segment.heads)
+            targets.append(_targets(segment, trie, credits[segment.group], sum(len(r) for r in head_rows)))
+            head_rows.append(b * width + at)
+            column += segment.length
+    used = sum(s.length for row in rows for s in row)
+    joined = Targets(*(np.concatenate(columns) for columns in zip(*targets, strict=True)))
+    return Pack(ids, positions, ends, cells if recorded else None, np.concatenate(head_rows), joined, used)
+
+
+def _node_cells(group: Group, trie: PrefixTrie, nodes: np.ndarray) -> np.ndarray:
+    """Boundary rows of trie nodes: those of a completion that goes on after the node, so they were recorded."""
+    first = np.cumsum(trie.lengths) - trie.lengths
+    return np.concatenate([c.cells for c in group.completions])[first[trie.owner[nodes]] + trie.depth[nodes] - 1]
+
+
+def _targets(segment: _Segment, trie: PrefixTrie, credit: Credit, first_row: int) -> tuple[np.ndarray, ...]:
+    """The weighted children of the segment's heads, as the columns of `Targets`."""
+    is_head = np.zeros(len(trie), bool)
+    is_head[segment.heads] = True
+    nodes = np.flatnonzero(credit.weighted)
+    nodes = nodes[is_head[trie.parent[nodes]]]
+    row = first_row + np.searchsorted(segment.heads, trie.parent[nodes])
+    group = np.full(len(nodes), segment.group, np.int64)
+    return row, trie.token[nodes], group, nodes, credit.plus[nodes], credit.minus[nodes], credit.kl[nodes]

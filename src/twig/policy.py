@@ -1,0 +1,243 @@
+"""The policy: a frozen language model with LoRA adapters on its upper layers, and the log-probs of a pack under it.
+
+The layers below the lowest adapter (the trunk) never change, so their output (the boundary) is constant in the adapter:
+it is recorded while sampling, or run once without gradient, and the update runs the upper layers only. The head
+is applied to the rows that predict a weighted node and to no other. Log-probs and the loss are float32 or better.
+The base is never merged into and always in eval mode, so the sampled and the trained distribution are one.
+
+Knows nothing of tries, rewards or algorithms. Legend: B rows, L columns, R head rows, N targets, D hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from twig.decoder import Context, Decoder, tree_visible
+from twig.objective import Surrogate, loss
+from twig.pack import Pack
+from twig.records import UserError
+
+
+
+class Policy:
+    """A model with a LoRA adapter, ready to sample from and to train.
+
+    `cut` is the lowest adapted layer: the trunk is layers 0 .. cut - 1. `temperature` and `suppress_tokens` belong to
+    the policy because the trained distribution must be the sampled one. With `plain`, the model is only called
+    whole: slower, and right for any architecture.
+    """
+
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        *,
+        temperature: float = 1.0,
+        suppress_tokens: Sequence[int] = (),
+        plain: bool = False,
+        head_rows: int = 1024,
+    ) -> None:
+        self.peft_model = peft_model.eval()
+        self.model: PreTrainedModel = peft_model.get_base_model()
+        self.temperature = temperature
+        self.head_rows = head_rows
+        self.plain = plain
+        self.decoder = None if plain else Decoder(self.model)
+        self.device = self.model.get_input_embeddings().weight.device
+        self.suppressed = torch.tensor(sorted(suppress_tokens), dtype=torch.long, device=self.device)
+        self.parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+        if not plain:
+            self.decoder.check() if not _has_signal(self.parameters) else self._check_without_adapter()
+            self.num_layers = len(self.decoder.layers)
+            self.cut = min(_adapted_layers(self.decoder.layers))
+
+    def _check_without_adapter(self) -> None:
+        with self.base():
+            self.decoder.check()
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Inside, the adapter is off: the model is the base, the reference of the KL term."""
+        with self.peft_model.disable_adapter():
+            yield
+
+    def next_token_logits(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
+        """Logits of the sampled distribution from rows of the last layer's output: softcap, temperature, suppression."""
+        return self.sampled_logits(self.decoder.logits(hidden))
+
+    def sampled_logits(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if len(self.suppressed):
+            logits = logits.index_fill(-1, self.suppressed, float("-inf"))
+        return logits
+
+    @torch.no_grad()
+    def logps(self, pack: Pack, boundary: Float[Tensor, "C D"] | None = None) -> Float[Tensor, " N"]:
+        """Log-probs of the pack's targets, without gradient. `boundary` is the table that `pack.cells` index."""
+        found = torch.empty(len(pack.targets), dtype=torch.float32, device=self.device)
+        found = found.to(torch.promote_types(self.model.dtype, torch.float32))
+        for rows, at, wanted in self._chunks(pack, boundary):
+            logp = torch.log_softmax(rows(), -1)
+            found[at] = logp[wanted]
+        return found
+
+    def backward(
+        self,
+        pack: Pack,
+        surrogate: Surrogate,
+        boundary: Float[Tensor, "C D"] | None = None,
+        old_logp: Float[Tensor, " N"] | None = None,
+        ref_logp: Float[Tensor, " N"] | None = None,
+    ) -> tuple[Float[Tensor, " N"], float]:
+        """Adds the gradient of the pack's loss to the adapter; returns the targets' log-probs and the loss.
+
+        The loss is a sum over targets, so each chunk of head rows gets its own backward: logits of one chunk at a time
+        are alive, and none is computed twice.
+        """
+        targets = pack.targets
+        weights = [self._tensor(w) for w in (targets.plus, targets.minus, targets.kl)]
+        hidden = self._hidden(pack, boundary)
+        leaf = hidden.detach().requires_grad_()
+        found, total = hidden.new_empty(len(targets), dtype=weights[0].dtype), 0.0
+        for rows, at, wanted in self._chunks(pack, hidden=leaf):
+            logp = torch.log_softmax(rows(), -1)[wanted]
+            pick = [None if v is None else v[at] for v in (old_logp, ref_logp)]
+            value = loss(surrogate, logp, *(w[at] for w in weights), *pick)
+            value.backward()
+            found[at], total = logp.detach(), total + float(value.detach())
+        hidden.backward(leaf.grad)
+        return found, total
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        """A numpy array on the device; floats in the precision of the loss."""
+        tensor = torch.from_numpy(array)
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.promote_types(self.model.dtype, torch.float32))
+        return tensor.to(self.device)
+
+    def _chunks(self, pack: Pack, boundary: Tensor | None = None, hidden: Tensor | None = None):
+        """Yields (logits of a chunk of head rows, its targets, (their rows in the chunk, their tokens))."""
+        hidden = self._hidden(pack, boundary) if hidden is None else hidden
+        order = np.argsort(pack.targets.row, kind="stable")
+        sorted_rows = pack.targets.row[order]
+        to_logits = self.sampled_logits if self.plain else self.next_token_logits
+        for start in range(0, len(hidden), self.head_rows):
+            stop = min(start + self.head_rows, len(hidden))
+            at = order[np.searchsorted(sorted_rows, start) : np.searchsorted(sorted_rows, stop)]
+            wanted = (self._tensor(pack.targets.row[at] - start), self._tensor(pack.targets.token[at]))
+            yield lambda a=start, b=stop: to_logits(hidden[a:b]), self._tensor(at), wanted
+
+    def _hidden(self, pack: Pack, boundary: Tensor | None) -> Float[Tensor, "R D"]:
+        """The last layer's output at the pack's head rows (with `plain`: the model's own logits there)."""
+        rows = self._tensor(pack.rows)
+        ids = self._tensor(pack.ids)
+        if self.plain:
+            return self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[rows]
+        positions = self._tensor(pack.positions)
+        visible = tree_visible(self._tensor(pack.ends))
+        context = Context(
+            self.decoder.masks(visible, positions, positions), self.decoder.rotations(positions), positions
+        )
+        if boundary is not None and pack.cells is not None:
+            hidden = boundary[self._tensor(pack.cells)]
+        else:
+            with torch.no_grad():
+                hidden = self.decoder.run(self.decoder.embed(ids), 0, self.cut, context)
+        hidden = self.decoder.run(hidden, self.cut, self.num_layers, context)
+        return hidden.flatten(0, 1)[rows]
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    layers: str | Sequence[int] = "last_third",
+    seed: int = 0,
+    adapter: str | Path | None = None,
+) -> PeftModel:
+    """`model` with a LoRA adapter on `target_modules` of `layers`: a new one, or the one saved in `adapter`.
+
+    `layers` is "last_third" (ours: ceil of a third), "all" or a list of layer numbers. The adapter is float32 (float64
+    on a float64 base) whatever the base is. Raises UserError where a requested module is not in a requested layer.
+    """
+    model.requires_grad_(False)
+    if adapter is not None:
+        peft_model = _load_adapter(model, adapter)
+    else:
+        stack = _layers_of(model)
+        chosen = _layer_numbers(layers, len(stack))
+        for i in chosen:
+            _check_modules(stack[i], i, target_modules)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=r,
+            lora_alpha=alpha,
+            target_modules=list(target_modules),
+            layers_to_transform=chosen,
+            lora_dropout=0.0,
+            bias="none",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft_model = get_peft_model(model, config)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(wide)
+    return peft_model.eval()
+
+
+def _load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
+    config = LoraConfig.from_pretrained(adapter)
+    for name in ("lora_dropout", "modules_to_save", "trainable_token_indices"):
+        if getattr(config, name, None):
+            raise UserError(f"model.adapter: {name} in {adapter} is not supported: train an adapter without it")
+    if config.bias != "none":
+        raise UserError(f"model.adapter: bias='{config.bias}' in {adapter} is not supported: train one with bias='none'")
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True, use_safetensors=True)
+
+
+def _layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder layers: the longest module list in the model."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def _layer_numbers(layers: str | Sequence[int], count: int) -> list[int]:
+    if layers == "all":
+        return list(range(count))
+    if layers == "last_third":
+        return list(range(count - -(-count // 3), count))
+    outside = [i for i in layers if not 0 <= i < count]
+    if outside:
+        raise UserError(f"lora.layers: {outside[0]} is not a layer of this model: write numbers from 0 to {count - 1}")
+    return sorted(set(layers))
+
+
+def _check_modules(layer: torch.nn.Module, number: int, target_modules: Sequence[str]) -> None:
+    there = {n.rsplit(".", 1)[-1] for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name in target_modules:
+        if name not in there:
+            raise UserError(
+                f"lora.target_modules: layer {number} has no linear module '{name}': choose from {', '.join(sorted(there))}"
+            )
+
+
+def _adapted_layers(layers: torch.nn.ModuleList) -> list[int]:
+    return [i for i, layer in enumerate(layers) if any(isinstance(m, LoraLayer) for m in layer.modules())]
+
+
+def _has_signal(parameters: dict[str, Tensor]) -> bool:
+    """Whether the adapter changes the model: a fresh LoRA has B = 0 and does not."""
+    return any("lora_B" in name and bool(p.detach().any()) for name, p in parameters.items())

@@ -1,0 +1,244 @@
+"""The engine against its twins: packs, frozen trunk, head rows and sampling, in values and adapter gradients."""
+
+import numpy as np
+import oracles
+import pytest
+import tiny
+import torch
+
+from twig.credit import assign
+from twig.objective import Surrogate
+from twig.pack import build_packs
+from twig.records import Group
+from twig.rollout import Request, sample, uniforms
+from twig.settings import Algorithm
+from twig.trie import PrefixTrie
+
+
+def credit_of(groups, name="grpo", beta=0.0, seed=0):
+    options = Algorithm(name=name, beta=beta, **({"alpha": 2, "p": 0.3, "k": 6} if name == "s-grpo" else {}))
+    tries = [PrefixTrie.build([c.ids for c in g.completions], g.rewards) for g in groups]
+    rng = np.random.default_rng(seed)
+    return tries, [assign(trie, options, rng, len(groups)) for trie in tries]
+
+
+def groups_of(seed=0, count=3):
+    rng = np.random.default_rng(seed)
+    return [tiny.random_group(rng, prompt_length=3 + i, index=i) for i in range(count)]
+
+
+def engine_gradient(policy, groups, tries, credits, surrogate, size=4096, boundary=None, old=None):
+    for parameter in policy.parameters.values():
+        parameter.grad = None
+    total = 0.0
+    packs = build_packs(groups, tries, credits, size, share=not policy.plain)
+    for pack in packs:
+        ref = None
+        if surrogate.beta:
+            with policy.base():
+                ref = policy.logps(pack, boundary)
+        old_logp = None
+        if old is not None:
+            found = [old[g][n] for g, n in zip(pack.targets.group.tolist(), pack.targets.node.tolist(), strict=True)]
+            old_logp = torch.tensor(found, dtype=torch.float64)
+        total += policy.backward(pack, surrogate, boundary, old_logp, ref)[1]
+    return total, {n: p.grad.clone() for n, p in policy.parameters.items()}
+
+
+def oracle_gradient(policy, groups, tries, credits, surrogate, old=None):
+    for parameter in policy.parameters.values():
+        parameter.grad = None
+    loss = oracles.node_loss(policy, groups, tries, credits, surrogate, old)
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.clone() for n, p in policy.parameters.items()}
+
+
+def assert_same(ours, theirs, bound=1e-9):
+    """Equal losses and gradients, each gradient relative to the largest entry of all."""
+    assert ours[0] == pytest.approx(theirs[0], abs=bound)
+    scale = max(float(g.abs().max()) for g in theirs[1].values())
+    assert scale > 1e-6, "the comparison needs a gradient"
+    for name, gradient in theirs[1].items():
+        assert float((ours[1][name] - gradient).abs().max()) < bound * scale, name
+
+
+FAMILY_CASES = [
+    (family, attention)
+    for family in tiny.FAMILIES
+    for attention in ("sdpa", "eager")
+    if attention == "eager" or tiny.has_sdpa(family)
+]
+
+
+@pytest.mark.parametrize("layers", ["last_third", "all", [1], [0, 2]], ids=str)
+@pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
+def test_pack_gradient_equals_prefix_by_prefix_forward(family, attention, layers):
+    policy = tiny.build_policy(family, attention, layers=layers, temperature=0.8)
+    groups = groups_of(count=2)
+    tries, credits = credit_of(groups, beta=0.1)
+    surrogate = Surrogate(beta=0.1)
+    assert_same(
+        engine_gradient(policy, groups, tries, credits, surrogate),
+        oracle_gradient(policy, groups, tries, credits, surrogate),
+    )
+
+
+@pytest.mark.parametrize("name", ["grpo", "s-grpo", "t-spmo"])
+def test_each_algorithm_and_pack_size_gives_the_same_gradient(name):
+    policy = tiny.build_policy(layers=[1, 3], head_rows=5)
+    groups = groups_of(3)
+    tries, credits = credit_of(groups, name)
+    theirs = oracle_gradient(policy, groups, tries, credits, Surrogate())
+    sizes = set()
+    for size in (1, 9, 17, 30, 64, 4096):
+        packs = build_packs(groups, tries, credits, size)
+        sizes.add(len(packs))
+        assert_same(engine_gradient(policy, groups, tries, credits, Surrogate(), size), theirs)
+    assert len(sizes) > 3, "the sizes must cut differently"
+
+
+def test_float32_gradient_stays_within_1e5():
+    groups = groups_of(5)
+    tries, credits = credit_of(groups)
+    exact = tiny.build_policy(layers="all")
+    single = tiny.build_policy(layers="all")
+    single.peft_model.float()
+    ours = engine_gradient(single, groups, tries, credits, Surrogate())
+    theirs = oracle_gradient(exact, groups, tries, credits, Surrogate())
+    assert_same((ours[0], {n: g.double() for n, g in ours[1].items()}), theirs, bound=1e-5)
+
+
+def test_clipped_surrogate_with_old_logps_equals_the_per_node_loss():
+    policy = tiny.build_policy()
+    groups = groups_of(6)
+    tries, credits = credit_of(groups)
+    rng = np.random.default_rng(0)
+    old = [
+        {
+            int(n): float(oracles.completion_logps(policy, g.prompt_ids, oracles.prefix_of(t, int(n)))[-1].detach())
+            + rng.normal(0, 0.3)
+            for n in np.flatnonzero(c.weighted)
+        }
+        for g, t, c in zip(groups, tries, credits, strict=True)
+    ]
+    surrogate = Surrogate(epsilon=0.1, epsilon_high=0.25)
+    assert_same(
+        engine_gradient(policy, groups, tries, credits, surrogate, old=old),
+        oracle_gradient(policy, groups, tries, credits, surrogate, old=old),
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "granite"])
+def test_plain_engine_gives_the_same_gradient(family):
+    policy = tiny.build_policy(family, "eager", plain=True)
+    groups = groups_of(7)
+    tries, credits = credit_of(groups, beta=0.1)
+    surrogate = Surrogate(beta=0.1)
+    assert_same(
+        engine_gradient(policy, groups, tries, credits, surrogate, size=40),
+        oracle_gradient(policy, groups, tries, credits, surrogate),
+    )
+
+
+def text_of(ids):
+    return " ".join(map(str, ids))
+
+
+def requests_of(seed=0, num=5, limits=(9, 12, 7)):
+    rng = np.random.default_rng(seed)
+    return [
+        Request(rng.integers(3, tiny.VOCAB, length), num, limit, slot)
+        for slot, (length, limit) in enumerate(zip((4, 7, 3), limits, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
+def test_sampling_equals_a_step_by_step_loop(family, attention):
+    policy = tiny.build_policy(family, attention, temperature=1.3, suppress_tokens=[0, 4])
+    requests = requests_of()
+    end_ids = list(range(5, 9))  # several end tokens, so that rows end at many steps
+    drawn = sample(policy, requests, end_ids=end_ids, decode=text_of, seed=3, step=2)
+    lengths = set()
+    for request, completions in zip(requests, drawn.completions, strict=True):
+        assert len(completions) == request.num
+        for c, completion in enumerate(completions):
+            noise = uniforms(3, 2, request.slot, c, request.max_tokens)
+            ids, logps, entropies = oracles.sample_one(policy, request.prompt_ids, request.max_tokens, end_ids, noise)
+            assert completion.ids.tolist() == ids
+            assert completion.finished == (ids[-1] in end_ids)
+            assert completion.text == text_of(ids)
+            np.testing.assert_allclose(completion.logps, logps, atol=1e-9)
+            np.testing.assert_allclose(completion.entropies, entropies, atol=1e-9)
+            assert not {0, 4} & set(ids)
+            lengths.add(len(ids))
+    assert len(lengths) > 3, "completions must end at different steps"
+
+
+def same_text(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert [c.ids.tolist() for c in a] == [c.ids.tolist() for c in b]
+
+
+def test_sampling_does_not_depend_on_waves_prompt_order_compaction_or_engine(monkeypatch):
+    policy, requests, end_ids = tiny.build_policy(), requests_of(), [5, 6, 7]
+
+    def draw(policy=policy, requests=requests, **kwargs):
+        return sample(policy, requests, end_ids=end_ids, decode=text_of, seed=1, step=4, **kwargs).completions
+
+    whole = draw()
+    assert len({tuple(c.ids) for group in whole for c in group}) > 10
+    for wave in (1, 2, 4, 7):
+        same_text(draw(wave_size=wave), whole)
+    same_text(draw(requests=requests[::-1])[::-1], whole)
+    for share in (0.0, 2.0):  # never compact, compact at every step
+        monkeypatch.setattr("twig.rollout._COMPACT_BELOW", share)
+        same_text(draw(), whole)
+    same_text(draw(policy=tiny.build_policy(plain=True)), whole)
+
+
+def test_greedy_sampling_takes_the_most_probable_token():
+    policy, requests = tiny.build_policy("gemma3"), requests_of(num=1)
+    drawn = sample(policy, requests, end_ids=[5], decode=text_of, greedy=True, record=False)
+    for request, (completion,) in zip(requests, drawn.completions, strict=True):
+        assert completion.ids.tolist() == oracles.sample_one(policy, request.prompt_ids, request.max_tokens, [5])[0]
+
+
+@pytest.mark.parametrize("wave_size", [128, 4])
+@pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
+def test_recorded_boundary_gives_the_gradient_of_a_fresh_trunk_and_the_sampled_logps(family, attention, wave_size):
+    policy = tiny.build_policy(family, attention, layers=[2, 3])
+    drawn = sample(policy, requests_of(), end_ids=[5, 6, 7], decode=text_of, seed=5, wave_size=wave_size)
+    rng = np.random.default_rng(0)
+    groups = [
+        Group(tiny.make_group([1], [[1]], [0]).example, i, r.prompt_ids, c, rng.random(len(c)), 0, cells)
+        for i, (r, c, cells) in enumerate(zip(requests_of(), drawn.completions, drawn.prompt_cells, strict=True))
+    ]
+    tries, credits = credit_of(groups)
+    recorded = engine_gradient(policy, groups, tries, credits, Surrogate(), 40, drawn.boundary)
+    fresh = engine_gradient(policy, groups, tries, credits, Surrogate(), 40)
+    assert_same(recorded, fresh)
+    assert_same(fresh, oracle_gradient(policy, groups, tries, credits, Surrogate()))
+    for pack in build_packs(groups, tries, credits, 40):
+        logps = policy.logps(pack, drawn.boundary)
+        for g, n, logp in zip(pack.targets.group, pack.targets.node, logps.tolist(), strict=True):
+            owner, depth = tries[g].owner[n], tries[g].depth[n]
+            assert logp == pytest.approx(groups[g].completions[owner].logps[depth - 1], abs=1e-9)
+
+
+def test_adapter_off_is_the_base_model_and_the_base_never_changes():
+    policy = tiny.build_policy()
+    before = {n: p.clone() for n, p in policy.model.named_parameters() if "lora" not in n}
+    base = tiny.build_model()
+    ids = torch.arange(3, 13)
+    with policy.base(), torch.no_grad():
+        off = oracles.forward_logits(policy, ids)
+    torch.testing.assert_close(off, base(input_ids=ids[None]).logits[0], rtol=0, atol=0)
+    assert not torch.allclose(oracles.forward_logits(policy, ids), off)
+    groups = groups_of(1)
+    tries, credits = credit_of(groups)
+    engine_gradient(policy, groups, tries, credits, Surrogate())
+    torch.optim.AdamW(policy.parameters.values(), lr=0.1).step()
+    for name, parameter in policy.model.named_parameters():
+        if "lora" not in name:
+            assert torch.equal(parameter, before[name]), name
+            assert parameter.grad is None, name

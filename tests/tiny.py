@@ -1,0 +1,93 @@
+"""Tiny random models of every family, and groups to train them on."""
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from twig.policy import Policy, attach
+from twig.records import Completion, Example, Group
+
+VOCAB, END = 23, 1
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": END,
+}
+_WINDOW = 5  # shorter than the sequences of the tests
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": _WINDOW, "layer_types": _MIXED}
+_GRANITE = {
+    "embedding_multiplier": 6.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.3,
+    "attention_multiplier": 0.4,
+}
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": _WINDOW, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": _WINDOW}),
+    "gemma2": ("Gemma2Config", _GEMMA | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3TextConfig", _GEMMA),
+    "granite": ("GraniteConfig", _GRANITE),
+}
+
+
+def build_model(family: str = "qwen2", attention: str = "sdpa", dtype=torch.float64, seed: int = 0) -> PreTrainedModel:
+    """A random model of the family, with weights large enough that attention is not uniform."""
+    name, extra = FAMILIES[family]
+    config = getattr(transformers, name)(**_SHAPE | extra)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+def build_policy(family: str = "qwen2", attention: str = "sdpa", dtype=torch.float64, layers="last_third", **kwargs) -> Policy:
+    """A policy on a tiny model, its LoRA B matrices random: a fresh adapter hides every fault of the adapter."""
+    kwargs = {"target_modules": ["q_proj", "v_proj"]} | kwargs
+    options = {k: kwargs.pop(k) for k in ("temperature", "suppress_tokens", "plain", "head_rows") if k in kwargs}
+    model = attach(build_model(family, attention, dtype), r=4, alpha=8.0, layers=layers, **kwargs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return Policy(model, **options)
+
+
+def has_sdpa(family: str) -> bool:
+    return family != "gemma2"  # attention soft caps need eager attention
+
+
+def random_group(rng: np.random.Generator, prompt_length: int = 4, size: int = 6, longest: int = 12, index: int = 0) -> Group:
+    """Completions from a small alphabet, so that they fork often; one is a duplicate, one a prefix of another."""
+    completions = [rng.integers(3, 6, rng.integers(1, longest + 1)) for _ in range(size)]
+    completions[1] = completions[0].copy()
+    completions[2] = completions[0][: max(1, len(completions[0]) // 2)].copy()
+    rewards = rng.choice([0.0, 0.0, 1.0, 0.3], size)
+    rewards[:2] = 1.0, 0.0
+    return make_group(rng.integers(3, VOCAB, prompt_length), completions, rewards, index)
+
+
+def make_group(prompt, completions, rewards, index: int = 0) -> Group:
+    made = [
+        Completion(np.asarray(c, np.int64), np.zeros(len(c)), np.zeros(len(c)), True, "") for c in completions
+    ]
+    return Group(Example("", {}), index, np.asarray(prompt, np.int64), made, np.asarray(rewards, np.float64))
