@@ -15,7 +15,7 @@ import pytest
 
 # NOTE: before anything imports twig. Every function and dataclass of the package is then checked against its
 # annotations.
-jaxtyping.install_import_hook("twig", "beartype.beartype")
+jaxtyping.install_import_hook("twig", "typecheck.checked")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -64,6 +64,7 @@ def node_loss(policy, groups, tries, credits, surrogate: Surrogate, old=None) ->
     return total
 
 
+@torch.no_grad()
 def sample_one(policy, prompt, limit, end_ids, uniform=None) -> tuple[list[int], list[float], list[float]]:
     """One completion token by token, the whole text run again for each; greedy without `uniform`."""
     ids, logps, entropies = list(prompt), [], []

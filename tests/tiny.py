@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twig.policy import Policy, attach
@@ -44,6 +45,22 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gemma3": ("Gemma3TextConfig", _GEMMA),
     "granite": ("GraniteConfig", _GRANITE),
 }
+
+
+class Float64(TorchFunctionMode):
+    """Inside, every cast to float32 is one to float64.
+
+    The models compute norms, rotations and the softmax of eager attention in float32 whatever their dtype, which would
+    leave 1e-7 of noise in comparisons that ought to be exact.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def wide(value):
+            return torch.float64 if value is torch.float32 else value
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()})
 
 
 def build_model(family: str = "qwen2", attention: str = "sdpa", dtype=torch.float64, seed: int = 0) -> PreTrainedModel:

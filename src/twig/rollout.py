@@ -156,6 +156,7 @@ class _Recorder:
         self.entropies = torch.zeros(size, longest, dtype=wide, device=device)
         self.lengths = torch.zeros(size, dtype=torch.long, device=device)
         self.finished = torch.zeros(size, dtype=torch.bool, device=device)
+        self.going = torch.ones(size, dtype=torch.bool, device=device)
 
     def choose(self, logits: Float[Tensor, "B V"], alive: Int[Tensor, " B"], t: int) -> tuple[Tensor, Tensor]:
         """The tokens [B] of position t for the wave's rows `alive`, and which of them go on (True)."""
@@ -168,11 +169,13 @@ class _Recorder:
         self.ids[alive, t] = tokens
         self.logps[alive, t] = logps.gather(-1, tokens[:, None])[:, 0]
         self.entropies[alive, t] = torch.special.entr(probabilities).sum(-1)
-        going = self.lengths[alive] == t  # rows that ended earlier run along until the next compaction
+        going = self.going[alive]  # rows that ended earlier run along until the next compaction
         ended = torch.isin(tokens, self.end_ids)
         self.lengths[alive] += going
         self.finished[alive] |= going & ended
-        return tokens, going & ~ended & (self.lengths[alive] < self.limits[alive])
+        going = going & ~ended & (self.limits[alive] > t + 1)
+        self.going[alive] = going
+        return tokens, going
 
     def drawn(self, prompt_width: int, num_prompts: int, boundary: Tensor | None) -> _Drawn:
         arrays = [x.cpu().numpy() for x in (self.ids, self.logps, self.entropies, self.lengths, self.finished)]
@@ -185,10 +188,9 @@ def invert(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) ->
     The last sum stands for 1, so rounding in a large vocabulary cannot fall off the end.
     """
     cumulative = probabilities.cumsum(-1)
-    below = (uniform * cumulative[:, -1]).clamp(max=torch.finfo(uniform.dtype).max)[:, None]
-    tokens = torch.searchsorted(cumulative, below, right=True)[:, 0]
-    last = torch.searchsorted(cumulative, cumulative[:, -1:])[:, 0]
-    return torch.minimum(tokens, last)
+    total = cumulative[:, -1]
+    below = torch.minimum(uniform * total, total * (1 - torch.finfo(total.dtype).eps))
+    return torch.searchsorted(cumulative, below[:, None], right=True)[:, 0]
 
 
 def _sample_wave(
