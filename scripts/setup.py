@@ -4,8 +4,8 @@
     python3 scripts/setup.py test -k trie          (words after the target go to its command)
 
 Standard library only, and it parses under old Pythons, so that it can say what a machine lacks: one line
-with the cure, and exit status 2. A stamp in `.venv` keeps later calls off the network. It knows nothing of Twig
-but its command line and what a run folder looks like.
+with the cure, and exit status 2. A stamp in `.venv` keeps later calls off the network. It knows nothing of
+Twig but its command line and what a run folder looks like.
 """
 
 import hashlib
