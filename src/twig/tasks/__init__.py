@@ -11,6 +11,7 @@ from typing import Any
 
 from twig.records import UserError
 from twig.tasks.base import Task, encode_prompt, fill_template, render_prompt
+from twig.tasks.functions import function_name, load_reward_file
 
 __all__ = ["TASKS", "Task", "encode_prompt", "fill_template", "load_task", "render_prompt"]
 
@@ -31,9 +32,9 @@ def load_task(
 ) -> Task:
     """The task that `settings.task` names.
 
-    Data passed here (a Dataset, or a list of dicts) takes the place of the task's own; reward functions passed here,
-    or else those of `task.reward_file`, take the place of its rewards. Raises UserError for an unknown name, data
-    that cannot be read, a missing column, or rewards and weights that do not match.
+    Data passed here (a Dataset, or a list of dicts) takes the place of the task's own; reward functions
+    passed here, or else those of `task.reward_file`, take the place of its rewards. Raises UserError for an
+    unknown name, data that cannot be read, a missing column, or rewards and weights that do not match.
     """
     wanted = settings.task
     if wanted.name not in TASKS:
@@ -44,7 +45,9 @@ def load_task(
     if train_dataset is None and eval_dataset is None:
         task = module.load(settings)
     elif wanted.name in _MAKES_ITS_OWN_PROBLEMS:
-        raise UserError(f"task {wanted.name} makes its own problems and takes no data set; write task.name=custom")
+        raise UserError(
+            f"task {wanted.name} makes its own problems and takes no data set; write task.name=custom"
+        )
     else:
         task = module.load(settings, train_dataset, eval_dataset)
     return _with_rewards(_with_texts(task, wanted), wanted, reward_funcs)
@@ -59,8 +62,6 @@ def _with_texts(task: Task, wanted: Any) -> Task:
 
 
 def _with_rewards(task: Task, wanted: Any, passed: Any) -> Task:
-    from twig.tasks.rewards import function_name, load_reward_file
-
     if passed is not None:
         functions = (passed,) if callable(passed) else tuple(passed)
     elif wanted.reward_file is not None:
@@ -73,7 +74,9 @@ def _with_rewards(task: Task, wanted: Any, passed: Any) -> Task:
         )
     for function in functions:
         if not callable(function):
-            raise UserError(f"reward_funcs: {function!r} is not a function; pass functions, not names or values")
+            raise UserError(
+                f"reward_funcs: {function!r} is not a function; pass functions, not names"
+            )
     weights = wanted.reward_weights
     if weights is not None and len(weights) != len(functions):
         names = ", ".join(function_name(function) for function in functions)

@@ -1,8 +1,8 @@
 """What a task is, and how one of its problems becomes the tokens that the model sees.
 
-A task module holds one function, `load(settings) -> Task` (one that reads data: `load(settings, train_dataset,
-eval_dataset)`), and is listed in `tasks/__init__.py`. Knows nothing about models, data files or algorithms; the
-tokenizer is an argument.
+A task module holds one function, `load(settings) -> Task` (one that reads data: `load(settings,
+train_dataset, eval_dataset)`), and is listed in `tasks/__init__.py`. Knows nothing about models, data files
+or algorithms; the tokenizer is an argument.
 """
 
 import re
@@ -24,12 +24,13 @@ _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 class Task:
     """Problems to train on and to evaluate on, and how a completion is rewarded.
 
-    `reward_funcs` have TRL's signature: by keyword `prompts`, `completions`, `completion_ids`, every column of the
-    data as a list, and `trainer_state`, `log_extra`, `log_metric`; they return one number or None per completion.
-    `reward_weights` has one weight per function (None: 1 each). `score` reads one completion's text; a task that
-    cannot tell by itself has none, and then a completion is right when its weighted reward reaches `correct_at`.
-    `prompt_template` is filled with the example's columns, and `{question}` or `{prompt}` with its prompt where no
-    column has that name; None leaves the prompt as it is. `eval` may be empty.
+    `reward_funcs` have TRL's signature: by keyword `prompts`, `completions`, `completion_ids`, every column
+    of the data as a list, and `trainer_state`, `log_extra`, `log_metric`; they return one number or None per
+    completion. `reward_weights` has one weight per function (None: 1 each). `score` reads one completion's
+    text; a task that cannot tell by itself has none, and then a completion is right when its weighted reward
+    reaches `correct_at`. `prompt_template` is filled with the example's columns, and `{question}` or
+    `{prompt}` with its prompt where no column has that name; None leaves the prompt as it is. `eval` may be
+    empty.
     """
 
     name: str
@@ -59,7 +60,7 @@ def fill_template(template: str, fields: Mapping[str, Any]) -> str:
         if name not in fields:
             raise UserError(
                 f"task.prompt_template: {{{name}}} is not a column of the data; write one of "
-                f"{', '.join('{' + field + '}' for field in fields)}, or {{{{{name}}}}} for the braces themselves"
+                f"{', '.join('{' + field + '}' for field in fields)}, or {{{{{name}}}}} for the braces as text"
             )
         return str(fields[name])
 
@@ -69,8 +70,9 @@ def fill_template(template: str, fields: Mapping[str, Any]) -> str:
 def render_prompt(task: Task, example: Example, tokenizer: Any, task_settings: Any) -> str:
     """The text that the model sees for an example: template, system prompt, chat template.
 
-    A prompt of chat messages always goes through the tokenizer's chat template; a text does where the tokenizer has
-    one (`task.chat` auto) or always or never. Raises UserError where the tokenizer has no template to use.
+    A prompt of chat messages always goes through the tokenizer's chat template; a text does where the
+    tokenizer has one (`task.chat` auto) or always or never. Raises UserError where the tokenizer has no
+    template to use.
     """
     if _is_chat(example, tokenizer, task_settings):
         return _render_chat(_messages(task, example), tokenizer, task_settings.chat_template_kwargs)
@@ -81,8 +83,9 @@ def render_prompt(task: Task, example: Example, tokenizer: Any, task_settings: A
 def encode_prompt(task: Task, example: Example, tokenizer: Any, task_settings: Any) -> np.ndarray:
     """The token ids of `render_prompt`'s text, int64 [T].
 
-    A chat template writes its own special tokens. A plain text gets those that the tokenizer puts in front, never
-    two begin tokens and no end token: the model is to go on from here. Raises UserError where nothing is left.
+    A chat template writes its own special tokens. A plain text gets those that the tokenizer puts in front,
+    never two begin tokens and no end token: the model is to go on from here. Raises UserError where nothing
+    is left.
     """
     chat = _is_chat(example, tokenizer, task_settings)
     text = render_prompt(task, example, tokenizer, task_settings)
@@ -93,7 +96,9 @@ def encode_prompt(task: Task, example: Example, tokenizer: Any, task_settings: A
     if not chat and ids and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
         del ids[-1]
     if not ids:
-        raise UserError(f"task {task.name}: a prompt is empty; remove the row, or write text in task.prompt_template")
+        raise UserError(
+            f"task {task.name}: a prompt is empty; remove the row, or write text in task.prompt_template"
+        )
     return np.array(ids, np.int64)
 
 
@@ -136,7 +141,9 @@ def _render_chat(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any]) 
     options = {"add_generation_prompt": True, **kwargs}
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # whatever the template's own code raises: templates refuse roles and orders by raising
+    except (
+        Exception
+    ) as error:  # whatever the template's own code raises: templates refuse roles and orders by raising
         if type(error).__module__.partition(".")[0] not in ("jinja2", "builtins"):
             raise
         roles = ", ".join(str(message.get("role")) for message in messages)

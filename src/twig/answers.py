@@ -1,0 +1,171 @@
+r"""Reading a number out of a model's answer, and comparing it with the gold answer.
+
+Two readings. The strict one takes only a marked answer: `#### 12`, `\boxed{12}`, "the answer is 12", "Answer:
+12", `<answer>12`, or a final `#12`; the last marker that can be read counts. The lenient one takes the last
+number of the text.
+
+Text in, exact numbers out: nothing is evaluated, every pattern is linear in the text, and digit strings may
+have any length. Simplifications: comma for thousands, point for decimals; percent signs, currency and units
+are ignored ("12 %" is 12); scale words ("2 million") are not understood. Knows nothing about tasks or models.
+"""
+
+import re
+import unicodedata
+from decimal import Decimal
+from fractions import Fraction
+
+from twig.records import Score
+
+# A Decimal is a number of more than _MAX_DIGITS digits: Python refuses to make very long strings integers.
+Number = Fraction | Decimal
+_MAX_DIGITS = 1000
+
+# A run of digits with commas and points is taken whole and checked afterwards, so "1,2,3" costs one look.
+_RUN = r"(?:\d++(?:[.,]\d++)*+|(?<![\w.])\.\d++)"
+_WELL_FORMED = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d+)(?:\.\d+)?|\.\d+")
+_CURRENCY = r"(?:(?:\\?[$€£¥₹₩₽₺₦฿]|US\$|\b(?:USD|EUR|GBP|INR|Rs\.?))\s?)"
+_VALUE = re.compile(
+    rf"(?P<sign>[-+])?{_CURRENCY}?(?P<inner_sign>-)?"
+    r"(?:(?:(?P<whole>\d{1,99})\s?)?\\[dt]?frac\s?\{\s?(?P<top>\d+)\s?\}\s?\{\s?(?P<bottom>\d+)\s?\}"
+    r"|(?P<mixed>\d{1,99})\s(?P<mixed_top>\d{1,9})/(?P<mixed_bottom>\d{1,9})(?![\d/])"
+    rf"|(?P<run>{_RUN})(?:[eE](?P<exponent>[-+]?\d{{1,3}})(?!\w))?(?:\s?/\s?(?P<over>{_RUN}))?)"
+)
+
+_MARKER = re.compile(
+    r"(?P<hashes>(?<!\#)\#{4}(?!\#))"
+    r"|\\boxed\s?\{|<answer>"
+    r"|\banswer(?:[ ](?:to|for)[ ](?:the|this|your)[ ](?:problem|question))?(?:[ ]\([^()\n]{0,40}\))?"
+    r"[*_ ]{0,4}(?:\b(?:is|was|are|equals|(?:should|would|will|must)[ ]be)\b|[:=])[*_ :=]{0,6}"
+    r"|(?<!\#)\#(?=[-+]?\d[\d.,]*\s*\Z)",
+    re.IGNORECASE,
+)
+# What may stand between a marker and its number: quotes, brackets, markup, a few words ...
+_LEAD = re.compile(
+    r"(?:[\s*_`'\"“”‘’~≈:=>({\[]|\\[(\[]|\\(?:text|mathrm|mathbf|textbf)\{|\$(?=[\s$(*])"
+    r"|(?:approximately|about|around|exactly|only|just|simply|therefore|thus|equal\ to|a\ total\ of)\b)*",
+    re.IGNORECASE,
+)
+# ... and a sum that is worked out in place, as in "x = 5 + 8 = 13".
+_SUM = re.compile(
+    r"(?:(?:[ \t\d.,+*/×÷·()$€£%^{}-]|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])|\\(?:times|div|cdot|\$|,))*=)*[\s*$]*"
+)
+_REACH = 200  # characters that the two may span
+# What may not follow: more digits, an operator with an operand, a second answer ("12 or 13").
+_NO_ANSWER = re.compile(
+    r"[.,:_^/]?\{?\d|[ ]\d|\s?[-+*/×÷·^xX–][ ]?[\d({\\]|\s?(?:\\(?:times|cdot|div|pm|sqrt|pi)|[√π])"
+    r"|,?\s?(?:or|and|to)\s[^\w\n]{0,3}\d|,\s?[-+$]?\d"
+)
+_HEADING = re.compile(r"[.)]\s+[A-Za-z]")  # "#### 2. Add them up" is a heading
+
+
+def read_number(text: str, strict: bool) -> Number | None:
+    r"""The number that a text answers with, exact, or None where there is none.
+
+    >>> read_number("3 + 4 = 7, so\n#### 1,007", strict=True)
+    Fraction(1007, 1)
+    >>> print(read_number("Of the 12, a half or 6.5 are left.", strict=True))
+    None
+    >>> read_number("Of the 12, a half or 6.5 are left.", strict=False)
+    Fraction(13, 2)
+    """
+    text = _plain(text)
+    return _marked(text) if strict else _last(text)
+
+
+def same_number(a: Number | None, b: Number | None) -> bool:
+    """Whether both are numbers and equal, exactly."""
+    return a is not None and type(a) is type(b) and a == b
+
+
+def score_answer(text: str, gold: str) -> Score:
+    """How a completion's strict reading compares with the gold answer: was one found, and is it right.
+
+    >>> score_answer("The answer is 12 apples.", "12")
+    Score(found=True, right=True)
+    """
+    number = read_number(text, strict=True)
+    return Score(number is not None, same_number(number, read_number(gold, strict=False)))
+
+
+def _marked(text: str) -> Number | None:
+    for marker in reversed(list(_MARKER.finditer(text))):
+        end = marker.end()
+        start = _LEAD.match(text, end, end + _REACH).end()
+        start = _SUM.match(text, start, end + _REACH).end()
+        value = _VALUE.match(text, start)
+        if value is None or _NO_ANSWER.match(text, value.end()):
+            continue
+        if marker["hashes"] and _HEADING.match(text, value.end()):
+            continue
+        number = _number(value)
+        if number is not None:
+            return number
+    return None
+
+
+def _last(text: str) -> Number | None:
+    last = None
+    for value in _VALUE.finditer(text):
+        before = text[value.start() - 1] if value.start() else " "
+        inside_a_word = before.isascii() and (before.isalpha() or before == "_")
+        if not inside_a_word or value["sign"]:
+            last = value
+    if last is None:
+        return None
+    before = text[last.start() - 1] if last.start() else " "
+    is_operator = before.isalnum() or before in ")]}%"  # "5-3" ends with a 3, "= -3" and "5 -3" with a minus
+    return _number(last, signed=not is_operator, lenient=True)
+
+
+def _number(value: re.Match[str], signed: bool = True, lenient: bool = False) -> Number | None:
+    # The exact value of a _VALUE match; None for a malformed run such as "1,2,3" (lenient: its last part), or
+    # over 0.
+    sign = "-" if signed and (value["sign"] == "-") != (value["inner_sign"] == "-") else ""
+    whole, top, bottom = (value["whole"], value["top"], value["bottom"])
+    if value["mixed"]:
+        whole, top, bottom = (value["mixed"], value["mixed_top"], value["mixed_bottom"])
+    if top is not None:
+        parts = [_exact(part) for part in (whole or "0", top, bottom)]
+    elif value["over"]:
+        parts = [Fraction(0), _exact(value["run"], value["exponent"]), _exact(value["over"])]
+    else:
+        run = value["run"]
+        if lenient and not _WELL_FORMED.fullmatch(run):
+            run = re.split("[.,]", run)[-1]
+        return _exact(run, value["exponent"], sign)
+    if not all(isinstance(part, Fraction) for part in parts) or parts[2] == 0:
+        return None
+    size = parts[0] + parts[1] / parts[2]
+    return -size if sign else size
+
+
+def _exact(run: str, exponent: str | None = None, sign: str = "") -> Number | None:
+    if not _WELL_FORMED.fullmatch(run):
+        return None
+    whole, _, decimals = run.replace(",", "").partition(".")
+    if len(whole) + len(decimals) > _MAX_DIGITS:  # zeros at either end carry nothing
+        whole, decimals = whole.lstrip("0"), decimals.rstrip("0")
+    text = f"{sign}{whole or '0'}.{decimals or '0'}"
+    if len(whole) + len(decimals) > _MAX_DIGITS:
+        return Decimal(text)
+    return Fraction(f"{text}e{exponent or 0}")
+
+
+def _plain(text: str) -> str:
+    # Digits of all scripts, full-width signs, vulgar fractions and the minus sign as ASCII; LaTeX's spaced
+    # commas too.
+    if not text.isascii():
+        text = re.sub("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))", ",", text)
+        text = text.translate({ord(char): _ascii(char) for char in set(text) if not char.isascii()})
+    return text.replace("{,}", ",").replace("\\,", ",").replace("\\!", "")
+
+
+def _ascii(char: str) -> str:
+    decimal = unicodedata.decimal(char, None)
+    if decimal is not None:
+        return str(decimal)
+    if "\uff01" <= char <= "\uff5e":  # the full-width forms of ! to ~
+        return chr(ord(char) - 0xFEE0)
+    if unicodedata.decomposition(char).startswith("<fraction>"):
+        return " " + unicodedata.normalize("NFKC", char).replace("\u2044", "/")
+    return {"−": "-", "﹣": "-", "٫": ".", "٬": ",", "⁄": "/", "∕": "/"}.get(char, char)
