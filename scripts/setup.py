@@ -167,8 +167,7 @@ def install(root, platform):
     check_disk(shutil.disk_usage(str(root)).free / 1e9, torch, platform)
     if base:
         print("Making .venv with " + " ".join(base), flush=True)
-        make = base + ["-m", "venv", "--clear", str(root / ".venv")]
-        run(make, root, "Python could not make .venv; its words are above")
+        make_environment(base, root)
     if torch is None and is_without_gpu(platform):
         print(cpu_hint(python))
     print("Installing Twig into .venv (once; this takes some minutes)", flush=True)
@@ -179,6 +178,16 @@ def install(root, platform):
         "pip could not install the packages; see above. To try again, run: " + typed("install", platform),
     )
     (root / ".venv" / "twig-installed").write_text(stamp_text(root) + "\n")
+
+
+def make_environment(base, root):
+    """Makes `.venv` with the Python that the command `base` runs; all of it or nothing."""
+    try:
+        make = base + ["-m", "venv", "--clear", str(root / ".venv")]
+        run(make, root, "Python could not make .venv; its words are above")
+    except BaseException:
+        shutil.rmtree(str(root / ".venv"), ignore_errors=True)
+        raise
 
 
 def check_disk(free, torch, platform):

@@ -37,7 +37,7 @@ def clone(tmp_path):
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with a fitting Python, room, and a pip that works; it records the commands that would run."""
-    fake = SimpleNamespace(commands=[], free=100e9, torch=None, failing="nothing fails")
+    fake = SimpleNamespace(commands=[], free=100e9, torch=None, failing="nothing fails", interrupted=False)
 
     def call(command, cwd):
         fake.commands.append(command)
@@ -45,6 +45,8 @@ def machine(monkeypatch):
             python = setup.venv_python(Path(cwd), sys.platform)
             python.parent.mkdir(parents=True)
             python.touch()
+        if fake.failing in command and fake.interrupted:
+            raise KeyboardInterrupt
         return int(fake.failing in command)
 
     monkeypatch.setattr(setup.subprocess, "call", call)
@@ -178,6 +180,21 @@ def test_failed_install_leaves_no_stamp(step, clone, machine):
     machine.failing = step
     assert "could not" in _refusal(setup.install, clone, sys.platform)
     assert not setup.is_installed(clone, sys.platform)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_half_an_environment_is_removed(interrupted, clone, machine):
+    machine.failing, machine.interrupted = "venv", interrupted
+    with pytest.raises(KeyboardInterrupt if interrupted else setup.Missing):
+        setup.install(clone, sys.platform)
+    assert not (clone / ".venv").exists()
+
+
+def test_an_interrupt_says_how_to_go_on(clone, machine, monkeypatch, capsys):
+    monkeypatch.setattr(setup, "ROOT", clone)
+    machine.failing, machine.interrupted = "pip", True
+    assert setup.main(["quickstart"], sys.platform, {}) == 130
+    assert capsys.readouterr().err == f"setup: stopped; to go on, run: {setup.typed('quickstart', sys.platform)}\n"
 
 
 def test_nothing_is_made_where_the_disk_is_full(clone, machine):
