@@ -17,15 +17,15 @@ SOURCE = ROOT / "src" / "twig"
 ORDER = (
     "records wording settings config answers "
     "tasks.base tasks.rewards tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie credit objective pack decoder policy rollout evaluate memory checkpoint runlog diagnose report "
-    "loop compare export __init__ cli __main__"
+    "trie credit objective pack models decoder policy rollout progress evaluate memory checkpoint runlog "
+    "diagnose report loop compare export __init__ display cli __main__"
 ).split()
 
 # These work where torch is not installed.
 WITHOUT_TORCH = (
     "records wording settings config answers "
     "tasks.base tasks.rewards tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie credit pack memory runlog diagnose report cli"
+    "trie credit pack progress memory runlog diagnose report display cli"
 ).split()
 
 HEAVY = ("torch", "transformers", "matplotlib")

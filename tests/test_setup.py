@@ -194,7 +194,8 @@ def test_an_interrupt_says_how_to_go_on(clone, machine, monkeypatch, capsys):
     monkeypatch.setattr(setup, "ROOT", clone)
     machine.failing, machine.interrupted = "pip", True
     assert setup.main(["quickstart"], sys.platform, {}) == 130
-    assert capsys.readouterr().err == f"setup: stopped; to go on, run: {setup.typed('quickstart', sys.platform)}\n"
+    expected = f"setup: stopped; to go on, run: {setup.typed('quickstart', sys.platform)}\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_nothing_is_made_where_the_disk_is_full(clone, machine):
