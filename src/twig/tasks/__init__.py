@@ -70,13 +70,11 @@ def _with_rewards(task: Task, wanted: Any, passed: Any) -> Task:
         functions = task.reward_funcs
     if not functions:
         raise UserError(
-            f"task {task.name} has no reward; write task.reward_file=rewards.py:FUNCTION, or pass reward_funcs"
+            f"task {task.name} has no reward; write task.reward_file=FILE.py:FUNCTION, or pass reward_funcs"
         )
     for function in functions:
         if not callable(function):
-            raise UserError(
-                f"reward_funcs: {function!r} is not a function; pass functions, not names"
-            )
+            raise UserError(f"reward_funcs: {function!r} is not a function; pass functions, not names")
     weights = wanted.reward_weights
     if weights is not None and len(weights) != len(functions):
         names = ", ".join(function_name(function) for function in functions)

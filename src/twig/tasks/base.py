@@ -60,7 +60,7 @@ def fill_template(template: str, fields: Mapping[str, Any]) -> str:
         if name not in fields:
             raise UserError(
                 f"task.prompt_template: {{{name}}} is not a column of the data; write one of "
-                f"{', '.join('{' + field + '}' for field in fields)}, or {{{{{name}}}}} for the braces as text"
+                f"{', '.join('{' + field + '}' for field in fields)}, or {{{{{name}}}}} to keep the braces"
             )
         return str(fields[name])
 

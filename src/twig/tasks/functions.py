@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 class RewardError(UserError):
-    """A reward function failed: one line with name, file and line; `traceback_text` is the whole traceback."""
+    """A reward function failed: one line with name, file and line; `traceback_text` is the whole
+    traceback."""
 
     def __init__(self, line: str, traceback_text: str = "") -> None:
         super().__init__(line)
@@ -70,7 +71,8 @@ def defined_at(function: Callable[..., Any]) -> str:
 
 
 def failure(function: Callable[..., Any], name: str, error: Exception) -> RewardError:
-    """The error to raise for a function's exception; the place is the last line in the function's own file."""
+    """The error to raise for a function's exception; the place is the last line in the function's own
+    file."""
     frames = traceback.extract_tb(error.__traceback__)
     code = _code(function)
     own = [frame for frame in frames if code and frame.filename == code.co_filename]

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from twig.records import Example
+from twig.answers import score_answer
+from twig.records import Example, Score
 from twig.tasks.base import Task
 from twig.tasks.functions import RewardError, check_signature, defined_at, failure, function_names, is_async
 
@@ -41,7 +42,7 @@ class Rewards:
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
-# ---- scoring ------------------------------------------------------------------------------------------------------
+# ---- scoring -----------------------------------------------------------------------------------------------
 
 
 def score_completions(
@@ -133,6 +134,27 @@ def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
     return {name: [example.columns.get(name) for example in examples] for name in names}
 
 
+# ---- the reward of tasks whose answer is a number ----------------------------------------------------------
+
+
+def accuracy(completions: Sequence[Any], answer: Sequence[str], **kwargs: Any) -> list[float]:
+    """1 where a completion's marked answer is the gold number, else 0, also where none is marked.
+
+    >>> accuracy(["5 + 7 = 12\\n#### 12", "It is 12."], ["12", "12"])
+    [1.0, 0.0]
+    """
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(score_answer(text, gold).right) for text, gold in zip(texts, answer, strict=True)]
+
+
+def score_number(text: str, example: Example) -> Score:
+    """How a text answers an example whose column `answer` holds the gold number."""
+    return score_answer(text, example.columns["answer"])
+
+
+# ---- what functions log, and statistics --------------------------------------------------------------------
+
+
 class _Log:
     # Receives what reward functions log during one call of `score`.
     def __init__(self) -> None:
@@ -177,13 +199,13 @@ def _warn_unrewarded(total: np.ndarray, prompts: Sequence[Any], completions: Seq
     if len(missing):
         first = int(missing[0])
         logger.warning(
-            "%d of %d completions got None from every reward function and are left out; the first: prompt %.200r, "
-            "completion %.200r",
+            "%d of %d completions got None from every reward function and are left out; the first: "
+            "prompt %.200r, completion %.200r",
             *(len(missing), len(total), prompts[first], completions[first]),
         )
 
 
-# ---- calling ------------------------------------------------------------------------------------------------------
+# ---- calling -----------------------------------------------------------------------------------------------
 
 
 def _call_all(

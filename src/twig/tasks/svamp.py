@@ -1,0 +1,48 @@
+"""SVAMP: word problems of one step, written so that the words mislead (Patel and others, 2021).
+
+    Body      Marco and his dad went strawberry picking. Marco's dad's strawberries weighed 11 pounds. If
+              together their strawberries weighed 30 pounds.
+    Question  How much did Marco's strawberries weigh?
+    Answer    19.0
+
+From the Hub (`ChilleD/SVAMP`: 700 to train on, 300 to test on) or from files with the same columns
+(`task.path`). Rewards get `question` (body and question) and `answer` (the number as text) besides the row's own
+columns.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+from twig.answers import read_number
+from twig.records import Example, UserError
+from twig.tasks.base import Task
+from twig.tasks.data import Row, read_rows, require_columns
+from twig.tasks.rewards import accuracy, score_number
+
+HUB_NAME = "ChilleD/SVAMP"
+PROMPT = """Solve the problem. Think step by step in a few short sentences.
+Then write the answer on a line of its own: four hash signs and the number, such as #### 5.
+
+Problem: {question}
+Solution:"""
+
+
+def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> Task:
+    """The SVAMP task. Raises UserError where the data cannot be read or lacks a column."""
+    rows = read_rows(settings.task, HUB_NAME, None, train_dataset, eval_dataset)
+    train, evaluation = (_examples(part) for part in rows)
+    return Task("svamp", train, evaluation, (accuracy,), score=score_number, prompt_template=PROMPT)
+
+
+def _examples(rows: list[Row]) -> list[Example]:
+    hint = "write task.path= a file or folder with Body, Question and Answer"
+    require_columns(rows, ("Body", "Question", "Answer"), hint)
+    examples = []
+    for row in rows:
+        gold = read_number(str(row["Answer"]), strict=False)
+        if not isinstance(gold, Fraction):
+            raise UserError(f"svamp: the Answer {row['Answer']!r} is no number; {hint}")
+        question = f"{row['Body'].strip()} {row['Question'].strip()}"
+        answer = str(gold) if gold.denominator == 1 else str(row["Answer"])
+        examples.append(Example(question, {**row, "question": question, "answer": answer}))
+    return examples
