@@ -1,26 +1,24 @@
 """Settings from a shipped recipe, a YAML file or a dict, with `group.key=value` overrides on top.
 
-Every mistake becomes one line: where it was written, the dotted key, the value, the rule and what to write instead.
-Knows the groups of `settings.py` and nothing about what acts on them. `python -m twig.config` writes the reference
-page `docs/settings.md`.
+Every mistake becomes one line: where it was written, the dotted key, the value, the rule, what to write.
+Knows the groups of `settings.py` and nothing about what acts on them. `python -m twig.config` writes the page
+`docs/settings.md`.
 """
 
 import difflib
 import re
 import sys
-import types
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from twig.records import UserError
 from twig.settings import Algorithm, Eval, Frozen, Log, Lora, Model, Rollout, TaskSettings, Train
+from twig.wording import either, explain, fields_of, is_group, kind_of, nearest, rule_of, write
 
 RUN_CONFIG = "config.yaml"
 
@@ -38,37 +36,40 @@ class Settings(Frozen):
     log: Log = Field(default_factory=Log)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], origins: dict[str, str] | None = None) -> Self:
+    def from_dict(cls, values: dict[str, Any], origins: dict[str, str] | None = None) -> "Settings":
         """The settings in a nested dict; what is left out has its default.
 
-        >>> settings = Settings.from_dict({"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}})
-        >>> settings.train.learning_rate
+        >>> s = Settings.from_dict({"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}})
+        >>> s.train.learning_rate
         0.0001
 
-        `origins` says where a dotted key was written ("" for the rest). Raises UserError for the first wrong value.
+        `origins` says where a dotted key was written ("" for the rest). Raises UserError for a wrong value.
         """
         try:
             return cls.model_validate(_plain(values))
         except ValidationError as error:
             raise UserError(_one_line(error, origins or {})) from None
 
+    def with_overrides(self, overrides: list[str]) -> "Settings":
+        """These settings with overrides such as "train.max_steps=100" on top."""
+        return _build(self.model_dump(), "", overrides)
+
     def to_yaml(self) -> str:
         """All settings as YAML text, defaults included; `load` reads it back to equal settings."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=1000)
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
     def flat(self) -> dict[str, Any]:
         """Dotted key to value, in the order of the reference page."""
         return {key: _look_up(self, key) for key, _ in fields_of(Settings)}
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------
 
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in _recipes().iterdir() if entry.name.endswith(".yaml")
-    )
+    names = [entry.name for entry in _recipes().iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def recipe_text(name: str) -> str:
@@ -77,24 +78,18 @@ def recipe_text(name: str) -> str:
 
 
 def load(source: str, overrides: list[str] | None = None) -> Settings:
-    """The settings of a recipe, a YAML file or a run folder, with overrides such as "train.learning_rate=1e-5" on top.
+    """The settings of a recipe, a YAML file or a run folder, with overrides ("train.max_steps=100") on top.
 
     A shipped recipe's name wins over a file of that name. Raises UserError, one line, for anything wrong.
     """
     label, text = _read(source)
     values = parse_yaml(text, label)
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise UserError(
-            f"{label}: holds {_kind(values)}; write groups of settings, such as 'train:' with 'max_steps: 100' below it"
+            f"{label}: {kind_of(values)} is not a mapping of groups; "
+            "write groups of settings, such as 'train:' with 'max_steps: 100' below it"
         )
-    origins = {"": label}
-    for override in overrides or []:
-        key, value = parse_override(override)
-        _put(values, key, value, override)
-        origins[key] = f"override {override}"
-    return Settings.from_dict(values, origins)
+    return _build(values or {}, label, overrides or [])
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -106,311 +101,171 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"override {text}: not group.key=value; write it as train.max_steps=100")
-    if not all(key.split(".")) or "." not in key:
-        near = _nearest(key)
+        raise UserError(f"override {_cut(text)}: not group.key=value; write for example train.max_steps=100")
+    if "." not in key or not all(key.split(".")):
+        instead = f"{key}.{next(iter(_group(key).model_fields))}" if _group(key) else nearest(Settings, key)
         raise UserError(
-            f"override {text}: {key!r} is not group.key; write it as {near or 'train.max_steps'}=..."
+            f"override {_cut(text)}: {key} is not group.key; write {instead or 'train.max_steps'}=..."
         )
-    return key, parse_yaml(value, f"override {text}")
+    return key, parse_yaml(value, f"override {_cut(text)}")
 
 
 def parse_yaml(text: str, label: str) -> Any:
-    """The value of YAML text by safe rules: `1e-5` is a number, only true and false are booleans, no key twice."""
+    """The value of YAML text: `1e-5` is a number, only true and false are booleans, no key twice."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{label} line {mark.line + 1}" if mark and "\n" in text.strip() else label
-        problem = getattr(error, "problem", None) or str(error)
+        where = f"{label}, line {mark.line + 1}" if mark and "\n" in text.strip() else label
+        problem = " ".join((getattr(error, "problem", None) or str(error)).split())
         hint = (
-            ""
+            "remove one"
             if "twice" in problem
-            else "; write KEY: VALUE, with quotes around text that holds special characters"
+            else "write KEY: VALUE, with quotes around text that has : # [ {"
         )
-        raise UserError(f"{where}: not readable as YAML, {' '.join(problem.split())}{hint}") from None
-    except RecursionError:
+        raise UserError(f"{where}: not readable as YAML ({problem}); {hint}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{label}: nested too deeply to be settings; write groups with keys below them"
+            f"{label}: not readable as YAML ({error}); write plain numbers and shallow groups"
         ) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: no dates, no yes/no/on/off, no octal or base 60, and `1e-5` is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.value != "<<":
-                if key_node.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"{key_node.value} is set twice; remove one of the two",
-                        problem_mark=key_node.start_mark,
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+def _build(values: dict[str, Any], label: str, overrides: list[str]) -> Settings:
+    origins = {"": label}
+    for override in overrides:
+        key, value = parse_override(override)
+        origins[key] = f"override {_cut(override)}"
+        _put(values, key, value, origins[key])
+    return Settings.from_dict(values, origins)
 
 
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|false|True|False|TRUE|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", r"<<", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+def _put(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    *groups, last = key.split(".")
+    for depth, name in enumerate(groups):
+        if values.get(name) is None:
+            values[name] = {}
+        values = values[name]
+        if not isinstance(values, dict):
+            above = ".".join(groups[: depth + 1])
+            raise UserError(
+                f"{origin}: {above} is a value, not a group of settings; write {above}=... itself"
+            )
+    values[last] = value
+
+
+def _read(source: str) -> tuple[str, str]:
+    names = recipe_names()
+    if source in names:
+        return f"recipe {source}", recipe_text(source)
+    path = Path(source)
+    instead = f"name a recipe ({either(names)}), a YAML file or a run folder"
+    try:
+        if (path / RUN_CONFIG).is_file():
+            path = path / RUN_CONFIG
+        return str(path), path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not text in UTF-8; {instead}") from None
+    except FileNotFoundError:
+        near = difflib.get_close_matches(source, names, 1)
+        raise UserError(
+            f"{source}: no such recipe or file; {f'did you mean {near[0]}?' if near else instead}"
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{source}: a folder without {RUN_CONFIG}; {instead}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{source}: cannot be read ({reason}); {instead}") from None
 
 
 def _recipes() -> Any:
     return files("twig") / "recipes"
 
 
-def _read(source: str) -> tuple[str, str]:
-    if source in recipe_names():
-        return f"recipe {source}", recipe_text(source)
-    path = Path(source)
-    if path.is_dir() and (path / RUN_CONFIG).is_file():
-        path = path / RUN_CONFIG
-    try:
-        return str(path), path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{path}: not a text file in UTF-8; name a recipe ({_or(recipe_names())}) or a YAML file"
-        ) from None
-    except FileNotFoundError:
-        near = difflib.get_close_matches(source, recipe_names(), 1)
-        hint = f"did you mean {near[0]}?" if near else f"name a recipe ({_or(recipe_names())}) or a YAML file"
-        raise UserError(f"{source}: no such recipe or file; {hint}") from None
-    except IsADirectoryError:
-        raise UserError(
-            f"{source}: a folder without {RUN_CONFIG}; name a recipe, a YAML file or a run folder"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{source}: cannot be read ({reason}); name a recipe or a YAML file") from None
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: no dates, no yes/no/on/off, no octal or base 60, and `1e-5` is a number."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node; raises YAMLError where a key is there twice."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value == "<<" or not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is set twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-def _put(values: dict[str, Any], key: str, value: Any, override: str) -> None:
-    *groups, last = key.split(".")
-    for group in groups:
-        if values.get(group) is None:
-            values[group] = {}
-        if not isinstance(values[group], dict):
-            raise UserError(
-                f"override {override}: {group} holds {_kind(values[group])}, not settings; write a key that exists"
-            )
-        values = values[group]
-    values[last] = value
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that either version of YAML would take for something else, and never writes an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """True: a list that is there twice is written twice."""
+        return True
+
+
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_PLAIN_VALUES = [
+    ("bool", r"true|false|True|False|TRUE|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?[0-9]+", [*"-+0123456789"]),
+    ("float", _FLOAT, [*"-+.0123456789"]),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", ["<"]),
+]
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in _PLAIN_VALUES:
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def _plain(value: Any) -> Any:
     # What Python callers pass naturally: tuples and paths.
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
-# ---- words --------------------------------------------------------------------------------------------------------
-
-
-def fields_of(group: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key and field of every setting below a group."""
-    for name, info in group.model_fields.items():
-        if _is_group(info.annotation):
-            yield from fields_of(info.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, info
-
-
-def rule_of(info: FieldInfo) -> str:
-    """What a setting may be, in words.
-
-    >>> rule_of(dict(fields_of(Settings))["train.learning_rate"])
-    'a number above 0'
-    """
-    return _rule(info.annotation, info.metadata)
-
-
-def _rule(kind: Any, limits: list[Any] | tuple[Any, ...] = ()) -> str:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        inner = [limit for item in kind.__metadata__ for limit in getattr(item, "metadata", [item])]
-        return _rule(arguments[0], [*limits, *inner])
-    if origin in (Union, types.UnionType):
-        return " or ".join(_rule(argument, limits) for argument in arguments)
-    if origin is Literal:
-        return _or([str(argument) for argument in arguments])
-    if origin is list:
-        item = _rule(arguments[0]).removeprefix("a ")
-        bounds = {
-            name: getattr(limit, name)
-            for limit in limits
-            for name in ("min_length", "max_length")
-            if hasattr(limit, name)
-        }
-        if bounds and len(set(bounds.values())) == 1 and len(bounds) == 2:
-            return f"a list of {bounds['min_length']} values, each a {item}"
-        return f"a list [..., ...] of {item}" + (", not empty" if bounds else "")
-    plain = {bool: "true or false", str: "text", dict: "a mapping {name: value}", types.NoneType: "null"}
-    words = {int: "a whole number", float: "a number"}.get(kind)
-    return plain.get(origin or kind, "") if words is None else words + _bounds(limits)
-
-
-def _bounds(limits: list[Any] | tuple[Any, ...]) -> str:
-    bound = {
-        name: getattr(limit, name)
-        for limit in limits
-        for name in ("gt", "ge", "lt", "le")
-        if hasattr(limit, name)
-    }
-    if "ge" in bound and "le" in bound:
-        return f" from {bound['ge']} to {bound['le']}"
-    low = f" above {bound['gt']}" if "gt" in bound else f" of at least {bound['ge']}" if "ge" in bound else ""
-    return low + (f", below {bound['lt']}" if "lt" in bound else "")
+# ---- words -----------------------------------------------------------------------------------------------
 
 
 def _one_line(error: ValidationError, origins: dict[str, str]) -> str:
-    # An unknown key first: a value that is missing or wrong is often its consequence.
-    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-    lines: dict[str, str] = {}
+    # An unknown key comes first: a value that is missing or wrong is often its consequence.
+    faults = sorted(error.errors(), key=lambda fault: fault["type"] not in ("extra_forbidden", "invalid_key"))
+    words_of: dict[str, str] = {}
     for fault in faults:
-        key, words = _fault(fault)
-        lines.setdefault(key, words)
-    key, words = next(iter(lines.items()))
-    origin = next((origins[part] for part in _ends(key) if part in origins), origins.get("", ""))
-    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        key, words = explain(Settings, fault)
+        words_of.setdefault(key, words)
+    key, words = next(iter(words_of.items()))
+    origin = _origin(key, origins)
+    more = f" (and {len(words_of) - 1} more)" if len(words_of) > 1 else ""
     return f"{origin}: {key}: {words}{more}" if origin else f"{key}: {words}{more}"
 
 
-def _fault(fault: Any) -> tuple[str, str]:
-    # Dotted key of a fault and what is wrong there. A location goes past the field, into list items and alternatives.
-    if fault["type"] == "value_error":
-        key, _, words = str(fault["ctx"]["error"]).partition(": ")
-        return key, words
-    group: type[BaseModel] = Settings
-    path: list[str] = []
-    for part in map(str, fault["loc"]):
-        path.append(part)
-        info = group.model_fields.get(part)
-        if info is None or not _is_group(info.annotation):
-            break
-        group = info.annotation
-    else:
-        info = None
-    key = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        return key, f"unknown setting; {_suggest(key, group, '.'.join(path[:-1]))}"
-    if info is None:  # the fault is a whole group: left out, or something else than a mapping
-        required = [f"{key}.{name}" for name, field in group.model_fields.items() if field.is_required()]
-        instead = f"{key}.{next(iter(group.model_fields))}" if not required else required[0]
-        wrong = (
-            "not set"
-            if fault["type"] == "missing"
-            else f"holds {_kind(fault['input'])}, but is a group of settings"
-        )
-        if not path:
-            return "settings", f"{wrong}; pass a dict of groups"
-        return (
-            instead if fault["type"] == "missing" else key
-        ), f"{wrong}; write {instead}={_example(_field(instead))}"
-    if fault["type"] == "missing":
-        return key, f"not set; write {key}={_example(info)}"
-    return key, _wrong_value(key, info, fault["input"])
-
-
-def _wrong_value(key: str, info: FieldInfo, value: Any) -> str:
-    rule = rule_of(info)
-    choices = [
-        str(item)
-        for kind in (info.annotation, *get_args(info.annotation))
-        if get_origin(kind) is Literal
-        for item in get_args(kind)
-    ]
-    near = difflib.get_close_matches(str(value), choices, 1)
-    if near:
-        return f"{_show(value)} is not {rule}; did you mean {near[0]}?"
-    if "text" in rule and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"{_show(value)} is a number, not text; write it in quotes, as {key}=\"'{value}'\""
-    return f"{_show(value)} is not {rule}; write for example {key}={_example(info)}"
-
-
-def _suggest(key: str, group: type[BaseModel], prefix: str) -> str:
-    near = _nearest(key)
-    if near:
-        return f"did you mean {near}?"
-    return f"{prefix or 'the groups'} {'has' if prefix else 'are'} {', '.join(group.model_fields)}"
-
-
-def _nearest(key: str) -> str | None:
-    # The same name in another group, then a similar name in the same group, then a similar one anywhere.
-    known = [name for name, _ in fields_of(Settings)]
-    groups = list(Settings.model_fields)
-    prefix, _, last = key.rpartition(".")
-    for name in known:
-        if name == key or name.rpartition(".")[2] == last:
-            return name
-    if not prefix and (near := difflib.get_close_matches(last, groups, 1, 0.7)):
-        return near[0]
-    here = [name for name in known if name.rpartition(".")[0] == prefix]
-    near = difflib.get_close_matches(key, here, 1, 0.75) or difflib.get_close_matches(key, known, 1, 0.7)
-    by_last = {name.rpartition(".")[2]: name for name in known}
-    return (
-        near[0]
-        if near
-        else next((by_last[n] for n in difflib.get_close_matches(last, by_last, 1, 0.75)), None)
-    )
-
-
-def _example(info: FieldInfo) -> str:
-    default = info.examples[0] if info.examples else info.default
-    if default is PydanticUndefined:
-        default = get_args(info.annotation)[0] if get_origin(info.annotation) is Literal else "..."
-    return _write(default)
-
-
-def _write(value: Any) -> str:
-    # A value as a person writes it in YAML, on one line.
-    if isinstance(value, str):
-        return value.replace("\n", "\\n")
-    if isinstance(value, float):
-        return f"{value:g}"
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-
-
-def _show(value: Any) -> str:
-    text = "null" if value is None else _write(value) if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _kind(value: Any) -> str:
-    return {dict: "a mapping", list: "a list", type(None): "nothing"}.get(type(value), _show(value))
-
-
-def _or(names: list[str]) -> str:
-    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+def _origin(key: str, origins: dict[str, str]) -> str:
+    # The override of this key, else one above it, else one below it, else the file.
+    for name in _ends(key):
+        if name in origins:
+            return origins[name]
+    below = [origin for name, origin in origins.items() if name.startswith(f"{key}.")]
+    return below[-1] if below else origins.get("", "")
 
 
 def _ends(key: str) -> Iterator[str]:
-    # The key, then the groups that hold it: an override of a group's key is the origin of a fault below it.
     while key:
         yield key
         key = key.rpartition(".")[0]
 
 
-def _is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def _group(name: str) -> type[BaseModel] | None:
+    info = Settings.model_fields.get(name)
+    return info.annotation if info else None
 
 
-def _field(key: str) -> FieldInfo:
-    return dict(fields_of(Settings))[key]
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _look_up(value: Any, key: str) -> Any:
@@ -419,7 +274,7 @@ def _look_up(value: Any, key: str) -> Any:
     return value
 
 
-# ---- the reference page -------------------------------------------------------------------------------------------
+# ---- the reference page ----------------------------------------------------------------------------------
 
 
 def settings_reference() -> str:
@@ -427,30 +282,32 @@ def settings_reference() -> str:
     lines = [
         "# Settings",
         "",
-        "<!-- Written by `python -m twig.config > docs/settings.md`; change the descriptions in src/twig/settings.py. -->",
+        "<!-- Written by `python -m twig.config > docs/settings.md` from the descriptions in "
+        "src/twig/settings.py. -->",
         "",
-        "A YAML file has these groups; `group.key=value` on the command line overrides it. An unknown key is refused.",
-        "`twig train RECIPE_OR_FILE --dry-run` prints every setting of a run; its folder keeps them in `config.yaml`.",
+        "A YAML file has these groups; `group.key=value` on the command line overrides it. An unknown key "
+        "is refused.",
+        "`twig train RECIPE_OR_FILE --dry-run` prints every setting of a run; its folder keeps them in "
+        "`config.yaml`.",
+        *_section(Settings, ""),
     ]
-    for name, info in Settings.model_fields.items():
-        group = info.annotation
-        lines += ["", f"## {name}", "", *_paragraph(group), "", *_table(group, name)]
-        for inner, field in group.model_fields.items():
-            if _is_group(field.annotation):
-                lines += ["", f"### {name}.{inner}", "", *_paragraph(field.annotation), ""]
-                lines += _table(field.annotation, f"{name}.{inner}")
     return "\n".join(lines) + "\n"
 
 
-def _paragraph(group: type[BaseModel]) -> list[str]:
-    return [" ".join((group.__doc__ or "").split())]
+def _section(group: type[BaseModel], prefix: str) -> list[str]:
+    rows = [] if not prefix else ["", " ".join((group.__doc__ or "").split()), "", *_table(group, prefix)]
+    for name, info in group.model_fields.items():
+        if is_group(info.annotation):
+            title = f"{prefix}.{name}" if prefix else name
+            rows += ["", f"##{'#' if prefix else ''} {title}", *_section(info.annotation, title)]
+    return rows
 
 
 def _table(group: type[BaseModel], prefix: str) -> list[str]:
     rows = ["| setting | default | may be | meaning |", "|---|---|---|---|"]
     for name, info in group.model_fields.items():
-        if not _is_group(info.annotation):
-            default = "required" if info.is_required() else f"`{_write(info.default)}`"
+        if not is_group(info.annotation):
+            default = "required" if info.is_required() else f"`{write(info.default)}`"
             rows.append(f"| `{prefix}.{name}` | {default} | {rule_of(info)} | {info.description} |")
     return rows
 

@@ -1,11 +1,11 @@
 """The groups of settings: typed, frozen fields, each described once, and the checks between them.
 
-Knows nothing about files, YAML or the command line (`config.py` puts the groups together and reads those), nor about
-what acts on a setting. `docs/settings.md` and the words of most errors are made from the fields below. Names are
-those of TRL and transformers where the meaning is the same.
+Knows nothing about files, YAML or the command line (`config.py` puts the groups together and reads those), nor
+about what acts on a setting. `docs/settings.md` and the words of most errors are made from the fields below. Names
+are those of TRL and transformers where the meaning is the same.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -28,18 +28,21 @@ class Model(Frozen):
     """The language model that is trained, and how it is held."""
 
     name: Text = Field(
-        description="`tiny-arithmetic` (the embedded model), a Hugging Face Hub id, or the path of a local model.",
+        description="`tiny-arithmetic` (the embedded model), a Hugging Face Hub id, or the path of a "
+        "local model.",
         examples=["tiny-arithmetic"],
     )
     revision: Text | None = Field(None, description="Branch, tag or commit on the Hub.", examples=["main"])
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto",
-        description="Number type of the base model. `auto`: float32 on a CPU; on a GPU bfloat16 where it has it, "
+        description="Number type of the base model. `auto`: float32 on a CPU; on a GPU bfloat16 where it "
+        "has it, "
         "else float16. Adapter, log-probabilities and loss are float32 (or wider) whatever is set here.",
     )
     device: Text = Field(
         "auto",
-        description="`auto` takes a GPU if there is one; else as torch writes it: `cpu`, `cuda`, `cuda:1`, `mps`.",
+        description="`auto` takes a GPU if there is one; else as torch writes it: `cpu`, `cuda`, "
+        "`cuda:1`, `mps`.",
     )
     adapter: Text | None = Field(
         None, description="Path of a PEFT adapter to continue from.", examples=["runs/quickstart/adapter"]
@@ -49,7 +52,8 @@ class Model(Frozen):
     )
     engine: Literal["trie", "plain"] = Field(
         "trie",
-        description="`trie` runs each shared prefix once and reuses the frozen lower layers. `plain` is the ordinary "
+        description="`trie` runs each shared prefix once and reuses the frozen lower layers. `plain` is "
+        "the ordinary "
         "batched forward: slower, the same gradient, for families that the trie engine refuses.",
     )
     trust_remote_code: bool = Field(
@@ -61,13 +65,14 @@ class Lora(Frozen):
     """The adapter: the only weights that change."""
 
     r: int = Field(16, ge=1, description="Rank of the adapter matrices.")
-    alpha: float = Field(32, gt=0, description="Scale of the adapter: its output is multiplied by alpha / r.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the adapter: its output is multiplied by alpha / r.")
     target_modules: list[Text] = Field(
         ["q_proj", "v_proj"], min_length=1, description="Names of the linear modules that get an adapter."
     )
     layers: Literal["last_third", "all"] | Annotated[list[Index], Field(min_length=1)] = Field(
         "last_third",
-        description="Layers that get an adapter, counted from 0. The layers below the lowest one never change, so "
+        description="Layers that get an adapter, counted from 0. The layers below the lowest one never "
+        "change, so "
         "they run once a token: fewer layers cost less time and memory.",
         examples=["last_third", [22, 23]],
     )
@@ -77,11 +82,13 @@ class TaskSettings(Frozen):
     """The problems, how the model is asked, and how an answer is rewarded."""
 
     name: Literal["multiplication", "svamp", "gsm8k", "custom"] = Field(
-        description="The task. `custom` is your own data (`task.path`) with your own reward (`task.reward_file`)."
+        description="The task. `custom` is your own data (`task.path`) with your own reward "
+        "(`task.reward_file`)."
     )
     path: Text | None = Field(
         None,
-        description="Data to read in place of the task's own: a JSON, JSONL or Parquet file, a folder of them, or "
+        description="Data to read in place of the task's own: a JSON, JSONL or Parquet file, a folder of "
+        "them, or "
         "(`custom`) a data set on the Hub.",
         examples=["data/train.jsonl"],
     )
@@ -123,7 +130,8 @@ class TaskSettings(Frozen):
     )
     reward_file: str | None = Field(
         None,
-        description="Python file and the reward functions in it; each has TRL's signature. null: the task's own reward.",
+        description="Python file and the reward functions in it; each has TRL's signature. null: the "
+        "task's own reward.",
         examples=["rewards.py:exact,short"],
     )
     reward_weights: list[float] | None = Field(
@@ -134,7 +142,8 @@ class TaskSettings(Frozen):
     )
     correct_at: float = Field(
         1.0,
-        description="A completion counts as right when its weighted reward reaches this. Used only where the task "
+        description="A completion counts as right when its weighted reward reaches this. Used only where "
+        "the task "
         "cannot tell by itself (`custom`).",
     )
 
@@ -196,7 +205,8 @@ class Algorithm(Frozen):
     )
     scale_rewards: Literal["group", "none"] = Field(
         "group",
-        description="`group` divides an advantage by the standard deviation of its group. Used by `grpo`, `s-grpo`.",
+        description="`group` divides an advantage by the standard deviation of its group. Used by `grpo`, "
+        "`s-grpo`.",
     )
     beta: float = Field(
         0.0, ge=0, description="Weight of the KL term to the base model. Used by `grpo`, `s-grpo`."
@@ -206,7 +216,7 @@ class Algorithm(Frozen):
         description="Multiply the KL term by the probability ratio, as TRL does. Used where beta is above 0.",
     )
     epsilon: float = Field(
-        0.2, ge=0, description="The ratio is clipped below at 1 - epsilon (`num_iterations` > 1)."
+        0.2, ge=0, le=1, description="The ratio is clipped below at 1 - epsilon (`num_iterations` > 1)."
     )
     epsilon_high: float | None = Field(
         None,
@@ -239,11 +249,13 @@ class Algorithm(Frozen):
     )
     unbiased: bool = Field(
         False,
-        description="Draw the later tokens so that the expected gradient is that of `grpo`. Used by `s-grpo` only.",
+        description="Draw the later tokens so that the expected gradient is that of `grpo`. Used by "
+        "`s-grpo` only.",
     )
     normalise: Literal["unique", "branches"] = Field(
         "unique",
-        description="Divide by all unique nodes of a group, or by those with credit only. Used by `t-spmo` only.",
+        description="Divide by all unique nodes of a group, or by those with credit only. Used by "
+        "`t-spmo` only.",
     )
     l2: float = Field(
         0.0,
@@ -253,13 +265,13 @@ class Algorithm(Frozen):
     replay: Replay = Field(default_factory=Replay, description="Groups restarted from inside a completion.")
 
     @model_validator(mode="after")
-    def _one_algorithm(self) -> Self:
+    def _one_algorithm(self) -> "Algorithm":
         if self.name == "s-grpo":
             for key, value in S_GRPO_DEFAULTS.items():
                 _resolve(self, key, value)
             if self.unbiased and self.k <= self.alpha:
                 raise UserError(
-                    f"algorithm.k: {self.k} is not above algorithm.alpha={self.alpha}, which algorithm.unbiased needs; "
+                    f"algorithm.k: {self.k} is not above algorithm.alpha={self.alpha}, as algorithm.unbiased needs; "
                     f"write algorithm.k={self.alpha + 50} or a smaller algorithm.alpha"
                 )
         else:
@@ -275,17 +287,14 @@ class Algorithm(Frozen):
             self._refuse(self.normalise != "unique", "normalise", "t-spmo", "unique")
             self._refuse(self.l2 > 0, "l2", "t-spmo", "0 (and algorithm.beta to stay near the base)")
             self._refuse(self.replay.probability > 0, "replay.probability", "t-spmo", "0")
-        if self.epsilon > 1:
-            raise UserError(
-                f"algorithm.epsilon: {self.epsilon} is above 1; write a number from 0 to 1, such as 0.2"
-            )
         _resolve(self, "epsilon_high", self.epsilon)
         return self
 
     def _refuse(self, wrong: bool, key: str, users: str, instead: str) -> None:
         if wrong:
             raise UserError(
-                f"algorithm.{key}: not used by algorithm.name={self.name}, only by {users}; write algorithm.{key}={instead}"
+                f"algorithm.{key}: not used by algorithm.name={self.name}, only by {users}; "
+                f"write algorithm.{key}={instead}"
             )
 
 
@@ -318,7 +327,7 @@ class Train(Frozen):
         2, ge=1, description="Checkpoints kept; the oldest go first. null: all."
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="Seed of the order of the data, the sampling and the adapter."
+        0, ge=0, lt=2**32, description="Seed of the order of the data, the sampling and the adapter."
     )
     pack_size: int = Field(
         4096,
@@ -330,7 +339,7 @@ class Train(Frozen):
     )
 
     @model_validator(mode="after")
-    def _warmup_has_effect(self) -> Self:
+    def _warmup_has_effect(self) -> "Train":
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             raise UserError(
                 "train.warmup_steps: train.lr_scheduler_type=constant has no warm-up; "
