@@ -153,6 +153,10 @@ def text_of(ids):
     return " ".join(map(str, ids))
 
 
+def texts_of(rows):
+    return [text_of(ids) for ids in rows]
+
+
 def requests_of(seed=0, num=5, limits=(9, 12, 7)):
     rng = np.random.default_rng(seed)
     return [
@@ -166,7 +170,7 @@ def test_sampling_equals_a_step_by_step_loop(family, attention):
     policy = tiny.build_policy(family, attention, temperature=1.3, suppress_tokens=[0, 4])
     requests = requests_of()
     end_ids = list(range(5, 9))  # several end tokens, so that rows end at many steps
-    drawn = sample(policy, requests, end_ids=end_ids, decode=text_of, seed=3, step=2)
+    drawn = sample(policy, requests, end_ids=end_ids, decode=texts_of, seed=3, step=2)
     lengths = set()
     for request, completions in zip(requests, drawn.completions, strict=True):
         assert len(completions) == request.num
@@ -192,7 +196,7 @@ def test_sampling_does_not_depend_on_waves_prompt_order_compaction_or_engine(mon
     policy, requests, end_ids = tiny.build_policy(), requests_of(), [5, 6, 7]
 
     def draw(policy=policy, requests=requests, **kwargs):
-        return sample(policy, requests, end_ids=end_ids, decode=text_of, seed=1, step=4, **kwargs).completions
+        return sample(policy, requests, end_ids=end_ids, decode=texts_of, seed=1, step=4, **kwargs).completions
 
     whole = draw()
     assert len({tuple(c.ids) for group in whole for c in group}) > 10
@@ -207,7 +211,7 @@ def test_sampling_does_not_depend_on_waves_prompt_order_compaction_or_engine(mon
 
 def test_greedy_sampling_takes_the_most_probable_token():
     policy, requests = tiny.build_policy("gemma3"), requests_of(num=1)
-    drawn = sample(policy, requests, end_ids=[5], decode=text_of, greedy=True, record=False)
+    drawn = sample(policy, requests, end_ids=[5], decode=texts_of, greedy=True, record=False)
     for request, (completion,) in zip(requests, drawn.completions, strict=True):
         assert completion.ids.tolist() == oracles.sample_one(policy, request.prompt_ids, request.max_tokens, [5])[0]
 
@@ -216,7 +220,7 @@ def test_greedy_sampling_takes_the_most_probable_token():
 @pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
 def test_recorded_boundary_gives_the_gradient_of_a_fresh_trunk_and_the_sampled_logps(family, attention, wave_size):
     policy = tiny.build_policy(family, attention, layers=[2, 3])
-    drawn = sample(policy, requests_of(), end_ids=[5, 6, 7], decode=text_of, seed=5, wave_size=wave_size)
+    drawn = sample(policy, requests_of(), end_ids=[5, 6, 7], decode=texts_of, seed=5, wave_size=wave_size)
     rng = np.random.default_rng(0)
     groups = [
         Group(tiny.make_group([1], [[1]], [0]).example, i, r.prompt_ids, c, rng.random(len(c)), 0, cells)

@@ -179,8 +179,7 @@ def _table(
 
 def _node_cells(group: Group, trie: PrefixTrie, nodes: np.ndarray) -> np.ndarray:
     """Boundary rows of trie nodes: those of a completion that goes on after the node, so they were recorded."""
-    first = np.cumsum(trie.lengths) - trie.lengths
-    return np.concatenate([c.cells for c in group.completions])[first[trie.owner[nodes]] + trie.depth[nodes] - 1]
+    return np.concatenate([c.cells for c in group.completions])[trie.position(nodes)]
 
 
 def _targets(segment: _Segment, trie: PrefixTrie, credit: Credit, first_row: int) -> tuple[np.ndarray, ...]:

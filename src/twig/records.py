@@ -3,7 +3,7 @@
 Plain data, numpy only. Nothing here knows of models, tasks or algorithms.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,13 @@ class Group:
     def __post_init__(self) -> None:
         assert len(self.prompt_ids) > 0, "a prompt has at least one token"
         assert len(self.completions) == len(self.rewards), "one reward per completion"
+
+    def where(self, keep: np.ndarray) -> "Group":
+        """The group with only the completions for which `keep` is True."""
+        if keep.all():
+            return self
+        completions = [c for c, wanted in zip(self.completions, keep, strict=True) if wanted]
+        return replace(self, completions=completions, rewards=self.rewards[keep])
 
     @property
     def num_tokens(self) -> int:

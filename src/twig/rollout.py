@@ -26,13 +26,21 @@ _COMPACT_BELOW = 0.75  # copy the cache once fewer than this share of its rows a
 
 @dataclass(frozen=True)
 class Request:
-    """Completions wanted for one prompt: `num` of them, each of at most `max_tokens` tokens. `slot` is the prompt's
-    place in the step; it names the noise."""
+    """Completions wanted for one prompt: `num` of them, each of at most `max_tokens` tokens.
+
+    `slot` is the prompt's place in the step; it names the noise. The last `prefix_length` ids of the prompt are the
+    kept part of an earlier completion: they belong to the completion's text.
+    """
 
     prompt_ids: np.ndarray
     num: int
     max_tokens: int
     slot: int
+    prefix_length: int = 0
+
+    @property
+    def prefix(self) -> np.ndarray:
+        return self.prompt_ids[len(self.prompt_ids) - self.prefix_length :]
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ def sample(
     requests: Sequence[Request],
     *,
     end_ids: Sequence[int],
-    decode: Callable[[np.ndarray], str],
+    decode: Callable[[list[np.ndarray]], list[str]],
     seed: int = 0,
     step: int = 0,
     wave_size: int = 128,
@@ -74,8 +82,8 @@ def sample(
 ) -> Sampled:
     """Samples all requests, `wave_size` completions at a time. `record` keeps the boundary for the update.
 
-    A completion ends with the first of `end_ids`, which is part of it, or at its length limit. `decode` turns its
-    ids into text. With `greedy`, the most probable token is taken and no noise is used. `on_tokens` hears of
+    A completion ends with the first of `end_ids`, which is part of it, or at its length limit. `decode` turns
+    lists of ids into texts. With `greedy`, the most probable token is taken and no noise is used. `on_tokens` hears of
     progress: the tokens sampled since the last call.
     """
     rows = [(r, c) for r, request in enumerate(requests) for c in range(request.num)]
@@ -92,8 +100,10 @@ def sample(
         prompt_of = np.array([used.index(r) for r, _ in wave])
         drawn = draw(policy, [requests[r].prompt_ids for r in used], prompt_of, limits, noise, end_ids, record, on_tokens)
         offset = sum(len(t) for t in tables)
+        ids = [drawn.ids[row, :length] for row, length in enumerate(drawn.lengths)]
+        texts = decode([np.concatenate([requests[r].prefix, i]) for (r, _), i in zip(wave, ids, strict=True)])
         for row, (r, _) in enumerate(wave):
-            completions[r].append(drawn.completion(row, decode, offset if record else None))
+            completions[r].append(drawn.completion(row, texts[row], offset if record else None))
         if record:
             tables.append(drawn.boundary)
             for i, r in enumerate(used):
@@ -119,21 +129,14 @@ class _Drawn:
     num_prompts: int
     boundary: Tensor | None
 
-    def completion(self, row: int, decode: Callable[[np.ndarray], str], offset: int | None) -> Completion:
+    def completion(self, row: int, text: str, offset: int | None) -> Completion:
         length = int(self.lengths[row])
         cells = np.empty(0, np.int64)
         if offset is not None:
             first = offset + self.num_prompts * self.prompt_width + row * self.ids.shape[1]
             cells = np.arange(first, first + length)
-        ids = self.ids[row, :length].copy()
-        return Completion(
-            ids,
-            self.logps[row, :length].copy(),
-            self.entropies[row, :length].copy(),
-            bool(self.finished[row]),
-            decode(ids),
-            cells,
-        )
+        ids, logps, entropies = (x[row, :length].copy() for x in (self.ids, self.logps, self.entropies))
+        return Completion(ids, logps, entropies, bool(self.finished[row]), text, cells)
 
 
 class _Recorder:

@@ -112,6 +112,11 @@ class PrefixTrie:
             low[nodes], high[nodes] = np.minimum(low[nodes], reward), np.maximum(high[nodes], reward)
         return np.where(low == high, low, self.reward_sum / self.count)
 
+    def position(self, nodes: np.ndarray) -> np.ndarray:
+        """Where the tokens of `nodes` (not the root) are in the owners' completions laid end to end."""
+        first = np.cumsum(self.lengths) - self.lengths
+        return first[self.owner[nodes]] + self.depth[nodes] - 1
+
 
 def _inherit(ids: np.ndarray, shared: np.ndarray) -> np.ndarray:
     """`ids` with each row's first `shared` columns taken from the row before (already filled in)."""

@@ -1,0 +1,322 @@
+"""A whole run: load, evaluate, train, save, evaluate again.
+
+Everything that is decided once per run is here; what happens in a step is in `trainer.py`. Ctrl-C, SIGTERM and
+crashes leave a run folder that `resume=True` goes on from.
+"""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from twig import checkpoint
+from twig.config import Settings, load
+from twig.evaluate import Evaluation, evaluate
+from twig.memory import PeakMemory
+from twig.models import end_ids, load_model, suppressed_ids
+from twig.policy import Policy, attach
+from twig.progress import Progress
+from twig.records import UserError
+from twig.runlog import RunLog
+from twig.tasks import Task, load_task
+from twig.tasks.rewards import RewardError
+from twig.trainer import Batch, Trainer
+
+SCHEMA_VERSION = 1
+CHECKPOINTS = "checkpoints"
+# Settings that may differ between a run and its continuation: they change what is shown and saved, not what is learned.
+_HARMLESS = ("train.max_steps", "train.save_steps", "train.save_total_limit", "eval.", "log.")
+
+
+@dataclass
+class Run:
+    """A finished or stopped run: its folder, the trained model (PEFT, on its base), tokenizer and summary.json."""
+
+    folder: Path
+    model: PeftModel
+    tokenizer: Any
+    summary: dict[str, Any]
+
+
+def train(
+    settings: Settings | dict[str, Any] | str,
+    model: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    reward_funcs: Callable | Sequence[Callable] | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Trains by `settings` (a recipe's name, a dict of groups, or Settings) and returns the run.
+
+    `model` and `tokenizer` take the place of `model.name`'s; reward functions (TRL's signature) and data sets take the
+    place of the task's. The run folder is `output`, by default a new one below runs/. `resume` goes on from the newest
+    valid checkpoint in `output`; a finished run is returned as it is. Raises UserError for what can be fixed.
+    """
+    settings = _settings(settings)
+    progress = progress or Progress()
+    log, start = _open(settings, output, resume)
+    session = None
+    try:
+        with PeakMemory() as memory:
+            session = _Session(settings, log, progress, memory)
+            session.prepare(model, tokenizer, reward_funcs, train_dataset, eval_dataset)
+            return session.run(start)
+    except Exception as error:
+        if isinstance(error, RewardError) and error.traceback_text:
+            path = log.save_traceback(error.traceback_text)
+            raise UserError(f"{error} (traceback: {path})") from error
+        raise
+
+
+def _settings(given: Settings | dict[str, Any] | str) -> Settings:
+    if isinstance(given, Settings):
+        return given
+    return load(given) if isinstance(given, str) else Settings.from_dict(given)
+
+
+def _open(settings: Settings, output: str | Path | None, resume: bool) -> tuple[RunLog, Path | None]:
+    """The run's log, and the checkpoint to go on from (None: from the beginning)."""
+    if not resume:
+        return RunLog.create(output, settings), None
+    if output is None:
+        raise UserError("--resume: which run? write --output runs/NAME, the folder of the run to go on with")
+    log = RunLog.open(output)
+    _refuse_changes(log.settings, settings)
+    found, skipped = checkpoint.newest_valid(log.folder / CHECKPOINTS)
+    for path in skipped:
+        log.warn(f"{path} is damaged; the one before it is used")
+    return log, found
+
+
+def _refuse_changes(before: Settings, now: Settings) -> None:
+    old, new = before.flat(), now.flat()
+    changed = [k for k in new if new[k] != old[k] and not k.startswith(_HARMLESS)]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{key}: {new[key]!r} here, but the run began with {old[key]!r}; write {key}={old[key]} or another --output"
+        )
+
+
+class _Session:
+    """One process's work on a run: its parts, and where it stands."""
+
+    def __init__(self, settings: Settings, log: RunLog, progress: Progress, memory: PeakMemory) -> None:
+        self.settings, self.log, self.progress, self.memory = settings, log, progress, memory
+        self.step = 0
+        self.totals = {"tokens_sampled": 0, "tokens_selected": 0, "nodes_run": 0, "seconds": 0.0}
+        self.before: dict[str, Any] | None = None
+        self.after: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
+
+    def prepare(self, model: Any, tokenizer: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any) -> None:
+        """Loads everything that can fail before anything is computed."""
+        settings = self.settings
+        self.progress.phase("loading")
+        self.task: Task = load_task(settings, train_dataset, eval_dataset, reward_funcs)
+        if model is None:
+            model, own_tokenizer = load_model(settings.model)
+            tokenizer = tokenizer or own_tokenizer
+        elif tokenizer is None:
+            raise UserError("tokenizer: a model was passed without its tokenizer; pass tokenizer=")
+        self.tokenizer = tokenizer
+        lora = settings.lora
+        peft_model = attach(
+            model,
+            r=lora.r,
+            alpha=lora.alpha,
+            target_modules=lora.target_modules,
+            layers=lora.layers,
+            seed=settings.train.seed,
+            adapter=settings.model.adapter,
+        )
+        for config in peft_model.peft_config.values():
+            config.base_model_name_or_path = settings.model.name
+        self.end_ids = end_ids(model, tokenizer)
+        vocab = model.get_output_embeddings().weight.shape[0]
+        self.policy = Policy(
+            peft_model,
+            temperature=settings.rollout.temperature,
+            suppress_tokens=suppressed_ids(model, settings.rollout.suppress_tokens, vocab),
+            plain=settings.model.engine == "plain",
+            head_rows=settings.train.head_chunk,
+        )
+        self.trainer = Trainer(settings, self.policy, tokenizer, self.task, self.end_ids, self.progress)
+        self.log.save_environment(device=str(self.policy.device), dtype=str(model.dtype))
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    def run(self, start: Path | None) -> Run:
+        if start is not None:
+            self._restore(start)
+        self.log.rewind(self.step)
+        total = self.trainer.total_steps
+        finished = self.log.summary()
+        if start is not None and finished and finished["status"] == "finished" and self.step >= total:
+            self.progress.done(finished)
+            return Run(self.log.folder, self.policy.peft_model, self.tokenizer, finished)
+        if self.before is None and self.settings.eval.before:
+            self.before = self._evaluate("before").as_dict()
+        with _interrupts() as stop:
+            while self.step < total and not stop.asked:
+                self._step(total)
+                every = self.settings.train.save_steps
+                if stop.asked or self.step == total or (every and self.step % every == 0):
+                    self._save()
+        if self.step < total:
+            return self._finish("stopped")
+        self.after = self._evaluate("after").as_dict()
+        self._save()
+        return self._finish("finished")
+
+    def _step(self, total: int) -> None:
+        began = time.perf_counter()
+        batch, metrics = self.trainer.step(self.step + 1)
+        self.step += 1
+        seconds = time.perf_counter() - began
+        self.totals["seconds"] += seconds
+        for key, name in (("tokens_sampled", "sampled"), ("tokens_selected", "selected"), ("nodes_run", "nodes_run")):
+            self.totals[key] += metrics[f"tokens/{name}"]
+        metrics |= {"time/step": seconds, "memory/peak_bytes": self.memory.peak()}
+        self.log.log(self.step, metrics)
+        self.progress.step(self.step, total, metrics)
+        every = self.settings.log.completions_steps
+        if every and (self.step == 1 or self.step % every == 0):
+            self.log.save_completions(self.step, _completion_rows(batch, self.tokenizer))
+        every = self.settings.eval.steps
+        if every and self.step % every == 0 and self.step < total:
+            result = self._evaluate(f"step {self.step}")
+            self.log.log(self.step, {"eval/accuracy": result.value, "eval/found": result.found})
+
+    def _evaluate(self, when: str) -> Evaluation:
+        settings = self.settings
+        if not self.task.eval:
+            raise UserError(f"task {self.task.name}: nothing to evaluate on; write task.eval_split or eval.before=false")
+        result, _ = evaluate(
+            self.policy,
+            self.tokenizer,
+            self.task,
+            settings.task,
+            end_ids=self.end_ids,
+            max_completion_length=settings.rollout.max_completion_length,
+            limit=settings.eval.limit,
+            batch_size=settings.eval.batch_size,
+            progress=self.progress,
+        )
+        self.progress.evaluation(when, result.as_dict())
+        if when != "before" and (self.best is None or result.value > self.best["value"]):
+            self.best = result.as_dict() | {"step": self.step}
+            self._save_adapter("adapter-best")
+        return result
+
+    def _finish(self, status: str) -> Run:
+        if status == "finished":
+            self._save_adapter("adapter")
+        summary = {
+            "schema_version": SCHEMA_VERSION,
+            "status": status,
+            "algorithm": self.settings.algorithm.name,
+            "task": self.settings.task.name,
+            "steps": self.step,
+            "accuracy_before": self.before,
+            "accuracy_after": self.after,
+            "accuracy_best": self.best,
+            **{k: self.totals[k] for k in ("tokens_sampled", "tokens_selected", "nodes_run")},
+            "peak_memory_bytes": self.memory.peak(),
+            "predicted_peak_bytes": None,
+            "seconds": self.totals["seconds"],
+        }
+        self.log.save_summary(summary)
+        self.progress.done(summary)
+        return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
+
+    # ---- saving --------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        tensors, state = self.trainer.state()
+        state |= {"step": self.step, "totals": self.totals, "before": self.before, "after": self.after, "best": self.best}
+        keep = self.settings.train.save_total_limit
+        checkpoint.save(self.log.folder / CHECKPOINTS, self.step, tensors, state, keep)
+
+    def _restore(self, path: Path) -> None:
+        tensors, state = checkpoint.load(path)
+        self.trainer.restore(tensors, state)
+        self.step, self.totals = state["step"], state["totals"]
+        self.before, self.after, self.best = state["before"], state["after"], state["best"]
+        self.progress.message(f"going on from step {self.step} ({path})")
+
+    def _save_adapter(self, name: str) -> None:
+        self.policy.peft_model.save_pretrained(self.log.folder / name, save_embedding_layers=False)
+
+
+@dataclass
+class _Stop:
+    asked: bool = False
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Stop]:
+    """Inside, the first SIGINT or SIGTERM asks to stop after the step; the second one stops at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _completion_rows(batch: Batch, tokenizer: Any) -> list[dict[str, Any]]:
+    """The step's completions as rows of the completions file, with the weight that each token's node got."""
+    weights = {id(c): w for g, t, k in zip(batch.rewarded, batch.tries, batch.credits, strict=True)
+               for c, w in zip(g.completions, [(k.plus + k.minus)[p] for p in t.paths], strict=True)}  # fmt: skip
+    rows, n = [], 0
+    for group in batch.groups:
+        prompt = tokenizer.decode(group.prompt_ids)
+        for number, completion in enumerate(group.completions):
+            reward = float(group.rewards[number])
+            rows.append(
+                {
+                    "prompt_index": group.prompt_index,
+                    "completion_index": number,
+                    "prompt": prompt,
+                    "completion": completion.text,
+                    "prefix_length": group.prefix_length,
+                    "token_ids": completion.ids.tolist(),
+                    "logps": completion.logps.tolist(),
+                    "entropies": completion.entropies.tolist(),
+                    "weights": weights.get(id(completion), np.zeros(len(completion))).tolist(),
+                    "finished": completion.finished,
+                    "reward": None if np.isnan(reward) else reward,
+                    "rewards": json.dumps({k: _number(v[n]) for k, v in batch.rewards.per_function.items()}),
+                    "right": bool(batch.right[n]),
+                }
+            )
+            n += 1
+    return rows
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,325 @@
+"""One training step: prompts, completions, rewards, tries, credit, packs, gradient, optimizer.
+
+Data flows down this file once per step. What lives from step to step is the adapter, the optimizer, the position in
+the data and the queue of restarts. Knows nothing of files, checkpoints or displays.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerState, get_scheduler
+
+from twig.config import Settings
+from twig.credit import Credit, assign
+from twig.objective import Surrogate, k3, shrink
+from twig.pack import Pack, build_packs
+from twig.policy import Policy
+from twig.progress import Progress
+from twig.records import Group, UserError
+from twig.replay import Restart, choose_restart
+from twig.rollout import CREDIT, DATA, REPLAY, Request, generator, sample
+from twig.tasks.base import Task, encode_prompt
+from twig.tasks.rewards import Rewards, judge, score_completions
+from twig.trie import PrefixTrie
+
+
+@dataclass
+class Batch:
+    """What one step sampled. `tries`, `credits` and `rewarded` have one entry per group with any reward: completions
+    to which every reward function answered None are in `groups` and not in those."""
+
+    groups: list[Group]
+    boundary: Tensor | None
+    rewards: Rewards
+    found: np.ndarray | None
+    right: np.ndarray
+    rewarded: list[Group] = field(default_factory=list)
+    tries: list[PrefixTrie] = field(default_factory=list)
+    credits: list[Credit] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains `policy` on `task` step by step; `seconds` of each phase of the last step are in its metrics."""
+
+    def __init__(
+        self, settings: Settings, policy: Policy, tokenizer: Any, task: Task, end_ids: list[int], progress: Progress
+    ) -> None:
+        if not task.train:
+            raise UserError(f"task {task.name}: there is nothing to train on; write task.path=FILE or another split")
+        self.settings, self.policy, self.tokenizer, self.task = settings, policy, tokenizer, task
+        self.end_ids, self.progress = end_ids, progress
+        train = settings.train
+        self.num_prompts = settings.rollout.prompts_per_step
+        self.total_steps = train.max_steps or math.ceil(train.num_train_epochs * len(task.train) / self.num_prompts)
+        self.parameters = list(policy.parameters.values())
+        self.optimizer = _optimizer(settings, self.parameters)
+        self.rate_at = _schedule(settings, self.optimizer, self.total_steps)
+        self.drawn_prompts = 0  # position in the data: prompts taken so far
+        self.restarts: list[Restart] = []
+        self.seconds: dict[str, float] = {}
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> tuple[Batch, dict[str, Any]]:
+        """Samples and updates; returns what was sampled and the step's metrics. `step` counts from 1."""
+        self.seconds = {}
+        batch = self.sample(step)
+        with self._timed("credit"):
+            self.assign_credit(batch, step)
+        with self._timed("update"):
+            updated = self.update(batch, self.rate_at(step))
+        self._queue_restarts(batch, step)
+        return batch, {**self._measure(batch), **updated, **{f"time/{k}": v for k, v in self.seconds.items()}}
+
+    def sample(self, step: int) -> Batch:
+        """The groups of a step, with rewards: restarts that wait come first, the rest are the next prompts."""
+        rollout = self.settings.rollout
+        indices, requests = [], []
+        for slot, restart in enumerate(self._next_prompts()):
+            prompt = self._prompt_ids(restart.prompt_index)
+            left = rollout.max_completion_length - len(restart.prefix)
+            ids = np.concatenate([prompt, np.array(restart.prefix, np.int64)])
+            requests.append(Request(ids, rollout.num_generations, left, slot, len(restart.prefix)))
+            indices.append(restart.prompt_index)
+        self.progress.phase("sampling", len(requests) * rollout.num_generations)
+        with self._timed("sample"):
+            drawn = sample(
+                self.policy,
+                requests,
+                end_ids=self.end_ids,
+                decode=self._decode,
+                seed=self.settings.train.seed,
+                step=step,
+                wave_size=rollout.wave_size,
+            )
+        flat = [c for completions in drawn.completions for c in completions]
+        examples = [self.task.train[i] for i in indices for _ in range(rollout.num_generations)]
+        with self._timed("reward"):
+            texts = [c.text for c in flat]
+            ids = [
+                np.concatenate([request.prefix, c.ids])
+                for request, completions in zip(requests, drawn.completions, strict=True)
+                for c in completions
+            ]
+            state = TrainerState(global_step=step - 1, max_steps=self.total_steps)
+            rewards = score_completions(self.task, examples, texts, ids, state)
+            found, right = judge(self.task, examples, texts, rewards.total)
+        totals = rewards.total.reshape(len(requests), -1)
+        groups = [
+            Group(self.task.train[i], i, r.prompt_ids, completions, total, r.prefix_length, cells)
+            for i, r, completions, total, cells in zip(
+                indices, requests, drawn.completions, totals, drawn.prompt_cells, strict=True
+            )
+        ]
+        return Batch(groups, drawn.boundary, rewards, found, right)
+
+    def assign_credit(self, batch: Batch, step: int) -> None:
+        """Fills in the batch's tries and credits, one per group that has any reward."""
+        options = self.settings.algorithm
+        for slot, group in enumerate(batch.groups):
+            group = group.where(~np.isnan(group.rewards))
+            if not group.completions:
+                continue
+            trie = PrefixTrie.build([c.ids for c in group.completions], group.rewards)
+            trained = np.ones(len(group.completions), bool)
+            if options.mask_truncated_completions:
+                trained = np.array([c.finished for c in group.completions])
+            rng = generator(self.settings.train.seed, CREDIT, slot, step)
+            batch.rewarded.append(group)
+            batch.tries.append(trie)
+            batch.credits.append(assign(trie, options, rng, len(batch.groups), trained))
+
+    def update(self, batch: Batch, learning_rate: float) -> dict[str, Any]:
+        """Takes `num_iterations` optimizer steps on the batch; returns their metrics.
+
+        Where nothing has weight there is no step and no decay: Adam would move the adapter on a zero gradient.
+        """
+        options, policy = self.settings.algorithm, self.policy
+        packs = build_packs(
+            batch.rewarded, batch.tries, batch.credits, self.settings.train.pack_size, share=not policy.plain
+        )
+        metrics: dict[str, Any] = {
+            "learning_rate": learning_rate,
+            "tokens/selected": sum(int(c.weighted.sum()) for c in batch.credits),
+            "tokens/nodes_run": sum(pack.num_tokens for pack in packs) * options.num_iterations,
+            "loss": 0.0,
+            "grad_norm": 0.0,
+        }
+        if not packs:
+            return metrics
+        self.progress.phase("updating", len(packs) * options.num_iterations)
+        surrogate = Surrogate(
+            options.epsilon, options.epsilon_high, options.beta, bias_correction=options.use_bias_correction_kl
+        )
+        old = [policy.logps(pack, batch.boundary) for pack in packs] if options.num_iterations > 1 else None
+        ref = None
+        if options.beta > 0:
+            with policy.base():
+                ref = [policy.logps(pack, batch.boundary) for pack in packs]
+        for iteration in range(options.num_iterations):
+            self.optimizer.zero_grad(set_to_none=True)
+            logps, loss = [], 0.0
+            for i, pack in enumerate(packs):
+                found, value = policy.backward(
+                    pack, surrogate, batch.boundary, None if old is None else old[i], None if ref is None else ref[i]
+                )
+                logps.append(found)
+                loss += value
+                self.progress.advance()
+            norm = self._optimize(learning_rate, options.l2, loss)
+            if iteration == 0:
+                metrics |= {"loss": loss, "grad_norm": norm, **_gaps(batch, packs, logps, ref)}
+        return metrics
+
+    def _optimize(self, learning_rate: float, l2: float, loss: float) -> float:
+        limit = self.settings.train.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf))
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            raise UserError(
+                f"train.learning_rate: the loss ({loss}) or its gradient ({norm}) is not finite; write a smaller one than "
+                f"{learning_rate:g}, or model.dtype=float32"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        shrink(self.parameters, learning_rate, l2)
+        self.optimizer.step()
+        return norm
+
+    # ---- prompts -------------------------------------------------------------------------------------------------
+
+    def _next_prompts(self) -> list[Restart]:
+        """The prompts of the next step; fresh ones are restarts from the beginning."""
+        chosen, self.restarts = self.restarts[: self.num_prompts], []
+        while len(chosen) < self.num_prompts:
+            epoch, at = divmod(self.drawn_prompts, len(self.task.train))
+            chosen.append(Restart(int(self._order(epoch)[at]), []))
+            self.drawn_prompts += 1
+        return chosen
+
+    @lru_cache(maxsize=1)  # noqa: B019 - one trainer lives as long as its run
+    def _order(self, epoch: int) -> np.ndarray:
+        return generator(self.settings.train.seed, DATA, epoch).permutation(len(self.task.train))
+
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def _prompt_ids(self, index: int) -> np.ndarray:
+        return encode_prompt(self.task, self.task.train[index], self.tokenizer, self.settings.task)
+
+    def _queue_restarts(self, batch: Batch, step: int) -> None:
+        options = self.settings.algorithm.replay
+        if options.probability == 0:
+            return
+        right = batch.right.reshape(len(batch.groups), -1)
+        for slot, group in enumerate(batch.groups):
+            rng = generator(self.settings.train.seed, REPLAY, slot, step)
+            restart = choose_restart(group, right[slot], options, rng)
+            if restart is not None:
+                self.restarts.append(restart)
+
+    def _decode(self, rows: list[np.ndarray]) -> list[str]:
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    # ---- measuring -----------------------------------------------------------------------------------------------
+
+    def _measure(self, batch: Batch) -> dict[str, Any]:
+        completions = [c for g in batch.groups for c in g.completions]
+        lengths = np.array([len(c) for c in completions])
+        rewards = np.array([g.rewards for g in batch.groups])
+        given = rewards[~np.isnan(rewards)]
+        flat = [bool(len(r := row[~np.isnan(row)]) == 0 or r.min() == r.max()) for row in rewards]
+        metrics = {
+            "reward": float(given.mean()) if len(given) else 0.0,
+            "reward_std": float(np.mean([g.rewards.std(ddof=1) for g in batch.rewarded if len(g.rewards) > 1] or [0.0])),
+            **batch.rewards.metrics,
+            "frac_reward_zero_std": float(np.mean(flat)),
+            "answers/right": float(batch.right.mean()),
+            "completions/mean_length": float(lengths.mean()),
+            "completions/min_length": int(lengths.min()),
+            "completions/max_length": int(lengths.max()),
+            "completions/clipped_ratio": float(np.mean([not c.finished for c in completions])),
+            "entropy": float(np.concatenate([c.entropies for c in completions]).mean()),
+            "tokens/sampled": int(lengths.sum()),
+            "replay/groups": sum(g.prefix_length > 0 for g in batch.groups),
+        }
+        if batch.found is not None:
+            metrics["answers/found"] = float(batch.found.mean())
+        return metrics
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Everything the next step depends on: (tensors by file, plain values)."""
+        moments = {}
+        for name, parameter in self.policy.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                moments[f"{name}|{key}"] = torch.as_tensor(value)
+        tensors = {"adapter": dict(self.policy.parameters), "optimizer": moments}
+        return tensors, {"drawn_prompts": self.drawn_prompts, "restarts": [r.as_dict() for r in self.restarts]}
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Continues from what `state` returned."""
+        with torch.no_grad():
+            for name, parameter in self.policy.parameters.items():
+                parameter.copy_(tensors["adapter"][name])
+        for key, value in tensors["optimizer"].items():
+            name, _, moment = key.rpartition("|")
+            parameter = self.policy.parameters[name]
+            place = "cpu" if moment == "step" else parameter.device
+            self.optimizer.state[parameter][moment] = value.to(place)
+        self.drawn_prompts = state["drawn_prompts"]
+        self.restarts = [Restart(**r) for r in state["restarts"]]
+
+
+def _gaps(batch: Batch, packs: list[Pack], logps: list[Tensor], ref: list[Tensor] | None) -> dict[str, float]:
+    """How far recomputed log-probs are from those recorded while sampling, and the mean KL to the base (nats)."""
+    largest = 0.0
+    for pack, found in zip(packs, logps, strict=True):
+        recomputed = found.double().cpu().numpy() if found.device.type != "mps" else found.cpu().numpy()
+        recorded = np.empty(len(pack.targets))
+        for g in np.unique(pack.targets.group):
+            trie, group = batch.tries[g], batch.rewarded[g]
+            mine = pack.targets.group == g
+            nodes = pack.targets.node[mine]
+            flat = np.concatenate([c.logps for c in group.completions])
+            recorded[mine] = flat[trie.position(nodes)]
+        largest = max(largest, float(np.abs(recomputed - recorded).max()))
+    gaps = {"sampling/logp_gap": largest}
+    if ref is not None:
+        weights = torch.cat([torch.from_numpy(pack.targets.kl) for pack in packs]).to(logps[0])
+        divergence = k3(torch.cat(logps), torch.cat(ref))
+        gaps["kl"] = float((weights * divergence).sum() / weights.sum().clamp(min=1e-12))
+    return gaps
+
+
+def _optimizer(settings: Settings, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    train = settings.train
+    if train.optim == "sgd":
+        return torch.optim.SGD(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+    return torch.optim.AdamW(
+        parameters,
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+    )
+
+
+def _schedule(settings: Settings, optimizer: torch.optim.Optimizer, total: int):
+    """The learning rate as a function of the step (from 1), by transformers' own schedules; it holds no state."""
+    train = settings.train
+    scheduler = get_scheduler(train.lr_scheduler_type, optimizer, train.warmup_steps, total)
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: train.learning_rate * factor(step - 1)
