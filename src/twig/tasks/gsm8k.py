@@ -7,8 +7,8 @@
               #### 10
 
 From the Hub (`openai/gsm8k`: 7,473 to train on, 1,319 to test on) or from files with the same columns
-(`task.path`); there an answer may also be the number alone. Rewards get `question`, `answer` (the number as text),
-`solution` (the row's whole answer) and the row's other columns.
+(`task.path`); there an answer may also be the number alone. Rewards get `question`, `answer` (the number as
+text), `solution` (the row's whole answer) and the row's other columns.
 """
 
 from typing import Any

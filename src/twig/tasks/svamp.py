@@ -6,8 +6,8 @@
     Answer    19.0
 
 From the Hub (`ChilleD/SVAMP`: 700 to train on, 300 to test on) or from files with the same columns
-(`task.path`). Rewards get `question` (body and question) and `answer` (the number as text) besides the row's own
-columns.
+(`task.path`). Rewards get `question` (body and question) and `answer` (the number as text) besides the
+row's own columns.
 """
 
 from fractions import Fraction
