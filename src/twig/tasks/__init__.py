@@ -4,7 +4,6 @@ A task is one small module here, imported when it is asked for. Knows no task's 
 """
 
 import difflib
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -28,13 +27,13 @@ def load_task(
     settings: Any,
     train_dataset: Any = None,
     eval_dataset: Any = None,
-    reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    reward_funcs: Any = None,
 ) -> Task:
     """The task that `settings.task` names.
 
-    Data passed here (a Dataset, or a list of dicts) takes the place of the task's own; reward functions
-    passed here, or else those of `task.reward_file`, take the place of its rewards. Raises UserError for an
-    unknown name, data that cannot be read, a missing column, or rewards and weights that do not match.
+    Data passed here (a Dataset, or a list of dicts) takes the place of the task's own; `reward_funcs` (one
+    function or several), or else those of `task.reward_file`, take the place of its rewards. Raises UserError
+    for an unknown name, data that cannot be read, a missing column, or rewards and weights that do not match.
     """
     wanted = settings.task
     if wanted.name not in TASKS:

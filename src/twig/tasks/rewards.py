@@ -286,8 +286,8 @@ def _values(function: Callable[..., Any], name: str, returned: Any, count: int) 
 
 
 def _as_number(value: Any) -> float | None:
-    # numpy and torch scalars have `item`; text does not count, even where float() would read it.
-    value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
+    # numpy and torch make scalars of themselves here; text does not count, even where float() would read it.
+    value = value.tolist() if hasattr(value, "tolist") else value
     return float(value) if isinstance(value, (bool, int, float)) else None
 
 
