@@ -25,7 +25,8 @@ def prefix_of(trie, node: int) -> tuple[int, ...]:
 
 
 def forward_logits(policy, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [T, V] of the sampled distribution after each of the T tokens, by the model's own forward on one text."""
+    """Logits [T, V] of the sampled distribution after each of the T tokens, by the model's own forward on one
+    text."""
     logits = policy.model(input_ids=ids[None], use_cache=False).logits[0]
     logits = logits / policy.temperature
     for token in policy.suppressed.tolist():
@@ -60,7 +61,9 @@ def node_loss(policy, groups, tries, credits, surrogate: Surrogate, old=None) ->
                 with torch.no_grad(), policy.base():
                     ref = completion_logps(policy, group.prompt_ids, prefix)[-1]
                 weight = ratio if surrogate.bias_correction else 1.0
-                total = total + surrogate.beta * float(credit.kl[node]) * k3(logp[None], ref[None])[0] * weight
+                total = (
+                    total + surrogate.beta * float(credit.kl[node]) * k3(logp[None], ref[None])[0] * weight
+                )
     return total
 
 

@@ -1,4 +1,5 @@
-"""The engine against its twins: packs, frozen trunk, head rows and sampling, in values and adapter gradients."""
+"""The engine against its twins: packs, frozen trunk, head rows and sampling, in values and adapter
+gradients."""
 
 import numpy as np
 import oracles
@@ -48,7 +49,10 @@ def engine_gradient(policy, groups, tries, credits, surrogate, size=4096, bounda
                 ref = policy.logps(pack, boundary)
         old_logp = None
         if old is not None:
-            found = [old[g][n] for g, n in zip(pack.targets.group.tolist(), pack.targets.node.tolist(), strict=True)]
+            found = [
+                old[g][n]
+                for g, n in zip(pack.targets.group.tolist(), pack.targets.node.tolist(), strict=True)
+            ]
             old_logp = torch.tensor(found, dtype=torch.float64)
         total += policy.backward(pack, surrogate, boundary, old_logp, ref)[1]
     return total, {n: p.grad.clone() for n, p in policy.parameters.items()}
@@ -124,7 +128,9 @@ def test_clipped_surrogate_with_old_logps_equals_the_per_node_loss():
     rng = np.random.default_rng(0)
     old = [
         {
-            int(n): float(oracles.completion_logps(policy, g.prompt_ids, oracles.prefix_of(t, int(n)))[-1].detach())
+            int(n): float(
+                oracles.completion_logps(policy, g.prompt_ids, oracles.prefix_of(t, int(n)))[-1].detach()
+            )
             + rng.normal(0, 0.3)
             for n in np.flatnonzero(c.weighted)
         }
@@ -176,7 +182,9 @@ def test_sampling_equals_a_step_by_step_loop(family, attention):
         assert len(completions) == request.num
         for c, completion in enumerate(completions):
             noise = uniforms(3, 2, request.slot, c, request.max_tokens)
-            ids, logps, entropies = oracles.sample_one(policy, request.prompt_ids, request.max_tokens, end_ids, noise)
+            ids, logps, entropies = oracles.sample_one(
+                policy, request.prompt_ids, request.max_tokens, end_ids, noise
+            )
             assert completion.ids.tolist() == ids
             assert completion.finished == (ids[-1] in end_ids)
             assert completion.text == text_of(ids)
@@ -196,7 +204,9 @@ def test_sampling_does_not_depend_on_waves_prompt_order_compaction_or_engine(mon
     policy, requests, end_ids = tiny.build_policy(), requests_of(), [5, 6, 7]
 
     def draw(policy=policy, requests=requests, **kwargs):
-        return sample(policy, requests, end_ids=end_ids, decode=texts_of, seed=1, step=4, **kwargs).completions
+        return sample(
+            policy, requests, end_ids=end_ids, decode=texts_of, seed=1, step=4, **kwargs
+        ).completions
 
     whole = draw()
     assert len({tuple(c.ids) for group in whole for c in group}) > 10
@@ -213,18 +223,25 @@ def test_greedy_sampling_takes_the_most_probable_token():
     policy, requests = tiny.build_policy("gemma3"), requests_of(num=1)
     drawn = sample(policy, requests, end_ids=[5], decode=texts_of, greedy=True, record=False)
     for request, (completion,) in zip(requests, drawn.completions, strict=True):
-        assert completion.ids.tolist() == oracles.sample_one(policy, request.prompt_ids, request.max_tokens, [5])[0]
+        assert (
+            completion.ids.tolist()
+            == oracles.sample_one(policy, request.prompt_ids, request.max_tokens, [5])[0]
+        )
 
 
 @pytest.mark.parametrize("wave_size", [128, 4])
 @pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
-def test_recorded_boundary_gives_the_gradient_of_a_fresh_trunk_and_the_sampled_logps(family, attention, wave_size):
+def test_recorded_boundary_gives_the_gradient_of_a_fresh_trunk_and_the_sampled_logps(
+    family, attention, wave_size
+):
     policy = tiny.build_policy(family, attention, layers=[2, 3])
     drawn = sample(policy, requests_of(), end_ids=[5, 6, 7], decode=texts_of, seed=5, wave_size=wave_size)
     rng = np.random.default_rng(0)
     groups = [
         Group(tiny.make_group([1], [[1]], [0]).example, i, r.prompt_ids, c, rng.random(len(c)), 0, cells)
-        for i, (r, c, cells) in enumerate(zip(requests_of(), drawn.completions, drawn.prompt_cells, strict=True))
+        for i, (r, c, cells) in enumerate(
+            zip(requests_of(), drawn.completions, drawn.prompt_cells, strict=True)
+        )
     ]
     tries, credits = credit_of(groups)
     recorded = engine_gradient(policy, groups, tries, credits, Surrogate(), 40, drawn.boundary)

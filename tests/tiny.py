@@ -50,8 +50,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 class Float64(TorchFunctionMode):
     """Inside, every cast to float32 is one to float64.
 
-    The models compute norms, rotations and the softmax of eager attention in float32 whatever their dtype, which would
-    leave 1e-7 of noise in comparisons that ought to be exact.
+    The models compute norms, rotations and the softmax of eager attention in float32 whatever their dtype,
+    which would leave 1e-7 of noise in comparisons that ought to be exact.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -63,7 +63,9 @@ class Float64(TorchFunctionMode):
         return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()})
 
 
-def build_model(family: str = "qwen2", attention: str = "sdpa", dtype=torch.float64, seed: int = 0) -> PreTrainedModel:
+def build_model(
+    family: str = "qwen2", attention: str = "sdpa", dtype=torch.float64, seed: int = 0
+) -> PreTrainedModel:
     """A random model of the family, with weights large enough that attention is not uniform."""
     name, extra = FAMILIES[family]
     config = getattr(transformers, name)(**_SHAPE | extra)
@@ -76,10 +78,15 @@ def build_model(family: str = "qwen2", attention: str = "sdpa", dtype=torch.floa
     return model
 
 
-def build_policy(family: str = "qwen2", attention: str = "sdpa", dtype=torch.float64, layers="last_third", **kwargs) -> Policy:
-    """A policy on a tiny model, its LoRA B matrices random: a fresh adapter hides every fault of the adapter."""
+def build_policy(
+    family: str = "qwen2", attention: str = "sdpa", dtype=torch.float64, layers="last_third", **kwargs
+) -> Policy:
+    """A policy on a tiny model, its LoRA B matrices random: a fresh adapter hides every fault of the
+    adapter."""
     kwargs = {"target_modules": ["q_proj", "v_proj"]} | kwargs
-    options = {k: kwargs.pop(k) for k in ("temperature", "suppress_tokens", "plain", "head_rows") if k in kwargs}
+    options = {
+        k: kwargs.pop(k) for k in ("temperature", "suppress_tokens", "plain", "head_rows") if k in kwargs
+    }
     model = attach(build_model(family, attention, dtype), r=4, alpha=8.0, layers=layers, **kwargs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -93,8 +100,11 @@ def has_sdpa(family: str) -> bool:
     return family != "gemma2"  # attention soft caps need eager attention
 
 
-def random_group(rng: np.random.Generator, prompt_length: int = 4, size: int = 6, longest: int = 12, index: int = 0) -> Group:
-    """Completions from a small alphabet, so that they fork often; one is a duplicate, one a prefix of another."""
+def random_group(
+    rng: np.random.Generator, prompt_length: int = 4, size: int = 6, longest: int = 12, index: int = 0
+) -> Group:
+    """Completions from a small alphabet, so that they fork often; one is a duplicate, one a prefix of
+    another."""
     completions = [rng.integers(3, 6, rng.integers(1, longest + 1)) for _ in range(size)]
     completions[1] = completions[0].copy()
     completions[2] = completions[0][: max(1, len(completions[0]) // 2)].copy()

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, and verified before they are read.
 
-A checkpoint is a folder `step-N` of safetensors and JSON (nothing is ever unpickled) with a list of checksums that is
-written last. Knows nothing of what the state means.
+A checkpoint is a folder `step-N` of safetensors and JSON (nothing is ever unpickled) with a list of checksums
+that is written last. Knows nothing of what the state means.
 """
 
 import hashlib
@@ -20,12 +20,17 @@ _STATE = "state.json"
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int | None
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int | None,
 ) -> Path:
     """Writes checkpoint `step` below `folder` and returns its path; the newest `keep` are kept (None: all).
 
-    `tensors` maps file names (without suffix) to named tensors, `state` is anything JSON can hold. Everything goes to
-    a temporary folder first, is flushed to disk and renamed, so a crash leaves either the whole checkpoint or none.
+    `tensors` maps file names (without suffix) to named tensors, `state` is anything JSON can hold. Everything
+    goes to a temporary folder first, is flushed to disk and renamed, so a crash leaves either the whole
+    checkpoint or none.
     """
     target, draft = folder / f"step-{step}", folder / f".step-{step}.tmp"
     shutil.rmtree(draft, ignore_errors=True)
@@ -53,7 +58,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint whose checksums hold (None if there is none), and the newer ones that were skipped."""
+    """The newest checkpoint whose checksums hold (None if there is none), and the newer ones that were
+    skipped."""
     skipped = []
     for path in reversed(checkpoints(folder)):
         if _valid(path):

@@ -1,13 +1,15 @@
 """Credit assignment: from a group's prefix trie to weights on its nodes. Start reading here.
 
-An algorithm is a pure function of a trie (and a random generator). Its weights say how much each token of the group
-is pushed up (`plus`), pushed down (`minus`) and held to the base model (`kl`); everything else follows from them.
+An algorithm is a pure function of a trie (and a random generator). Its weights say how much each token of the
+group is pushed up (`plus`), pushed down (`minus`) and held to the base model (`kl`); everything else follows
+from them.
 
-Notation: R_i the reward of completion i, |o_i| its tokens, G the completions of the group, V(n) the mean reward of the
-completions through node n. Weights are per group; the caller divides by the prompts in the optimizer step.
+Notation: R_i the reward of completion i, |o_i| its tokens, G the completions of the group, V(n) the mean
+reward of the completions through node n. Weights are per group; the caller divides by the prompts in the
+optimizer step.
 
-Lee & Tong, "Token-Efficient RL for LLM Reasoning", arXiv 2504.20834, fixes the rules of S-GRPO and T-SPMO. The options
-marked "ours" are not in the paper. Numpy only; knows nothing of models.
+Lee & Tong, "Token-Efficient RL for LLM Reasoning", arXiv 2504.20834, fixes the rules of S-GRPO and T-SPMO.
+The options marked "ours" are not in the paper. Numpy only; knows nothing of models.
 """
 
 from collections.abc import Callable
@@ -23,8 +25,8 @@ from twig.trie import PrefixTrie
 class Credit:
     """Weights on the nodes of one trie, one entry per node, 0 at the root.
 
-    `plus` sums the positive weights that the completions add to a node and `minus` the negative ones: under clipping
-    their sum alone is not enough. `kl` weighs the node's KL term.
+    `plus` sums the positive weights that the completions add to a node and `minus` the negative ones: under
+    clipping their sum alone is not enough. `kl` weighs the node's KL term.
     """
 
     plus: np.ndarray
@@ -49,10 +51,10 @@ def grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained
 def s_grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
     """The tokens T_i of completion i get A_i / (G |T_i|), the others nothing. S-GRPO, arXiv 2504.20834.
 
-    T_i holds every position t < alpha and, after those, each position with probability p, left to right, until
-    it holds k. With `unbiased` (the form of arXiv 2603.06619), m of the later positions are drawn without
-    replacement and their weight A_i / (G |o_i|) is multiplied by (|o_i| - alpha) / m, so that the expected weights
-    are those of `grpo`.
+    T_i holds every position t < alpha and, after those, each position with probability p, left to right,
+    until it holds k. With `unbiased` (the form of arXiv 2603.06619), m of the later positions are drawn
+    without replacement and their weight A_i / (G |o_i|) is multiplied by (|o_i| - alpha) / m, so that the
+    expected weights are those of `grpo`.
     """
     if options.unbiased:
         return _unbiased_s_grpo(trie, options, rng, trained)
@@ -66,11 +68,13 @@ def s_grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, train
 
 
 def t_spmo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
-    """Each unique node n gets (V(n) - V(parent(n))) / |U|, once, however often it is visited. T-SPMO, arXiv 2504.20834.
+    """Each unique node n gets (V(n) - V(parent(n))) / |U|, once, however often it is visited. T-SPMO, arXiv
+    2504.20834.
 
-    U is the set of unique nodes of the group, or, with `normalise: branches` (ours), of those with non-zero credit.
-    Nodes with the count of their parent get exactly 0: only forks have credit. The regulariser is the L2 norm of the
-    adapter (`objective.shrink`), so there are no KL weights. A node that only untrained completions pass gets nothing.
+    U is the set of unique nodes of the group, or, with `normalise: branches` (ours), of those with non-zero
+    credit. Nodes with the count of their parent get exactly 0: only forks have credit. The regulariser is the
+    L2 norm of the adapter (`objective.shrink`), so there are no KL weights. A node that only untrained
+    completions pass gets nothing.
     """
     weight = np.zeros(len(trie))
     weight[1:] = trie.value[1:] - trie.value[trie.parent[1:]]
@@ -96,8 +100,8 @@ def assign(
 ) -> Credit:
     """The credit of algorithm `options.name` on one group of a step with `num_prompts` groups.
 
-    `trained[i]` False leaves completion i out of the loss (`mask_truncated_completions`): it counts in the mean, in
-    the standard deviation and in every V(n), as in TRL, but brings no weight of its own.
+    `trained[i]` False leaves completion i out of the loss (`mask_truncated_completions`): it counts in the
+    mean, in the standard deviation and in every V(n), as in TRL, but brings no weight of its own.
     """
     if trained is None:
         trained = np.ones(trie.num_completions, bool)
@@ -121,7 +125,11 @@ def advantages(rewards: np.ndarray, scale_rewards: str) -> np.ndarray:
 
 
 def _on_tokens(
-    trie: PrefixTrie, options: Algorithm, trained: np.ndarray, chosen: list[np.ndarray], scale: list[float] | list[np.ndarray]
+    trie: PrefixTrie,
+    options: Algorithm,
+    trained: np.ndarray,
+    chosen: list[np.ndarray],
+    scale: list[float] | list[np.ndarray],
 ) -> Credit:
     """Sums over completions A_i * scale_i / G at their chosen tokens, and scale_i / G as KL weight."""
     advantage = advantages(trie.rewards, options.scale_rewards)
@@ -138,7 +146,9 @@ def _on_tokens(
     return Credit(total(signed.clip(min=0)), total(signed.clip(max=0)), total(share) * (options.beta != 0))
 
 
-def _unbiased_s_grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
+def _unbiased_s_grpo(
+    trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray
+) -> Credit:
     draws = rng.random((trie.num_completions, int(trie.lengths.max(initial=0))))
     chosen, scale = [], []
     for path, draw in zip(trie.paths, draws, strict=True):

@@ -1,11 +1,14 @@
-"""Calls the layers of a Hugging Face decoder one by one: any range of layers, any attention mask, any positions.
+"""Calls the layers of a Hugging Face decoder one by one: any range of layers, any attention mask, any
+positions.
 
-Slicing `model.layers` and calling the model is not the same: layer types, rotary embeddings per type, embedding scales
-and sliding windows go wrong in silence. Here each layer is called as the model's own forward calls it, with its own
-mask and rotary embedding, and `check` compares the result with the model's own forward before anything relies on it.
-What a family adds is read from its config (windows, scales, soft caps), never from its name.
+Slicing `model.layers` and calling the model is not the same: layer types, rotary embeddings per type,
+embedding scales and sliding windows go wrong in silence. Here each layer is called as the model's own forward
+calls it, with its own mask and rotary embedding, and `check` compares the result with the model's own forward
+before anything relies on it. What a family adds is read from its config (windows, scales, soft caps), never
+from its name.
 
-Knows nothing of adapters, tries or algorithms. Legend: B rows, L columns (queries), S keys, D hidden, V vocabulary.
+Knows nothing of adapters, tries or algorithms. Legend: B rows, L columns (queries), S keys, D hidden, V
+vocabulary.
 """
 
 import inspect
@@ -26,8 +29,8 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class KeyValueCache:
     """Keys and values of B rows for up to `capacity` tokens, in one buffer per layer, written in place.
 
-    The layers call `update`, which writes behind what `filled` says is there; the caller moves `filled` on once
-    all layers have run.
+    The layers call `update`, which writes behind what `filled` says is there; the caller moves `filled` on
+    once all layers have run.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
@@ -36,7 +39,9 @@ class KeyValueCache:
         self.capacity = capacity
         self.filled = 0
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         stop = self.filled + keys.shape[2]
         if self.keys[layer] is None:
             shape = (keys.shape[0], keys.shape[1], self.capacity)
@@ -61,7 +66,8 @@ class KeyValueCache:
 
 @dataclass
 class Context:
-    """What every layer of one pass shares: additive masks by window, rotary embeddings by layer type, positions."""
+    """What every layer of one pass shares: additive masks by window, rotary embeddings by layer type,
+    positions."""
 
     masks: dict[int | None, Tensor | None]
     rotary: dict[str | None, tuple[Tensor, Tensor]]
@@ -115,7 +121,9 @@ class Decoder:
         return self.norm.weight.dtype
 
     def _refuse(self, why: str) -> None:
-        raise UserError(f"model.engine=trie: model type '{self.config.model_type}' cannot be served: {why}; {PLAIN}")
+        raise UserError(
+            f"model.engine=trie: model type '{self.config.model_type}' cannot be served: {why}; {PLAIN}"
+        )
 
     def _refuse_unservable(self) -> None:
         types = set(getattr(self.config, "layer_types", None) or []) - _KNOWN_LAYER_TYPES
@@ -126,7 +134,9 @@ class Decoder:
         rope = getattr(self.config, "rope_parameters", None) or {}
         for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
             if any(word in str(entry.get("rope_type", "")) for word in _LENGTH_DEPENDENT_ROPE):
-                self._refuse(f"its rotary embedding ('{entry['rope_type']}') depends on the length of the text")
+                self._refuse(
+                    f"its rotary embedding ('{entry['rope_type']}') depends on the length of the text"
+                )
         parameters = inspect.signature(self.layers[0].forward).parameters
         for name in ("attention_mask", "position_embeddings", "past_key_values"):
             if name not in parameters:
@@ -151,10 +161,11 @@ class Decoder:
         positions: Int[Tensor, "B L"],
         key_positions: Int[Tensor, "B S"],
     ) -> dict[int | None, Tensor | None]:
-        """Additive masks [B, 1, L, S] (0 or -inf), one per sliding window: `visible` and nearer than the window.
+        """Additive masks [B, 1, L, S] (0 or -inf), one per sliding window: `visible` and nearer than the
+        window.
 
-        Additive in the model's dtype for every attention implementation: a boolean mask is added as 0 and 1 by eager
-        attention, in silence.
+        Additive in the model's dtype for every attention implementation: a boolean mask is added as 0 and 1
+        by eager attention, in silence.
         """
         masks = {}
         for window in dict.fromkeys(self.windows):
@@ -165,7 +176,9 @@ class Decoder:
             masks[window] = mask.masked_fill_(~seen, float("-inf"))[:, None]
         return masks
 
-    def run(self, hidden: Float[Tensor, "B L D"], first: int, last: int, context: Context) -> Float[Tensor, "B L D"]:
+    def run(
+        self, hidden: Float[Tensor, "B L D"], first: int, last: int, context: Context
+    ) -> Float[Tensor, "B L D"]:
         """`hidden` after layers first .. last - 1."""
         for i in range(first, last):
             hidden = self.layers[i](
@@ -190,7 +203,8 @@ class Decoder:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Refuses the model if a small tree run layer by layer differs from the model's own forward on its paths."""
+        """Refuses the model if a small tree run layer by layer differs from the model's own forward on its
+        paths."""
         vocab = self.embedding.weight.shape[0]
         draw = torch.Generator().manual_seed(0)
         stem, left, right = (torch.randint(vocab, (n,), generator=draw) for n in (6, 4, 4))

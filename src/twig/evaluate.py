@@ -24,8 +24,8 @@ _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 class Evaluation:
     """Accuracy on `n` problems: `value` in [0, 1] with its 95 % Wilson interval `low` .. `high`.
 
-    `found` is the share in which an answer was found at all (None where the task cannot tell), `reward` the mean
-    reward, `mean_length` in tokens, `truncated` the share cut off by the length limit.
+    `found` is the share in which an answer was found at all (None where the task cannot tell), `reward` the
+    mean reward, `mean_length` in tokens, `truncated` the share cut off by the length limit.
     """
 
     value: float
@@ -55,7 +55,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def evaluate(
+def evaluate_policy(
     policy: Policy,
     tokenizer: Any,
     task: Task,

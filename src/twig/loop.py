@@ -1,7 +1,7 @@
 """A whole run: load, evaluate, train, save, evaluate again.
 
-Everything that is decided once per run is here; what happens in a step is in `trainer.py`. Ctrl-C, SIGTERM and
-crashes leave a run folder that `resume=True` goes on from.
+Everything that is decided once per run is here; what happens in a step is in `trainer.py`. Ctrl-C, SIGTERM
+and crashes leave a run folder that `resume=True` goes on from.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from twig import checkpoint
 from twig.config import Settings, load
-from twig.evaluate import Evaluation, evaluate
+from twig.evaluate import Evaluation, evaluate_policy
 from twig.memory import PeakMemory
 from twig.models import end_ids, load_model, suppressed_ids
 from twig.policy import Policy, attach
@@ -33,13 +33,15 @@ from twig.trainer import Batch, Trainer
 
 SCHEMA_VERSION = 1
 CHECKPOINTS = "checkpoints"
-# Settings that may differ between a run and its continuation: they change what is shown and saved, not what is learned.
+# Settings that may differ between a run and its continuation: they change what is shown and saved, not what
+# is learned.
 _HARMLESS = ("train.max_steps", "train.save_steps", "train.save_total_limit", "eval.", "log.")
 
 
 @dataclass
 class Run:
-    """A finished or stopped run: its folder, the trained model (PEFT, on its base), tokenizer and summary.json."""
+    """A finished or stopped run: its folder, the trained model (PEFT, on its base), tokenizer and
+    summary.json."""
 
     folder: Path
     model: PeftModel
@@ -61,9 +63,10 @@ def train(
 ) -> Run:
     """Trains by `settings` (a recipe's name, a dict of groups, or Settings) and returns the run.
 
-    `model` and `tokenizer` take the place of `model.name`'s; reward functions (TRL's signature) and data sets take the
-    place of the task's. The run folder is `output`, by default a new one below runs/. `resume` goes on from the newest
-    valid checkpoint in `output`; a finished run is returned as it is. Raises UserError for what can be fixed.
+    `model` and `tokenizer` take the place of `model.name`'s; reward functions (TRL's signature) and data sets
+    take the place of the task's. The run folder is `output`, by default a new one below runs/. `resume` goes
+    on from the newest valid checkpoint in `output`; a finished run is returned as it is. Raises UserError for
+    what can be fixed.
     """
     settings = _settings(settings)
     progress = progress or Progress()
@@ -107,7 +110,8 @@ def _refuse_changes(before: Settings, now: Settings) -> None:
     if changed:
         key = changed[0]
         raise UserError(
-            f"{key}: {new[key]!r} here, but the run began with {old[key]!r}; write {key}={old[key]} or another --output"
+            f"{key}: {new[key]!r} here, but the run began with {old[key]!r}; "
+            f"write {key}={old[key]} or another --output"
         )
 
 
@@ -122,7 +126,9 @@ class _Session:
         self.after: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
 
-    def prepare(self, model: Any, tokenizer: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    def prepare(
+        self, model: Any, tokenizer: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any
+    ) -> None:
         """Loads everything that can fail before anything is computed."""
         settings = self.settings
         self.progress.phase("loading")
@@ -157,7 +163,8 @@ class _Session:
         self.trainer = Trainer(settings, self.policy, tokenizer, self.task, self.end_ids, self.progress)
         self.log.save_environment(device=str(self.policy.device), dtype=str(model.dtype))
 
-    # ---- the run -------------------------------------------------------------------------------------------------
+    # ---- the run
+    # -------------------------------------------------------------------------------------------------
 
     def run(self, start: Path | None) -> Run:
         if start is not None:
@@ -188,7 +195,11 @@ class _Session:
         self.step += 1
         seconds = time.perf_counter() - began
         self.totals["seconds"] += seconds
-        for key, name in (("tokens_sampled", "sampled"), ("tokens_selected", "selected"), ("nodes_run", "nodes_run")):
+        for key, name in (
+            ("tokens_sampled", "sampled"),
+            ("tokens_selected", "selected"),
+            ("nodes_run", "nodes_run"),
+        ):
             self.totals[key] += metrics[f"tokens/{name}"]
         metrics |= {"time/step": seconds, "memory/peak_bytes": self.memory.peak()}
         self.log.log(self.step, metrics)
@@ -204,8 +215,10 @@ class _Session:
     def _evaluate(self, when: str) -> Evaluation:
         settings = self.settings
         if not self.task.eval:
-            raise UserError(f"task {self.task.name}: nothing to evaluate on; write task.eval_split or eval.before=false")
-        result, _ = evaluate(
+            raise UserError(
+                f"task {self.task.name}: nothing to evaluate on; write task.eval_split or eval.before=false"
+            )
+        result, _ = evaluate_policy(
             self.policy,
             self.tokenizer,
             self.task,
@@ -243,11 +256,18 @@ class _Session:
         self.progress.done(summary)
         return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
 
-    # ---- saving --------------------------------------------------------------------------------------------------
+    # ---- saving
+    # --------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         tensors, state = self.trainer.state()
-        state |= {"step": self.step, "totals": self.totals, "before": self.before, "after": self.after, "best": self.best}
+        state |= {
+            "step": self.step,
+            "totals": self.totals,
+            "before": self.before,
+            "after": self.after,
+            "best": self.best,
+        }
         keep = self.settings.train.save_total_limit
         checkpoint.save(self.log.folder / CHECKPOINTS, self.step, tensors, state, keep)
 
@@ -290,8 +310,10 @@ def _interrupts() -> Iterator[_Stop]:
 
 def _completion_rows(batch: Batch, tokenizer: Any) -> list[dict[str, Any]]:
     """The step's completions as rows of the completions file, with the weight that each token's node got."""
-    weights = {id(c): w for g, t, k in zip(batch.rewarded, batch.tries, batch.credits, strict=True)
-               for c, w in zip(g.completions, [(k.plus + k.minus)[p] for p in t.paths], strict=True)}  # fmt: skip
+    weights = {}
+    for group, trie, credit in zip(batch.rewarded, batch.tries, batch.credits, strict=True):
+        for completion, path in zip(group.completions, trie.paths, strict=True):
+            weights[id(completion)] = (credit.plus + credit.minus)[path]
     rows, n = [], 0
     for group in batch.groups:
         prompt = tokenizer.decode(group.prompt_ids)

@@ -8,7 +8,8 @@ from typing import Any
 
 
 class PeakMemory:
-    """Measures the peak from `__enter__` on: allocated bytes on a CUDA device, else the process's resident memory."""
+    """Measures the peak from `__enter__` on: allocated bytes on a CUDA device, else the process's resident
+    memory."""
 
     def __enter__(self) -> "PeakMemory":
         if (cuda := _cuda()) is not None:

@@ -20,7 +20,8 @@ EMBEDDED = ("tiny-arithmetic",)
 def load_model(wanted: Model) -> tuple[PreTrainedModel, Any]:
     """The model (eval mode, on its device, in its dtype) and the tokenizer that `wanted` names.
 
-    Raises UserError, one line, where it is missing, not a causal language model, or not stored as safetensors.
+    Raises UserError, one line, where it is missing, not a causal language model, or not stored as
+    safetensors.
     """
     place = _place(wanted.name)
     device = pick_device(wanted.device)
@@ -46,7 +47,9 @@ def _place(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"model.name: {path} has no config.json; write the folder of a saved model, or a Hub id")
+            raise UserError(
+                f"model.name: {path} has no config.json; write the folder of a saved model, or a Hub id"
+            )
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model.name: {name} is not a folder; write the folder of a saved model, or a Hub id")
@@ -57,15 +60,26 @@ def _missing(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
     lowered = reason.lower()
     if "gated" in lowered or "401" in lowered or "403" in lowered:
-        return f"model.name: {name} needs its licence accepted: open https://huggingface.co/{name}, then `hf auth login`"
-    if isinstance(error, ValueError) and "attention implementation" in lowered:
-        return f"model.attn_implementation: {name} has no such attention; write model.attn_implementation=eager"
-    if "safetensors" in lowered:
-        return f"model.name: {name} has no safetensors weights, and no other format is loaded; choose one that has"
-    if any(words in lowered for words in ("offline", "connect", "couldn't find", "not a local folder", "internet")):
         return (
-            f"model.name: {name} is neither a local folder nor reachable on the Hub; check the name and the network, "
-            f"or write the folder of a saved model ('{EMBEDDED[0]}' needs no network)"
+            f"model.name: {name} needs its licence accepted: open https://huggingface.co/{name}, "
+            "then `hf auth login`"
+        )
+    if isinstance(error, ValueError) and "attention implementation" in lowered:
+        return (
+            f"model.attn_implementation: {name} has no such attention; write model.attn_implementation=eager"
+        )
+    if "safetensors" in lowered:
+        return (
+            f"model.name: {name} has no safetensors weights, and no other format is loaded; "
+            "choose a model that has them"
+        )
+    if any(
+        words in lowered
+        for words in ("offline", "connect", "couldn't find", "not a local folder", "internet")
+    ):
+        return (
+            f"model.name: {name} is neither a local folder nor reachable on the Hub; check the name and the "
+            f"network, or write the folder of a saved model ('{EMBEDDED[0]}' needs no network)"
         )
     return f"model.name: {name} does not load ({reason[:300]}); choose a causal language model"
 
@@ -102,7 +116,9 @@ def end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends = [*ends, tokenizer.eos_token_id]
     if not ends:
-        raise UserError("model.name: neither the model nor its tokenizer has an end token; set tokenizer.eos_token")
+        raise UserError(
+            "model.name: neither the model nor its tokenizer has an end token; set tokenizer.eos_token"
+        )
     return [int(token) for token in ends]
 
 

@@ -18,7 +18,8 @@ class Surrogate:
     """The settings of the objective.
 
     `epsilon`, `epsilon_high`: the clip range of the ratio, used only where old log-probs are given.
-    `beta`: weight of the KL term; `bias_correction`: multiply it by the ratio (TRL's `use_bias_correction_kl`).
+    `beta`: weight of the KL term; `bias_correction`: multiply it by the ratio (TRL's
+    `use_bias_correction_kl`).
     """
 
     epsilon: float = 0.2
@@ -39,17 +40,19 @@ def loss(
     """The scalar to minimise, a sum over nodes.
 
     - sum(plus * min(r, 1 + epsilon_high) + minus * max(r, 1 - epsilon)) + beta * sum(kl * k3),
-    where r = pi / pi_old. Without `old_logp` the batch is fresh: r is 1 and keeps its gradient, and nothing is
-    clipped. For one completion the clipped surrogate is min(r A, clip(r) A): A * min(r, 1 + epsilon_high) for
-    A >= 0 and A * max(r, 1 - epsilon) for A < 0. So a node shared by completions of both signs needs the two sums of
-    weights and no more.
+    where r = pi / pi_old. Without `old_logp` the batch is fresh: r is 1 and keeps its gradient, and nothing
+    is clipped. For one completion the clipped surrogate is min(r A, clip(r) A): A * min(r, 1 + epsilon_high)
+    for A >= 0 and A * max(r, 1 - epsilon) for A < 0. So a node shared by completions of both signs needs the
+    two sums of weights and no more.
     """
     fresh = old_logp is None
     ratio = torch.exp(logp - (logp.detach() if fresh else old_logp))
     if fresh:
         policy = (plus + minus) * ratio
     else:
-        policy = plus * ratio.clamp(max=1 + surrogate.epsilon_high) + minus * ratio.clamp(min=1 - surrogate.epsilon)
+        policy = plus * ratio.clamp(max=1 + surrogate.epsilon_high) + minus * ratio.clamp(
+            min=1 - surrogate.epsilon
+        )
     total = -policy.sum()
     if surrogate.beta != 0.0:
         assert ref_logp is not None, "the KL term needs the reference's log-probs"
@@ -61,7 +64,8 @@ def loss(
 
 
 def k3(logp: Float[Tensor, " N"], ref_logp: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """The estimate e^(ref - logp) - (ref - logp) - 1 of KL(pi || ref) at the sampled token, in nats, never negative.
+    """The estimate e^(ref - logp) - (ref - logp) - 1 of KL(pi || ref) at the sampled token, in nats, never
+    negative.
 
     http://joschu.net/blog/kl-approx.html
     """
@@ -73,8 +77,8 @@ def k3(logp: Float[Tensor, " N"], ref_logp: Float[Tensor, " N"]) -> Float[Tensor
 def shrink(parameters: list[Tensor], learning_rate: float, l2: float) -> None:
     """Applies the decoupled L2 regulariser l2 * |theta|^2 in place: theta *= 1 - 2 * learning_rate * l2.
 
-    Decoupled because inside Adam the gradient of the regulariser would be rescaled with everything else, so that its
-    size would hardly matter.
+    Decoupled because inside Adam the gradient of the regulariser would be rescaled with everything else, so
+    that its size would hardly matter.
     """
     if l2 == 0.0:
         return

@@ -1,8 +1,9 @@
 """From tries with credit to packs: what one forward and backward pass of the model reads.
 
-Only the ancestors of nodes with credit are run, each once, however many completions share them. A pack is a table of
-B rows and L columns; a row holds one or more segments, a segment is a prompt followed by part of its trie in depth-first
-order. Token q sees token k of its row when k <= q < end(k), where `end` closes k's subtree.
+Only the ancestors of nodes with credit are run, each once, however many completions share them. A pack is a
+table of B rows and L columns; a row holds one or more segments, a segment is a prompt followed by part of its
+trie in depth-first order. Token q sees token k of its row when k <= q < end(k), where `end` closes k's
+subtree.
 
 Numpy only: knows nothing of models. Legend: B rows, L columns, R head rows, N targets (weighted nodes).
 """
@@ -21,8 +22,8 @@ from twig.trie import ROOT, PrefixTrie
 class Targets:
     """The weighted nodes that a pack computes, N entries each.
 
-    `row` is the entry of `Pack.rows` whose next-token distribution the node belongs to, `token` the node's token;
-    `group` and `node` say where it came from; `plus`, `minus`, `kl` are its weights.
+    `row` is the entry of `Pack.rows` whose next-token distribution the node belongs to, `token` the node's
+    token; `group` and `node` say where it came from; `plus`, `minus`, `kl` are its weights.
     """
 
     row: np.ndarray
@@ -41,8 +42,9 @@ class Targets:
 class Pack:
     """One pass through the model. `ids`, `positions`, `ends` are [B, L]; unused cells see only themselves.
 
-    `cells` [B, L] are rows of the boundary table (None where sampling recorded none). `rows` [R] are the flat indices
-    b * L + l of the tokens whose next-token distribution is needed. `num_tokens` counts the cells in use.
+    `cells` [B, L] are rows of the boundary table (None where sampling recorded none). `rows` [R] are the flat
+    indices b * L + l of the tokens whose next-token distribution is needed. `num_tokens` counts the cells in
+    use.
     """
 
     ids: np.ndarray
@@ -56,8 +58,8 @@ class Pack:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A prompt and the trie nodes `nodes` (depth-first, the root first) that follow it; `heads` are the nodes among
-    them whose children with credit this segment computes."""
+    """A prompt and the trie nodes `nodes` (depth-first, the root first) that follow it; `heads` are the nodes
+    among them whose children with credit this segment computes."""
 
     group: int
     nodes: np.ndarray
@@ -74,9 +76,9 @@ def build_packs(
 ) -> list[Pack]:
     """Packs of at most `size` cells that compute each weighted node of each group exactly once.
 
-    A pack is never smaller than its longest path, so it may exceed `size` where one path does. With `share=False`
-    every path is a row of its own, prompt included: the plain batch, for models that cannot run a trie. The cut
-    changes the gradient by rounding only. Empty where nothing has credit.
+    A pack is never smaller than its longest path, so it may exceed `size` where one path does. With
+    `share=False` every path is a row of its own, prompt included: the plain batch, for models that cannot run
+    a trie. The cut changes the gradient by rounding only. Empty where nothing has credit.
     """
     segments = []
     for index, (group, trie, credit) in enumerate(zip(groups, tries, credits, strict=True)):
@@ -86,7 +88,8 @@ def build_packs(
 
 
 def _cut(index: int, prompt_length: int, trie: PrefixTrie, weighted: np.ndarray, size: int) -> list[_Segment]:
-    """The needed part of one trie as segments of at most `size` tokens, cut between paths; shared ancestors repeat."""
+    """The needed part of one trie as segments of at most `size` tokens, cut between paths; shared ancestors
+    repeat."""
     marked = np.zeros(len(trie), bool)
     marked[trie.parent[weighted]] = True
     if not marked.any():
@@ -98,7 +101,11 @@ def _cut(index: int, prompt_length: int, trie: PrefixTrie, weighted: np.ndarray,
         return [_Segment(index, needed, np.flatnonzero(marked), prompt_length + len(needed) - 1)]
 
     leaves = np.flatnonzero(marked & (inside == 1))
-    segments, fresh, start = [], 0, 0  # `fresh`: first node that no segment has; `start`: first leaf of this segment
+    segments, fresh, start = (
+        [],
+        0,
+        0,
+    )  # `fresh`: first node that no segment has; `start`: first leaf of this segment
     ancestors = _ancestors(trie, int(leaves[0]))
     length = prompt_length + len(ancestors) - 1
     for i in range(1, len(leaves) + 1):
@@ -147,7 +154,10 @@ def _fill(segments: list[_Segment], size: int, share: bool) -> list[list[list[_S
 
 
 def _table(
-    rows: list[list[_Segment]], groups: Sequence[Group], tries: Sequence[PrefixTrie], credits: Sequence[Credit]
+    rows: list[list[_Segment]],
+    groups: Sequence[Group],
+    tries: Sequence[PrefixTrie],
+    credits: Sequence[Credit],
 ) -> Pack:
     width = max(sum(s.length for s in row) for row in rows)
     shape = (len(rows), width)
@@ -162,12 +172,16 @@ def _table(
             group, trie = groups[segment.group], tries[segment.group]
             prompt = len(group.prompt_ids)
             ids[b, here] = np.concatenate([group.prompt_ids, trie.token[segment.nodes[1:]]])
-            positions[b, here] = np.concatenate([np.arange(prompt), prompt - 1 + trie.depth[segment.nodes[1:]]])
+            positions[b, here] = np.concatenate(
+                [np.arange(prompt), prompt - 1 + trie.depth[segment.nodes[1:]]]
+            )
             # the root is the prompt's last token: it and those before it see the whole segment below them
             close = np.searchsorted(segment.nodes, trie.end[segment.nodes]) + prompt - 1
             ends[b, here] = column + np.concatenate([np.full(prompt - 1, segment.length), close])
             if recorded:
-                cells[b, here] = np.concatenate([group.prompt_cells, _node_cells(group, trie, segment.nodes[1:])])
+                cells[b, here] = np.concatenate(
+                    [group.prompt_cells, _node_cells(group, trie, segment.nodes[1:])]
+                )
             at = column + prompt - 1 + np.searchsorted(segment.nodes, segment.heads)
             targets.append(_targets(segment, trie, credits[segment.group], sum(len(r) for r in head_rows)))
             head_rows.append(b * width + at)
@@ -178,7 +192,8 @@ def _table(
 
 
 def _node_cells(group: Group, trie: PrefixTrie, nodes: np.ndarray) -> np.ndarray:
-    """Boundary rows of trie nodes: those of a completion that goes on after the node, so they were recorded."""
+    """Boundary rows of trie nodes: those of a completion that goes on after the node, so they were
+    recorded."""
     return np.concatenate([c.cells for c in group.completions])[trie.position(nodes)]
 
 

@@ -1,11 +1,14 @@
-"""The policy: a frozen language model with LoRA adapters on its upper layers, and the log-probs of a pack under it.
+"""The policy: a frozen language model with LoRA adapters on its upper layers, and the log-probs of a pack
+under it.
 
-The layers below the lowest adapter (the trunk) never change, so their output (the boundary) is constant in the adapter:
-it is recorded while sampling, or run once without gradient, and the update runs the upper layers only. The head
-is applied to the rows that predict a weighted node and to no other. Log-probs and the loss are float32 or better.
-The base is never merged into and always in eval mode, so the sampled and the trained distribution are one.
+The layers below the lowest adapter (the trunk) never change, so their output (the boundary) is constant in
+the adapter: it is recorded while sampling, or run once without gradient, and the update runs the upper layers
+only. The head is applied to the rows that predict a weighted node and to no other. Log-probs and the loss are
+float32 or better. The base is never merged into and always in eval mode, so the sampled and the trained
+distribution are one.
 
-Knows nothing of tries, rewards or algorithms. Legend: B rows, L columns, R head rows, N targets, D hidden, V vocabulary.
+Knows nothing of tries, rewards or algorithms. Legend: B rows, L columns, R head rows, N targets, D hidden, V
+vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -26,13 +29,12 @@ from twig.pack import Pack
 from twig.records import UserError
 
 
-
 class Policy:
     """A model with a LoRA adapter, ready to sample from and to train.
 
-    `cut` is the lowest adapted layer: the trunk is layers 0 .. cut - 1. `temperature` and `suppress_tokens` belong to
-    the policy because the trained distribution must be the sampled one. With `plain`, the model is only called
-    whole: slower, and right for any architecture.
+    `cut` is the lowest adapted layer: the trunk is layers 0 .. cut - 1. `temperature` and `suppress_tokens`
+    belong to the policy because the trained distribution must be the sampled one. With `plain`, the model is
+    only called whole: slower, and right for any architecture.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class Policy:
             yield
 
     def next_token_logits(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
-        """Logits of the sampled distribution from rows of the last layer's output: softcap, temperature, suppression."""
+        """Logits of the sampled distribution from rows of the last layer's output: softcap, temperature,
+        suppression."""
         return self.sampled_logits(self.decoder.logits(hidden))
 
     def sampled_logits(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
@@ -82,7 +85,8 @@ class Policy:
 
     @torch.no_grad()
     def logps(self, pack: Pack, boundary: Float[Tensor, "C D"] | None = None) -> Float[Tensor, " N"]:
-        """Log-probs of the pack's targets, without gradient. `boundary` is the table that `pack.cells` index."""
+        """Log-probs of the pack's targets, without gradient. `boundary` is the table that `pack.cells`
+        index."""
         found = torch.empty(len(pack.targets), dtype=torch.float32, device=self.device)
         found = found.to(torch.promote_types(self.model.dtype, torch.float32))
         for rows, at, wanted in self._chunks(pack, boundary):
@@ -100,8 +104,8 @@ class Policy:
     ) -> tuple[Float[Tensor, " N"], float]:
         """Adds the gradient of the pack's loss to the adapter; returns the targets' log-probs and the loss.
 
-        The loss is a sum over targets, so each chunk of head rows gets its own backward: logits of one chunk at a time
-        are alive, and none is computed twice.
+        The loss is a sum over targets, so each chunk of head rows gets its own backward: logits of one chunk
+        at a time are alive, and none is computed twice.
         """
         targets = pack.targets
         weights = [self._tensor(w) for w in (targets.plus, targets.minus, targets.kl)]
@@ -168,8 +172,9 @@ def attach(
 ) -> PeftModel:
     """`model` with a LoRA adapter on `target_modules` of `layers`: a new one, or the one saved in `adapter`.
 
-    `layers` is "last_third" (ours: ceil of a third), "all" or a list of layer numbers. The adapter is float32 (float64
-    on a float64 base) whatever the base is. Raises UserError where a requested module is not in a requested layer.
+    `layers` is "last_third" (ours: ceil of a third), "all" or a list of layer numbers. The adapter is float32
+    (float64 on a float64 base) whatever the base is. Raises UserError where a requested module is not in a
+    requested layer.
     """
     model.requires_grad_(False)
     if adapter is not None:
@@ -202,9 +207,13 @@ def _load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     config = LoraConfig.from_pretrained(adapter)
     for name in ("lora_dropout", "modules_to_save", "trainable_token_indices"):
         if getattr(config, name, None):
-            raise UserError(f"model.adapter: {name} in {adapter} is not supported: train an adapter without it")
+            raise UserError(
+                f"model.adapter: {name} in {adapter} is not supported: train an adapter without it"
+            )
     if config.bias != "none":
-        raise UserError(f"model.adapter: bias='{config.bias}' in {adapter} is not supported: train one with bias='none'")
+        raise UserError(
+            f"model.adapter: bias='{config.bias}' in {adapter} is not supported: train one with bias='none'"
+        )
     return PeftModel.from_pretrained(model, adapter, is_trainable=True, use_safetensors=True)
 
 
@@ -221,7 +230,9 @@ def _layer_numbers(layers: str | Sequence[int], count: int) -> list[int]:
         return list(range(count - -(-count // 3), count))
     outside = [i for i in layers if not 0 <= i < count]
     if outside:
-        raise UserError(f"lora.layers: {outside[0]} is not a layer of this model: write numbers from 0 to {count - 1}")
+        raise UserError(
+            f"lora.layers: {outside[0]} is not a layer of this model: write numbers from 0 to {count - 1}"
+        )
     return sorted(set(layers))
 
 
@@ -230,7 +241,8 @@ def _check_modules(layer: torch.nn.Module, number: int, target_modules: Sequence
     for name in target_modules:
         if name not in there:
             raise UserError(
-                f"lora.target_modules: layer {number} has no linear module '{name}': choose from {', '.join(sorted(there))}"
+                f"lora.target_modules: layer {number} has no linear module '{name}'; "
+                f"write some of {', '.join(sorted(there))}"
             )
 
 

@@ -7,7 +7,8 @@ class Progress:
     """The calls that training makes while it runs. Override what is of interest."""
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """A stretch of work begins ("loading", "evaluating", "sampling", "updating"), of `total` units if known."""
+        """A stretch of work begins ("loading", "evaluating", "sampling", "updating"), of `total` units if
+        known."""
 
     def advance(self, count: int = 1) -> None:
         """`count` more units of the phase are done."""
@@ -16,7 +17,8 @@ class Progress:
         """Training step `step` of `total` is done; `metrics` is its row in metrics.jsonl."""
 
     def evaluation(self, when: str, result: dict[str, Any]) -> None:
-        """An evaluation is done: `when` is "before", "after" or "step N"; `result` has value, low, high, n and more."""
+        """An evaluation is done: `when` is "before", "after" or "step N"; `result` has value, low, high, n
+        and more."""
 
     def message(self, text: str) -> None:
         """Something worth a line: where the run goes on, what was saved, a warning."""

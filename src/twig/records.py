@@ -15,7 +15,8 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One problem: a prompt (text, or chat messages) and the other columns of its row, which rewards see by keyword."""
+    """One problem: a prompt (text, or chat messages) and the other columns of its row, which rewards see by
+    keyword."""
 
     prompt: str | list[dict[str, Any]]
     columns: dict[str, Any] = field(default_factory=dict)
@@ -33,9 +34,10 @@ class Score:
 class Completion:
     """One sampled completion.
 
-    `ids`, `logps` and `entropies` have one entry per sampled token. The end token that finished the completion
-    is one of them: it is sampled, so it is trained. `finished` is False where the length limit cut it off.
-    `cells[t]` is the row of the rollout's boundary table that holds token t (empty where nothing was recorded).
+    `ids`, `logps` and `entropies` have one entry per sampled token. The end token that finished the
+    completion is one of them: it is sampled, so it is trained. `finished` is False where the length limit cut
+    it off. `cells[t]` is the row of the rollout's boundary table that holds token t (empty where nothing was
+    recorded).
     """
 
     ids: np.ndarray
@@ -58,8 +60,8 @@ class Group:
     """The completions sampled for one prompt, and their rewards.
 
     `prompt_ids` is what the model saw; after a replay it ends with the kept part of an earlier completion,
-    whose length is `prefix_length` (rewards see prefix + continuation). `prompt_index` names the prompt in the
-    data. `prompt_cells` are the boundary rows of the prompt's tokens (empty where nothing was recorded).
+    whose length is `prefix_length` (rewards see prefix + continuation). `prompt_index` names the prompt in
+    the data. `prompt_cells` are the boundary rows of the prompt's tokens (empty where nothing was recorded).
 
     >>> c = Completion(np.array([5, 2]), np.zeros(2), np.zeros(2), True, "5")
     >>> Group(Example("2+3="), 0, np.array([1, 1]), [c, c], np.array([1.0, 0.0])).num_tokens

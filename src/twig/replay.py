@@ -15,7 +15,8 @@ from twig.settings import Replay
 
 @dataclass(frozen=True)
 class Restart:
-    """A prompt (its number in the data) whose next group goes on after `prefix`, tokens of one of its completions."""
+    """A prompt (its number in the data) whose next group goes on after `prefix`, tokens of one of its
+    completions."""
 
     prompt_index: int
     prefix: list[int]
@@ -24,11 +25,15 @@ class Restart:
         return asdict(self)
 
 
-def choose_restart(group: Group, right: Sequence[bool] | np.ndarray, options: Replay, rng: np.random.Generator) -> Restart | None:
-    """The restart that follows this group, or None: with probability `options.probability`, from a finished completion.
+def choose_restart(
+    group: Group, right: Sequence[bool] | np.ndarray, options: Replay, rng: np.random.Generator
+) -> Restart | None:
+    """The restart that follows this group, or None: with probability `options.probability`, from a finished
+    completion.
 
     A right one with probability `prefer_correct`, if there is one; cut before token t, 1 <= t < |o|, drawn in
-    proportion to the entropy recorded at t, or uniformly. None too where no finished completion has two tokens.
+    proportion to the entropy recorded at t, or uniformly. None too where no finished completion has two
+    tokens.
     """
     wanted, prefer, pick, where = rng.random(4)
     if wanted >= options.probability:

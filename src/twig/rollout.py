@@ -1,11 +1,12 @@
 """Sampling: prompts become completions, with log-probs, entropies and the boundary recorded on the way.
 
-Each prompt is run once and its keys and values are expanded to its completions; finished rows are compacted away;
-masks and rotary embeddings of all steps are made before the first. The token at a position follows from its
-probabilities and one uniform number, a function of (seed, step, prompt, completion, position) and of nothing else, so
-batch shape, waves, compaction and history cannot change what is sampled beyond rounding.
+Each prompt is run once and its keys and values are expanded to its completions; finished rows are compacted
+away; masks and rotary embeddings of all steps are made before the first. The token at a position follows from
+its probabilities and one uniform number, a function of (seed, step, prompt, completion, position) and of
+nothing else, so batch shape, waves, compaction and history cannot change what is sampled beyond rounding.
 
-Knows nothing of rewards, tries or algorithms. Legend: B rows, P prompts, T positions, D hidden, V vocabulary, C cells.
+Knows nothing of rewards, tries or algorithms. Legend: B rows, P prompts, T positions, D hidden, V vocabulary,
+C cells.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +29,8 @@ _COMPACT_BELOW = 0.75  # copy the cache once fewer than this share of its rows a
 class Request:
     """Completions wanted for one prompt: `num` of them, each of at most `max_tokens` tokens.
 
-    `slot` is the prompt's place in the step; it names the noise. The last `prefix_length` ids of the prompt are the
-    kept part of an earlier completion: they belong to the completion's text.
+    `slot` is the prompt's place in the step; it names the noise. The last `prefix_length` ids of the prompt
+    are the kept part of an earlier completion: they belong to the completion's text.
     """
 
     prompt_ids: np.ndarray
@@ -45,7 +46,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What `sample` returns: per request its completions and the boundary cells of its prompt, and the table they index.
+    """What `sample` returns: per request its completions and the boundary cells of its prompt, and the table
+    they index.
 
     `boundary` is [C, D], one row per token that went through the trunk; None where none was recorded.
     """
@@ -83,8 +85,8 @@ def sample(
     """Samples all requests, `wave_size` completions at a time. `record` keeps the boundary for the update.
 
     A completion ends with the first of `end_ids`, which is part of it, or at its length limit. `decode` turns
-    lists of ids into texts. With `greedy`, the most probable token is taken and no noise is used. `on_tokens` hears of
-    progress: the tokens sampled since the last call.
+    lists of ids into texts. With `greedy`, the most probable token is taken and no noise is used. `on_tokens`
+    hears of progress: the tokens sampled since the last call.
     """
     rows = [(r, c) for r, request in enumerate(requests) for c in range(request.num)]
     completions: list[list[Completion]] = [[] for _ in requests]
@@ -94,11 +96,24 @@ def sample(
     record = record and not policy.plain
     for start in range(0, len(rows), wave_size):
         wave = rows[start : start + wave_size]
-        noise = None if greedy else [uniforms(seed, step, requests[r].slot, c, requests[r].max_tokens) for r, c in wave]
+        noise = (
+            None
+            if greedy
+            else [uniforms(seed, step, requests[r].slot, c, requests[r].max_tokens) for r, c in wave]
+        )
         used = sorted({r for r, _ in wave})
         limits = np.array([requests[r].max_tokens for r, _ in wave])
         prompt_of = np.array([used.index(r) for r, _ in wave])
-        drawn = draw(policy, [requests[r].prompt_ids for r in used], prompt_of, limits, noise, end_ids, record, on_tokens)
+        drawn = draw(
+            policy,
+            [requests[r].prompt_ids for r in used],
+            prompt_of,
+            limits,
+            noise,
+            end_ids,
+            record,
+            on_tokens,
+        )
         offset = sum(len(t) for t in tables)
         ids = [drawn.ids[row, :length] for row, length in enumerate(drawn.lengths)]
         texts = decode([np.concatenate([requests[r].prefix, i]) for (r, _), i in zip(wave, ids, strict=True)])
@@ -140,9 +155,12 @@ class _Drawn:
 
 
 class _Recorder:
-    """Chooses each step's tokens and keeps what is known of them. Rows are those of the wave, before compaction."""
+    """Chooses each step's tokens and keeps what is known of them. Rows are those of the wave, before
+    compaction."""
 
-    def __init__(self, policy: Policy, limits: np.ndarray, noise: list[np.ndarray] | None, end_ids: Sequence[int]) -> None:
+    def __init__(
+        self, policy: Policy, limits: np.ndarray, noise: list[np.ndarray] | None, end_ids: Sequence[int]
+    ) -> None:
         size, longest = len(limits), int(limits.max())
         device = policy.device
         wide = torch.promote_types(policy.model.dtype, torch.float32)
@@ -181,7 +199,9 @@ class _Recorder:
         return tokens, going
 
     def drawn(self, prompt_width: int, num_prompts: int, boundary: Tensor | None) -> _Drawn:
-        arrays = [x.cpu().numpy() for x in (self.ids, self.logps, self.entropies, self.lengths, self.finished)]
+        arrays = [
+            x.cpu().numpy() for x in (self.ids, self.logps, self.entropies, self.lengths, self.finished)
+        ]
         return _Drawn(*arrays, prompt_width, num_prompts, boundary)
 
 
@@ -216,13 +236,16 @@ def _sample_wave(
     cache = cache.select(rows, width + longest)
     lengths = lengths[rows]
 
-    # Slot s of the cache holds prompt position s below `width`, and completion position s - width from there on.
+    # Slot s of the cache holds prompt position s below `width`, and completion position s - width from there
+    # on.
     slots = torch.arange(width + longest, device=device)
     slot_positions = torch.where(slots < width, slots, lengths[:, None] + slots - width)
     filled = (slots < lengths[:, None]) | (slots >= width)
     positions = slot_positions[:, width:]
     rotary = decoder.rotations(positions)
-    masked = bool((lengths < width).any()) or any(w is not None and w < width + longest for w in decoder.windows)
+    masked = bool((lengths < width).any()) or any(
+        w is not None and w < width + longest for w in decoder.windows
+    )
 
     boundary = None
     if record:
@@ -260,7 +283,8 @@ def _sample_wave(
 
 
 def _prefill(policy: Policy, prompts: list[np.ndarray], width: int) -> tuple[Tensor, Tensor, KeyValueCache]:
-    """Runs each prompt once: the last layer's output at its last token [P, D], the boundary [P, width, D], the cache.
+    """Runs each prompt once: the last layer's output at its last token [P, D], the boundary [P, width, D],
+    the cache.
 
     Prompts are padded on the right, where no token of the prompt can see the padding.
     """
@@ -271,7 +295,9 @@ def _prefill(policy: Policy, prompts: list[np.ndarray], width: int) -> tuple[Ten
     positions = torch.arange(width, device=device).expand(len(prompts), -1)
     causal = torch.ones(width, width, dtype=torch.bool, device=device).tril().expand(len(prompts), -1, -1)
     cache = KeyValueCache(policy.num_layers, width)
-    context = Context(decoder.masks(causal, positions, positions), decoder.rotations(positions), positions, cache)
+    context = Context(
+        decoder.masks(causal, positions, positions), decoder.rotations(positions), positions, cache
+    )
     trunk = decoder.run(decoder.embed(torch.from_numpy(ids).to(device)), 0, policy.cut, context)
     hidden = decoder.run(trunk, policy.cut, policy.num_layers, context)
     cache.filled = width

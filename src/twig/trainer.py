@@ -1,7 +1,7 @@
 """One training step: prompts, completions, rewards, tries, credit, packs, gradient, optimizer.
 
-Data flows down this file once per step. What lives from step to step is the adapter, the optimizer, the position in
-the data and the queue of restarts. Knows nothing of files, checkpoints or displays.
+Data flows down this file once per step. What lives from step to step is the adapter, the optimizer, the
+position in the data and the queue of restarts. Knows nothing of files, checkpoints or displays.
 """
 
 import math
@@ -33,8 +33,8 @@ from twig.trie import PrefixTrie
 
 @dataclass
 class Batch:
-    """What one step sampled. `tries`, `credits` and `rewarded` have one entry per group with any reward: completions
-    to which every reward function answered None are in `groups` and not in those."""
+    """What one step sampled. `tries`, `credits` and `rewarded` have one entry per group with any reward:
+    completions to which every reward function answered None are in `groups` and not in those."""
 
     groups: list[Group]
     boundary: Tensor | None
@@ -50,15 +50,25 @@ class Trainer:
     """Trains `policy` on `task` step by step; `seconds` of each phase of the last step are in its metrics."""
 
     def __init__(
-        self, settings: Settings, policy: Policy, tokenizer: Any, task: Task, end_ids: list[int], progress: Progress
+        self,
+        settings: Settings,
+        policy: Policy,
+        tokenizer: Any,
+        task: Task,
+        end_ids: list[int],
+        progress: Progress,
     ) -> None:
         if not task.train:
-            raise UserError(f"task {task.name}: there is nothing to train on; write task.path=FILE or another split")
+            raise UserError(
+                f"task {task.name}: there is nothing to train on; write task.path=FILE or another split"
+            )
         self.settings, self.policy, self.tokenizer, self.task = settings, policy, tokenizer, task
         self.end_ids, self.progress = end_ids, progress
         train = settings.train
         self.num_prompts = settings.rollout.prompts_per_step
-        self.total_steps = train.max_steps or math.ceil(train.num_train_epochs * len(task.train) / self.num_prompts)
+        self.total_steps = train.max_steps or math.ceil(
+            train.num_train_epochs * len(task.train) / self.num_prompts
+        )
         self.parameters = list(policy.parameters.values())
         self.optimizer = _optimizer(settings, self.parameters)
         self.rate_at = _schedule(settings, self.optimizer, self.total_steps)
@@ -66,7 +76,8 @@ class Trainer:
         self.restarts: list[Restart] = []
         self.seconds: dict[str, float] = {}
 
-    # ---- one step ------------------------------------------------------------------------------------------------
+    # ---- one step
+    # ------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> tuple[Batch, dict[str, Any]]:
         """Samples and updates; returns what was sampled and the step's metrics. `step` counts from 1."""
@@ -80,7 +91,8 @@ class Trainer:
         return batch, {**self._measure(batch), **updated, **{f"time/{k}": v for k, v in self.seconds.items()}}
 
     def sample(self, step: int) -> Batch:
-        """The groups of a step, with rewards: restarts that wait come first, the rest are the next prompts."""
+        """The groups of a step, with rewards: restarts that wait come first, the rest are the next
+        prompts."""
         rollout = self.settings.rollout
         indices, requests = [], []
         for slot, restart in enumerate(self._next_prompts()):
@@ -140,7 +152,8 @@ class Trainer:
     def update(self, batch: Batch, learning_rate: float) -> dict[str, Any]:
         """Takes `num_iterations` optimizer steps on the batch; returns their metrics.
 
-        Where nothing has weight there is no step and no decay: Adam would move the adapter on a zero gradient.
+        Where nothing has weight there is no step and no decay: Adam would move the adapter on a zero
+        gradient.
         """
         options, policy = self.settings.algorithm, self.policy
         packs = build_packs(
@@ -157,7 +170,10 @@ class Trainer:
             return metrics
         self.progress.phase("updating", len(packs) * options.num_iterations)
         surrogate = Surrogate(
-            options.epsilon, options.epsilon_high, options.beta, bias_correction=options.use_bias_correction_kl
+            options.epsilon,
+            options.epsilon_high,
+            options.beta,
+            bias_correction=options.use_bias_correction_kl,
         )
         old = [policy.logps(pack, batch.boundary) for pack in packs] if options.num_iterations > 1 else None
         ref = None
@@ -169,7 +185,11 @@ class Trainer:
             logps, loss = [], 0.0
             for i, pack in enumerate(packs):
                 found, value = policy.backward(
-                    pack, surrogate, batch.boundary, None if old is None else old[i], None if ref is None else ref[i]
+                    pack,
+                    surrogate,
+                    batch.boundary,
+                    None if old is None else old[i],
+                    None if ref is None else ref[i],
                 )
                 logps.append(found)
                 loss += value
@@ -184,8 +204,8 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf))
         if not math.isfinite(norm) or not math.isfinite(loss):
             raise UserError(
-                f"train.learning_rate: the loss ({loss}) or its gradient ({norm}) is not finite; write a smaller one than "
-                f"{learning_rate:g}, or model.dtype=float32"
+                f"train.learning_rate: the loss ({loss}) or its gradient ({norm}) is not finite; "
+                f"write a smaller one than {learning_rate:g}, or model.dtype=float32"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -193,7 +213,8 @@ class Trainer:
         self.optimizer.step()
         return norm
 
-    # ---- prompts -------------------------------------------------------------------------------------------------
+    # ---- prompts
+    # -------------------------------------------------------------------------------------------------
 
     def _next_prompts(self) -> list[Restart]:
         """The prompts of the next step; fresh ones are restarts from the beginning."""
@@ -226,7 +247,8 @@ class Trainer:
     def _decode(self, rows: list[np.ndarray]) -> list[str]:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
-    # ---- measuring -----------------------------------------------------------------------------------------------
+    # ---- measuring
+    # -----------------------------------------------------------------------------------------------
 
     def _measure(self, batch: Batch) -> dict[str, Any]:
         completions = [c for g in batch.groups for c in g.completions]
@@ -236,7 +258,9 @@ class Trainer:
         flat = [bool(len(r := row[~np.isnan(row)]) == 0 or r.min() == r.max()) for row in rewards]
         metrics = {
             "reward": float(given.mean()) if len(given) else 0.0,
-            "reward_std": float(np.mean([g.rewards.std(ddof=1) for g in batch.rewarded if len(g.rewards) > 1] or [0.0])),
+            "reward_std": float(
+                np.mean([g.rewards.std(ddof=1) for g in batch.rewarded if len(g.rewards) > 1] or [0.0])
+            ),
             **batch.rewards.metrics,
             "frac_reward_zero_std": float(np.mean(flat)),
             "answers/right": float(batch.right.mean()),
@@ -258,7 +282,8 @@ class Trainer:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    # ---- state ---------------------------------------------------------------------------------------------------
+    # ---- state
+    # ---------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything the next step depends on: (tensors by file, plain values)."""
@@ -267,7 +292,10 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 moments[f"{name}|{key}"] = torch.as_tensor(value)
         tensors = {"adapter": dict(self.policy.parameters), "optimizer": moments}
-        return tensors, {"drawn_prompts": self.drawn_prompts, "restarts": [r.as_dict() for r in self.restarts]}
+        return tensors, {
+            "drawn_prompts": self.drawn_prompts,
+            "restarts": [r.as_dict() for r in self.restarts],
+        }
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Continues from what `state` returned."""
@@ -284,7 +312,8 @@ class Trainer:
 
 
 def _gaps(batch: Batch, packs: list[Pack], logps: list[Tensor], ref: list[Tensor] | None) -> dict[str, float]:
-    """How far recomputed log-probs are from those recorded while sampling, and the mean KL to the base (nats)."""
+    """How far recomputed log-probs are from those recorded while sampling, and the mean KL to the base
+    (nats)."""
     largest = 0.0
     for pack, found in zip(packs, logps, strict=True):
         recomputed = found.double().cpu().numpy() if found.device.type != "mps" else found.cpu().numpy()
@@ -318,7 +347,8 @@ def _optimizer(settings: Settings, parameters: list[Tensor]) -> torch.optim.Opti
 
 
 def _schedule(settings: Settings, optimizer: torch.optim.Optimizer, total: int):
-    """The learning rate as a function of the step (from 1), by transformers' own schedules; it holds no state."""
+    """The learning rate as a function of the step (from 1), by transformers' own schedules; it holds no
+    state."""
     train = settings.train
     scheduler = get_scheduler(train.lr_scheduler_type, optimizer, train.warmup_steps, total)
     factor = scheduler.lr_lambdas[0]

@@ -1,8 +1,8 @@
 """The prefix trie of a group: credit, compute and sight all rest on it.
 
-A node is one (prefix, next token) pair. Node 0 is the root, the end of the prompt, through which every completion
-passes. Nodes are numbered in depth-first order, children by token id, so the trie does not depend on the order of
-the completions, a subtree is a range of numbers, and a parent comes before its children.
+A node is one (prefix, next token) pair. Node 0 is the root, the end of the prompt, through which every
+completion passes. Nodes are numbered in depth-first order, children by token id, so the trie does not depend
+on the order of the completions, a subtree is a range of numbers, and a parent comes before its children.
 
 Numpy only; knows nothing of models or algorithms.
 """
@@ -46,8 +46,8 @@ class PrefixTrie:
     def build(cls, completions: Sequence[Sequence[int] | np.ndarray], rewards: Sequence[float] | np.ndarray):
         """The trie of `completions` (token ids, any lengths, empty ones too) with one reward each.
 
-        Sorted completions share each prefix with a neighbour, so row i adds exactly the nodes behind its longest
-        common prefix with row i - 1: linear in the number of tokens after one sort.
+        Sorted completions share each prefix with a neighbour, so row i adds exactly the nodes behind its
+        longest common prefix with row i - 1: linear in the number of tokens after one sort.
         """
         rewards = np.asarray(rewards, np.float64)
         lengths = np.array([len(c) for c in completions], np.int64)
@@ -75,7 +75,9 @@ class PrefixTrie:
         parent[1:] = np.where(columns > 0, ids[rows, columns - 1], ROOT)
 
         paths = [ids[r, : sizes[r]] for r in np.argsort(order, kind="stable")]
-        visited = np.concatenate([np.zeros(len(paths), np.int64), *paths])  # the root first, once per completion
+        visited = np.concatenate(
+            [np.zeros(len(paths), np.int64), *paths]
+        )  # the root first, once per completion
         visitor = np.concatenate([np.arange(len(paths)), np.repeat(np.arange(len(paths)), lengths)])
         count = np.bincount(visited, minlength=num_nodes)
         # NOTE: bincount adds in the order given, so nodes visited by the same completions get the same bits.
@@ -84,7 +86,17 @@ class PrefixTrie:
         first_row = np.concatenate([[0], rows])  # a node is made by the first sorted row that has it
         made_before = np.concatenate([[1], 1 + np.cumsum(new.sum(1))])  # nodes made before each sorted row
         last_row = first_row + count - 1
-        return cls(token, parent, depth, count, reward_sum, made_before[last_row + 1], order[last_row], paths, rewards)
+        return cls(
+            token,
+            parent,
+            depth,
+            count,
+            reward_sum,
+            made_before[last_row + 1],
+            order[last_row],
+            paths,
+            rewards,
+        )
 
     def __len__(self) -> int:
         """Number of nodes, the root included."""
@@ -103,8 +115,8 @@ class PrefixTrie:
     def value(self) -> np.ndarray:
         """V(n), the mean reward of the completions through n.
 
-        Where they all have one reward, V is that reward itself: a sum of 0.1 or 1/3 divided by its count can differ
-        from it in the last bit, and the difference of two such values would be spurious credit.
+        Where they all have one reward, V is that reward itself: a sum of 0.1 or 1/3 divided by its count can
+        differ from it in the last bit, and the difference of two such values would be spurious credit.
         """
         low, high = np.full(len(self), np.inf), np.full(len(self), -np.inf)
         for path, reward in zip(self.paths, self.rewards, strict=True):
