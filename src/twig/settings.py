@@ -65,7 +65,9 @@ class Lora(Frozen):
     """The adapter: the only weights that change."""
 
     r: int = Field(16, ge=1, description="Rank of the adapter matrices.")
-    alpha: float = Field(32.0, gt=0, description="Scale of the adapter: its output is multiplied by alpha / r.")
+    alpha: float = Field(
+        32.0, gt=0, description="Scale of the adapter: its output is multiplied by alpha / r."
+    )
     target_modules: list[Text] = Field(
         ["q_proj", "v_proj"], min_length=1, description="Names of the linear modules that get an adapter."
     )

@@ -1,0 +1,286 @@
+"""The run folder: the resolved settings, the environment, one row of metrics a step, completions, the summary.
+
+`metrics.jsonl` is the truth about a run. Whole files are written beside their place and renamed into it, so a
+crash leaves the old file or the new one. Knows nothing of what the numbers mean; no torch.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from twig.config import RUN_CONFIG, Settings, load
+from twig.records import UserError
+
+ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.json"
+COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt"
+RUNS = Path("runs")
+PACKAGES = ("twig-rl", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+# All that `save_environment` takes from its caller: nothing else about a machine ends up in a run folder.
+FACTS = ("device", "device_name", "dtype", "model_revision", "data_revision")
+# A folder with nothing but these holds a run that never began: nothing is lost by starting over in it.
+_BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT}
+_COLUMNS = {
+    "step": "int64",
+    "prompt_index": "int64",
+    "completion_index": "int64",
+    "prompt": "string",
+    "completion": "string",
+    "prefix_length": "int64",
+    "token_ids": "list<int64>",
+    "logps": "list<double>",
+    "entropies": "list<double>",
+    "weights": "list<double>",
+    "finished": "bool",
+    "reward": "double",
+    "rewards": "string",
+    "right": "bool",
+}
+
+
+class RunLog:
+    """Writes one run's folder. `settings` are those in its `config.yaml`."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self.settings = settings
+
+    @classmethod
+    def create(cls, output: str | Path | None, settings: Settings) -> "RunLog":
+        """A new run in `output` (None: a new folder below runs/, named after the task and the algorithm).
+
+        Raises UserError where `output` holds another run or anything else; nothing in it is changed then.
+        """
+        if output is None:
+            folder = new_folder(f"{settings.task.name}-{settings.algorithm.name}")
+        else:
+            folder = Path(output)
+            _refuse_other_content(folder)
+        log = cls(folder, settings)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(folder / RUN_CONFIG, settings.to_yaml())
+            log.save_environment()
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(
+                f"--output {folder}: cannot be written ({error.strerror}); write another"
+            ) from error
+        return log
+
+    @classmethod
+    def open(cls, output: str | Path) -> "RunLog":
+        """The run in `output`, to go on with; raises UserError where there is none."""
+        folder = Path(output)
+        if not (folder / RUN_CONFIG).is_file():
+            raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one there")
+        return cls(folder, load(str(folder)))
+
+    def discard(self) -> None:
+        """Removes the folder if the run never began (no metrics, checkpoint or traceback); else does nothing."""
+        if _names(self.folder) <= _BEFORE_THE_START:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ---- writing
+
+    def save_environment(self, **facts: str | None) -> None:
+        """Writes environment.json: versions, platform, commit, and the `facts` that the caller knows (FACTS)."""
+        assert set(facts) <= set(FACTS), "environment.json holds what is on the list and nothing else"
+        found = environment() | facts
+        _replace(self.folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Appends a row to metrics.jsonl; a number that is not finite becomes null."""
+        row = json.dumps(_plain({"step": step, **metrics}), allow_nan=False)
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(row + "\n")
+
+    def save_completions(self, step: int, rows: list[dict[str, Any]]) -> Path:
+        """Writes completions/step-N.parquet, one row a completion, and returns its path."""
+        path = self.folder / COMPLETIONS / f"step-{step}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        _write_parquet(path, [{"step": step, **row} for row in rows])
+        return path
+
+    def save_summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json, whole or not at all; a number that is not finite becomes null."""
+        _replace(self.folder / SUMMARY, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+
+    def save_traceback(self, text: str) -> Path:
+        """Writes traceback.txt (the last fault only) and returns its path."""
+        path = self.folder / TRACEBACK
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def warn(self, text: str) -> None:
+        """Appends a line to warnings.txt."""
+        with open(self.folder / WARNINGS, "a", encoding="utf-8") as file:
+            file.write(" ".join(text.split()) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drops metrics and completions of later steps, and a last row that a crash tore."""
+        path = self.folder / METRICS
+        if path.exists():
+            kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
+            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+        for file in (self.folder / COMPLETIONS).glob("step-*.parquet"):
+            number = file.stem.removeprefix("step-")
+            if number.isdigit() and int(number) > step:
+                file.unlink()
+
+    # ---- reading
+
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json holds, or None where there is none that can be read."""
+        return read_summary(self.folder)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What a run folder's summary.json holds, or None where there is none that can be read."""
+    try:
+        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder's metrics.jsonl; a last row that a crash tore is left out."""
+    lines = (folder / METRICS).read_text(encoding="utf-8").split("\n")
+    # What follows the last line end is a torn row, or nothing.
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def new_folder(name: str) -> Path:
+    """Makes and returns the next folder of the form runs/NAME-N."""
+    number = max([0, *_numbers(name)])
+    while True:
+        number += 1
+        folder = RUNS / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not RUNS.is_dir():
+                raise UserError(f"--output: {RUNS} is a file, not a folder; write --output DIR") from None
+        except OSError as error:
+            raise UserError(
+                f"--output: {folder} cannot be made ({error.strerror}); write --output DIR"
+            ) from error
+        else:
+            return folder
+
+
+def newest_folder(name: str) -> Path | None:
+    """The run of the form runs/NAME-N with the largest N, or None."""
+    found = [n for n in _numbers(name) if (RUNS / f"{name}-{n}" / RUN_CONFIG).is_file()]
+    return RUNS / f"{name}-{max(found)}" if found else None
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on: versions, platform, processor count, the commit of Twig's own source."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        **dict.fromkeys(FACTS),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    # Only where Twig runs from its own checkout; an installed copy inside somebody's repository is not of that commit.
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _numbers(name: str) -> Iterable[int]:
+    form = re.compile(re.escape(name) + r"-([0-9]+)")
+    found = [form.fullmatch(path.name) for path in RUNS.glob("*")] if RUNS.is_dir() else []
+    return [int(match[1]) for match in found if match]
+
+
+def _refuse_other_content(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: a file, not a folder; write another --output")
+    names = _names(folder)
+    if names <= _BEFORE_THE_START:
+        return
+    if RUN_CONFIG in names:
+        raise UserError(
+            f"--output {folder}: holds a run; add --resume to go on with it, or write another --output"
+        )
+    raise UserError(f"--output {folder}: not empty and not a run; write another --output")
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}: cannot be read ({error.strerror}); write another --output"
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.tmp")
+    with open(draft, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _plain(value: Any) -> Any:
+    # JSON's own kinds of value: arrays, numpy and torch numbers become lists and numbers, NaN and infinity null.
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    names = {
+        "int64": pyarrow.int64(),
+        "string": pyarrow.string(),
+        "bool": pyarrow.bool_(),
+        "double": pyarrow.float64(),
+        "list<int64>": pyarrow.list_(pyarrow.int64()),
+        "list<double>": pyarrow.list_(pyarrow.float64()),
+    }
+    schema = pyarrow.schema([(column, names[kind]) for column, kind in _COLUMNS.items()])
+    assert all(set(row) <= set(_COLUMNS) for row in rows), "a column without a type; add it to _COLUMNS"
+    draft = path.with_name(f".{path.name}.tmp")
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), draft, compression="zstd")
+    os.replace(draft, path)
