@@ -1,4 +1,4 @@
-"""The run folder: the resolved settings, the environment, one row of metrics a step, completions, the summary.
+"""The run folder: resolved settings, environment, one row of metrics a step, completions, summary.
 
 `metrics.jsonl` is the truth about a run. Whole files are written beside their place and renamed into it, so a
 crash leaves the old file or the new one. Knows nothing of what the numbers mean; no torch.
@@ -83,14 +83,14 @@ class RunLog:
         return cls(folder, load(str(folder)))
 
     def discard(self) -> None:
-        """Removes the folder if the run never began (no metrics, checkpoint or traceback); else does nothing."""
+        """Removes the folder if the run never began (no metrics, checkpoint or traceback)."""
         if _names(self.folder) <= _BEFORE_THE_START:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- writing
 
     def save_environment(self, **facts: str | None) -> None:
-        """Writes environment.json: versions, platform, commit, and the `facts` that the caller knows (FACTS)."""
+        """Writes environment.json: versions, platform, commit, and what the caller knows (FACTS)."""
         assert set(facts) <= set(FACTS), "environment.json holds what is on the list and nothing else"
         found = environment() | facts
         _replace(self.folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
@@ -203,7 +203,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    # Only where Twig runs from its own checkout; an installed copy inside somebody's repository is not of that commit.
+    # Only in its own checkout: an installed copy inside somebody's repository has no commit.
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -229,7 +229,7 @@ def _refuse_other_content(folder: Path) -> None:
         return
     if RUN_CONFIG in names:
         raise UserError(
-            f"--output {folder}: holds a run; add --resume to go on with it, or write another --output"
+            f"--output {folder}: holds another run; add --resume to go on with it, or write another"
         )
     raise UserError(f"--output {folder}: not empty and not a run; write another --output")
 
@@ -255,7 +255,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    # JSON's own kinds of value: arrays, numpy and torch numbers become lists and numbers, NaN and infinity null.
+    # JSON's kinds of value: arrays, numpy and torch numbers become lists and numbers; NaN and infinity, null.
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):

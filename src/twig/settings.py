@@ -1,8 +1,8 @@
 """The groups of settings: typed, frozen fields, each described once, and the checks between them.
 
-Knows nothing about files, YAML or the command line (`config.py` puts the groups together and reads those), nor
-about what acts on a setting. `docs/settings.md` and the words of most errors are made from the fields below. Names
-are those of TRL and transformers where the meaning is the same.
+Knows nothing about files, YAML or the command line (`config.py` puts the groups together and reads those),
+nor about what acts on a setting. `docs/settings.md` and the words of most errors are made from the fields
+below. Names are those of TRL and transformers where the meaning is the same.
 """
 
 from typing import Annotated, Any, Literal
@@ -65,9 +65,7 @@ class Lora(Frozen):
     """The adapter: the only weights that change."""
 
     r: int = Field(16, ge=1, description="Rank of the adapter matrices.")
-    alpha: float = Field(
-        32.0, gt=0, description="Scale of the adapter: its output is multiplied by alpha / r."
-    )
+    alpha: float = Field(32.0, gt=0, description="The adapter's output is multiplied by alpha / r.")
     target_modules: list[Text] = Field(
         ["q_proj", "v_proj"], min_length=1, description="Names of the linear modules that get an adapter."
     )
@@ -273,7 +271,8 @@ class Algorithm(Frozen):
                 _resolve(self, key, value)
             if self.unbiased and self.k <= self.alpha:
                 raise UserError(
-                    f"algorithm.k: {self.k} is not above algorithm.alpha={self.alpha}, as algorithm.unbiased needs; "
+                    f"algorithm.k: {self.k} is not above algorithm.alpha={self.alpha}, "
+                    "as algorithm.unbiased needs; "
                     f"write algorithm.k={self.alpha + 50} or a smaller algorithm.alpha"
                 )
         else:

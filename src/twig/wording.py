@@ -139,7 +139,7 @@ def explain(root: Root, fault: Any) -> tuple[str, str]:
 
 
 def nearest(root: Root, key: str) -> str | None:
-    """The setting that was probably meant: that name in another group, a similar one here, or one anywhere."""
+    """The setting that was probably meant: that name elsewhere, a similar one here, or a similar one."""
     known = [name for name, _ in fields_of(root)]
     prefix, _, last = key.rpartition(".")
     same = [name for name in known if _last(name) == last]
