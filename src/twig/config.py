@@ -8,7 +8,7 @@ Knows the groups of `settings.py` and nothing about what acts on them. `python -
 import difflib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -36,23 +36,28 @@ class Settings(Frozen):
     log: Log = Field(default_factory=Log)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], origins: dict[str, str] | None = None) -> "Settings":
-        """The settings in a nested dict; what is left out has its default.
+    def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = (), label: str = "") -> "Settings":
+        """The settings in a nested dict, with overrides on top; what is left out has its default.
 
-        >>> s = Settings.from_dict({"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}})
-        >>> s.train.learning_rate
-        0.0001
+        >>> values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
+        >>> Settings.from_dict(values, ["train.max_steps=3"]).train.max_steps
+        3
 
-        `origins` says where a dotted key was written ("" for the rest). Raises UserError for a wrong value.
+        `label` says where the dict comes from. Raises UserError, one line, for the first wrong value.
         """
+        values, origins = _plain(values), {"": label}
+        for override in overrides:
+            key, value = parse_override(override)
+            origins[key] = f"override {_cut(override)}"
+            _put(values, key, value, origins[key])
         try:
-            return cls.model_validate(_plain(values))
+            return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_one_line(error, origins or {})) from None
+            raise UserError(_one_line(error, origins)) from None
 
-    def with_overrides(self, overrides: list[str]) -> "Settings":
+    def with_overrides(self, overrides: Sequence[str]) -> "Settings":
         """These settings with overrides such as "train.max_steps=100" on top."""
-        return _build(self.model_dump(), "", overrides)
+        return Settings.from_dict(self.model_dump(), overrides)
 
     def to_yaml(self) -> str:
         """All settings as YAML text, defaults included; `load` reads it back to equal settings."""
@@ -77,7 +82,7 @@ def recipe_text(name: str) -> str:
     return (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def load(source: str, overrides: list[str] | None = None) -> Settings:
+def load(source: str, overrides: Sequence[str] = ()) -> Settings:
     """The settings of a recipe, a YAML file or a run folder, with overrides ("train.max_steps=100") on top.
 
     A shipped recipe's name wins over a file of that name. Raises UserError, one line, for anything wrong.
@@ -89,7 +94,7 @@ def load(source: str, overrides: list[str] | None = None) -> Settings:
             f"{label}: {kind_of(values)} is not a mapping of groups; "
             "write groups of settings, such as 'train:' with 'max_steps: 100' below it"
         )
-    return _build(values or {}, label, overrides or [])
+    return Settings.from_dict(values or {}, overrides, label)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -128,15 +133,6 @@ def parse_yaml(text: str, label: str) -> Any:
         raise UserError(
             f"{label}: not readable as YAML ({error}); write plain numbers and shallow groups"
         ) from None
-
-
-def _build(values: dict[str, Any], label: str, overrides: list[str]) -> Settings:
-    origins = {"": label}
-    for override in overrides:
-        key, value = parse_override(override)
-        origins[key] = f"override {_cut(override)}"
-        _put(values, key, value, origins[key])
-    return Settings.from_dict(values, origins)
 
 
 def _put(values: dict[str, Any], key: str, value: Any, origin: str) -> None:

@@ -7,22 +7,19 @@ crash leaves the old file or the new one. Knows nothing of what the numbers mean
 import json
 import math
 import os
-import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from twig.config import RUN_CONFIG, Settings, load
+from twig.machine import environment
 from twig.records import UserError
 
 ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.json"
 COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt"
 RUNS = Path("runs")
-PACKAGES = ("twig-rl", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
 # All that `save_environment` takes from its caller: nothing else about a machine ends up in a run folder.
 FACTS = ("device", "device_name", "dtype", "model_revision", "data_revision")
 # A folder with nothing but these holds a run that never began: nothing is lost by starting over in it.
@@ -68,23 +65,22 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             _replace(folder / RUN_CONFIG, settings.to_yaml())
             log.save_environment()
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UserError(
-                f"--output {folder}: cannot be written ({error.strerror}); write another"
-            ) from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--output {folder}: cannot be written ({reason}); write another") from error
         return log
 
     @classmethod
     def open(cls, output: str | Path) -> "RunLog":
         """The run in `output`, to go on with; raises UserError where there is none."""
         folder = Path(output)
-        if not (folder / RUN_CONFIG).is_file():
+        if not is_run(folder):
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one there")
         return cls(folder, load(str(folder)))
 
     def discard(self) -> None:
         """Removes the folder if the run never began (no metrics, checkpoint or traceback)."""
-        if _names(self.folder) <= _BEFORE_THE_START:
+        if self.folder.is_dir() and _names(self.folder) <= _BEFORE_THE_START:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- writing
@@ -92,7 +88,7 @@ class RunLog:
     def save_environment(self, **facts: str | None) -> None:
         """Writes environment.json: versions, platform, commit, and what the caller knows (FACTS)."""
         assert set(facts) <= set(FACTS), "environment.json holds what is on the list and nothing else"
-        found = environment() | facts
+        found = environment() | dict.fromkeys(FACTS) | facts
         _replace(self.folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -177,42 +173,15 @@ def new_folder(name: str) -> Path:
 
 
 def newest_folder(name: str) -> Path | None:
-    """The run of the form runs/NAME-N with the largest N, or None."""
-    found = [n for n in _numbers(name) if (RUNS / f"{name}-{n}" / RUN_CONFIG).is_file()]
-    return RUNS / f"{name}-{max(found)}" if found else None
+    """The run of the form runs/NAME-N with the largest N, else the run runs/NAME, else None."""
+    names = [f"{name}-{number}" for number in sorted(_numbers(name), reverse=True)]
+    found = [RUNS / each for each in (*names, name) if is_run(RUNS / each)]
+    return found[0] if found else None
 
 
-def environment() -> dict[str, Any]:
-    """What a result may depend on: versions, platform, processor count, the commit of Twig's own source."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
-        **dict.fromkeys(FACTS),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    # Only in its own checkout: an installed copy inside somebody's repository has no commit.
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / RUN_CONFIG).is_file()
 
 
 def _numbers(name: str) -> Iterable[int]:

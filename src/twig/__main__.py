@@ -1,0 +1,8 @@
+"""`python -m twig` is `twig`."""
+
+import sys
+
+from twig.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,427 @@
+"""The command line: each command reads its words, makes one library call and shows the result.
+
+What a person can fix is one line on stderr and exit status 2; a stopped run is 130, a fault of Twig 1. Torch
+and transformers are imported by the commands that need them, when they run.
+"""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from twig import __version__
+from twig.config import Settings, load, recipe_names, recipe_text
+from twig.display import accuracy_table, clean, one_line, show_run, showing
+from twig.machine import device_words, environment, gpu_warning, has_nvidia_gpu
+from twig.progress import Progress
+from twig.records import UserError
+from twig.runlog import RunLog, is_run, new_folder, newest_folder, read_summary
+from twig.tasks import TASKS, load_task, render_prompt
+
+USAGE_ERROR, FAULT, STOPPED = 2, 1, 130
+# Any model does where only the problems are asked for.
+_ANY_MODEL = "tiny-arithmetic"
+_UsageError = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train language models to reason with reinforcement learning, on small hardware.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[GROUP.KEY=VALUE]...", help="Settings; see docs/settings.md.")
+]
+
+
+class _Stopped(Exception):
+    """The run was stopped and is saved; the words say how to go on."""
+
+
+# ---- train ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe, a YAML file or a run folder.")
+    ],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run folder. Without it: runs/RECIPE-N.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
+) -> None:
+    """Train a model, and show its accuracy before and after."""
+    settings = load(_recipe(source), overrides or ())
+    if dry_run:
+        sys.stdout.write(settings.to_yaml())
+        return
+    folder = _folder_to_resume(source, output) if resume else output
+    if resume and RunLog.open(folder).settings == settings and _is_finished(folder):
+        show_run(_console(), folder, read_summary(folder))
+        return
+    folder = folder or new_folder(_run_name(source))
+    with _stoppable(folder):
+        summary = _train(settings, folder, resume)
+    show_run(_console(), folder, summary)
+    if summary["status"] == "stopped":
+        raise _Stopped(_how_to_go_on(folder))
+
+
+def _train(settings: Settings, folder: Path, resume: bool) -> dict[str, Any]:
+    # The folder is taken, or refused, before the slow imports; a run that fails before its start leaves none.
+    log = RunLog.open(folder) if resume else RunLog.create(folder, settings)
+    try:
+        from twig.loop import train as run
+
+        _quiet_libraries()
+        with showing(settings.log.progress) as progress:
+            return run(settings, output=folder, resume=resume, progress=progress).summary
+    except BaseException:
+        if not resume:
+            log.discard()
+        raise
+
+
+def _recipe(source: str) -> str:
+    if "=" in source and not Path(source).exists():
+        raise UserError(f"{source}: a setting where the recipe belongs; write twig train quickstart {source}")
+    return source
+
+
+def _run_name(source: str) -> str:
+    path = Path(source)
+    return path.stem if path.suffix in (".yaml", ".yml") else path.resolve().name
+
+
+def _folder_to_resume(source: str, output: Path | None) -> Path:
+    found = output or (Path(source) if is_run(Path(source)) else newest_folder(_run_name(source)))
+    if found is None:
+        name = _run_name(source)
+        raise UserError(
+            f"--resume: there is no run runs/{name}-N; write --output DIR, or leave --resume out to start"
+        )
+    return found
+
+
+def _is_finished(folder: Path) -> bool:
+    return (read_summary(folder) or {}).get("status") == "finished"
+
+
+def _how_to_go_on(folder: Path) -> str:
+    path = shlex.quote(str(folder)) if os.name != "nt" else f'"{folder}"'
+    return f"stopped and saved; to go on: twig train {path} --resume"
+
+
+@contextmanager
+def _stoppable(folder: Path) -> Iterator[None]:
+    """Inside, SIGTERM is as Ctrl-C, and either says how to go on."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Stopped(_how_to_go_on(folder) if is_run(folder) else "stopped before the first step") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- eval -----------------------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, an adapter, or a model.")
+    ],
+    overrides: Overrides = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The task. Without it: the run's own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Problems to answer. Without it: all.")
+    ] = None,
+) -> None:
+    """Measure a model's accuracy, with a 95 % interval."""
+    settings = _settings_to_evaluate(model, task, overrides or [], limit)
+    with showing(settings.log.progress) as progress:
+        result = _evaluate(settings, progress)
+    console = _console()
+    console.print(accuracy_table({settings.task.name: result}))
+    found = "" if result["found"] is None else f"answer found {100 * result['found']:.1f} %, "
+    length = f"mean length {result['mean_length']:.1f} tokens, cut off {100 * result['truncated']:.1f} %"
+    console.print(Text(f"\n{found}{length}"), soft_wrap=True)
+
+
+def _evaluate(settings: Settings, progress: Progress) -> dict[str, Any]:
+    from twig.evaluate import evaluate_policy
+    from twig.models import end_ids, load_model, suppressed_ids
+    from twig.policy import Policy, attach
+
+    _quiet_libraries()
+    progress.phase("loading")
+    task = load_task(settings)
+    if not task.eval:
+        raise UserError(f"task {task.name}: nothing to evaluate on; write task.eval_split= the split to use")
+    model, tokenizer = load_model(settings.model)
+    suppressed = suppressed_ids(
+        model, settings.rollout.suppress_tokens, len(model.get_output_embeddings().weight)
+    )
+    lora, ends = settings.lora, end_ids(model, tokenizer)
+    # A new adapter adds nothing until it is trained: without model.adapter this is the model itself.
+    peft_model = attach(
+        model,
+        r=lora.r,
+        alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        layers=lora.layers,
+        adapter=settings.model.adapter,
+    )
+    policy = Policy(peft_model, suppress_tokens=suppressed, plain=settings.model.engine == "plain")
+    result, _ = evaluate_policy(
+        policy,
+        tokenizer,
+        task,
+        settings.task,
+        end_ids=ends,
+        max_completion_length=settings.rollout.max_completion_length,
+        limit=settings.eval.limit,
+        batch_size=settings.eval.batch_size,
+        progress=progress,
+    )
+    return result.as_dict()
+
+
+def _settings_to_evaluate(model: str, task: str | None, overrides: list[str], limit: int | None) -> Settings:
+    if "=" in model and not Path(model).exists():
+        raise UserError(f"{model}: a setting where the model belongs; write twig eval MODEL_OR_RUN {model}")
+    folder = Path(model)
+    if is_run(folder):
+        values = load(model).model_dump()
+        values["model"]["adapter"] = _adapter_of(folder)
+    elif (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        values = {"model": {"name": base["base_model_name_or_path"], "adapter": model}}
+    else:
+        values = {"model": {"name": model}}
+    if task is not None and task != values.get("task", {}).get("name"):
+        values["task"] = {"name": task}
+    if "task" not in values and not any(word.startswith("task.name=") for word in overrides):
+        raise UserError(
+            f"--task: not set, and {model} is not a run that has one; write one of {', '.join(TASKS)}"
+        )
+    return Settings.from_dict(values, overrides if limit is None else [*overrides, f"eval.limit={limit}"])
+
+
+def _adapter_of(folder: Path) -> str:
+    for name in ("adapter", "adapter-best"):
+        if (folder / name / "adapter_config.json").is_file():
+            return str(folder / name)
+    raise UserError(f"{folder}: the run has no adapter yet; go on with it: twig train {folder} --resume")
+
+
+# ---- what there is --------------------------------------------------------------------------------------
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in recipe_names():
+        table.add_row(name, Text(recipe_text(name).partition("\n")[0].lstrip("# ")))
+    _console().print(table)
+
+
+tasks_app = typer.Typer(help="List the tasks, or show one.", rich_markup_mode=None)
+app.add_typer(tasks_app, name="tasks")
+
+
+@tasks_app.callback(invoke_without_command=True)
+def tasks(context: typer.Context) -> None:
+    """List the tasks, or show one."""
+    if context.invoked_subcommand is not None:
+        return
+    from importlib import import_module
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, module in TASKS.items():
+        table.add_row(name, Text((import_module(module).__doc__ or "").partition("\n")[0]))
+    _console().print(table)
+
+
+@tasks_app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The task.")],
+    overrides: Overrides = None,
+) -> None:
+    """Show a prompt of a task as the model sees it, a right answer, and its score."""
+    values = {"model": {"name": _ANY_MODEL}, "task": {"name": name}}
+    settings = Settings.from_dict(values, overrides or ())
+    task = load_task(settings)
+    examples = task.eval or task.train
+    if not examples:
+        raise UserError(f"task {name}: there are no problems to show; write task.path= another file")
+    tokenizer = None if settings.model.name == _ANY_MODEL else _tokenizer(settings)
+    example = examples[0]
+    console = _console()
+    console.print(
+        Text(f"{len(task.train)} problems to train on, {len(task.eval)} to evaluate on. A prompt:\n"),
+        soft_wrap=True,
+    )
+    console.print(Text(clean(render_prompt(task, example, tokenizer, settings.task))), soft_wrap=True)
+    if task.score is None or "answer" not in example.columns:
+        console.print(Text("\nThe task's reward functions say what is right."), soft_wrap=True)
+        return
+    # The form that the task reads: most read the line after ####, multiplication what follows the last #.
+    forms = [f"#### {example.columns['answer']}", f"#{example.columns['answer']}"]
+    gold = next((form for form in forms if task.score(form, example).right), forms[0])
+    score = task.score(gold, example)
+    words = f"answer {'found' if score.found else 'not found'}, {'right' if score.right else 'wrong'}"
+    console.print(
+        Text(f"\nA right answer ends with:\n\n{clean(gold)}\n\nIts score: {float(score.right):g} ({words})"),
+        soft_wrap=True,
+    )
+
+
+def _tokenizer(settings: Settings) -> Any:
+    from transformers import AutoTokenizer
+
+    _quiet_libraries()
+    name = settings.model.name
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=settings.model.revision or "main")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.name: {name} has no tokenizer that can be loaded; check the name and the network"
+        ) from error
+
+
+@app.command()
+def env() -> None:
+    """Show versions, device and memory, and what to change about them."""
+    import psutil
+    import torch
+
+    found = environment()
+    memory = psutil.virtual_memory()
+    device = device_words(torch)
+    rows = {
+        "twig": __version__,
+        "python": found["python"],
+        **{name: value or "not installed" for name, value in found["versions"].items() if name != "twig-rl"},
+        "platform": found["platform"],
+        "processors": found["cpu_count"],
+        "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
+        "device": device,
+    }
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, Text(clean(value)))
+    _console().print(table)
+    warning = gpu_warning(torch.version.cuda, torch.version.hip, torch.cuda.is_available(), has_nvidia_gpu())
+    if warning:
+        _console().print(Text(f"\nwarning: {warning}"), soft_wrap=True)
+
+
+# ---- from words to an exit status -----------------------------------------------------------------------
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"twig {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit status: 0, 1 (a fault of Twig), 2 (one line says what), 130."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = app(words or ["--help"], prog_name="twig", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _end("stopped", STOPPED)
+    except _Stopped as stopped:
+        return _end(stopped, STOPPED)
+    except BrokenPipeError:
+        # Whoever read the output has enough of it; nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        line = _fixable(error)
+        if line is not None:
+            return _end(line, USAGE_ERROR)
+        traceback.print_exc()
+        return _end(
+            "this is a fault in Twig, not in what you wrote; please report it with the lines above", FAULT
+        )
+
+
+def _end(words: object, status: int) -> int:
+    sys.stderr.write(f"twig: {one_line(words)}\n")
+    return status
+
+
+def _fixable(error: Exception) -> str | None:
+    """The line for a fault that a person can fix, or None."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, _UsageError):
+        return _usage(error)
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; free the space, or choose a place that can be read and written"
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "the GPU's memory is full; write a smaller rollout.wave_size, train.pack_size or train.head_chunk"
+        )
+    return None
+
+
+def _usage(error: Any) -> str:
+    message = error.format_message().strip().rstrip(".")
+    help_for = error.ctx.command_path if error.ctx is not None else "twig"
+    wrong = getattr(error, "option_name", None)
+    if wrong and "." in wrong:
+        return f"{message}; settings have no dashes: write {wrong.lstrip('-')}=VALUE"
+    return f"{message}; see {help_for} --help"
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _quiet_libraries() -> None:
+    # Their own bars and advice would tear the display; errors still come through.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
