@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from twig import __version__
@@ -244,10 +244,8 @@ def _adapter_of(folder: Path) -> str:
 @app.command()
 def recipes() -> None:
     """List the recipes."""
-    table = Table(box=None, pad_edge=False, show_header=False)
     for name in recipe_names():
-        table.add_row(name, Text(recipe_text(name).partition("\n")[0].lstrip("# ")))
-    _console().print(table)
+        _row(name, recipe_text(name).partition("\n")[0].lstrip("# "))
 
 
 tasks_app = typer.Typer(help="List the tasks, or show one.", rich_markup_mode=None)
@@ -261,10 +259,8 @@ def tasks(context: typer.Context) -> None:
         return
     from importlib import import_module
 
-    table = Table(box=None, pad_edge=False, show_header=False)
     for name, module in TASKS.items():
-        table.add_row(name, Text((import_module(module).__doc__ or "").partition("\n")[0]))
-    _console().print(table)
+        _row(name, (import_module(module).__doc__ or "").partition("\n")[0])
 
 
 @tasks_app.command()
@@ -332,10 +328,8 @@ def env() -> None:
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
         "device": device,
     }
-    table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in rows.items():
-        table.add_row(name, Text(clean(value)))
-    _console().print(table)
+        _row(name, value)
     warning = gpu_warning(torch.version.cuda, torch.version.hip, torch.cuda.is_available(), has_nvidia_gpu())
     if warning:
         _console().print(Text(f"\nwarning: {warning}"), soft_wrap=True)
@@ -414,14 +408,19 @@ def _usage(error: Any) -> str:
     return f"{message}; see {help_for} --help"
 
 
+def _row(name: str, words: Any) -> None:
+    _console().print(Text(f"{name:<15} {clean(words)}"), soft_wrap=True)
+
+
 def _console() -> Console:
     return Console(highlight=False)
 
 
 def _quiet_libraries() -> None:
-    # Their own bars and advice would tear the display; errors still come through.
+    # Their own bars and warnings would tear the display; errors still come through.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -68,4 +68,5 @@ def gpu_warning(cuda: str | None, hip: str | None, usable: bool, nvidia: bool) -
         return None
     if cuda is None and hip is None:
         return f"an NVIDIA GPU is here, but this torch is a CPU build; install a CUDA build: {TORCH_PAGE}"
-    return f"an NVIDIA GPU is here, but torch cannot use it; is its driver older than CUDA {cuda}? {TORCH_PAGE}"
+    why = f"its driver may be older than CUDA {cuda} needs; see {TORCH_PAGE}"
+    return f"an NVIDIA GPU is here, but torch cannot use it: {why}"
