@@ -6,7 +6,6 @@ and transformers are imported by the commands that need them, when they run.
 
 import json
 import os
-import shlex
 import signal
 import sys
 import traceback
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from twig import __version__
 from twig.config import Settings, load, recipe_names, recipe_text
-from twig.display import accuracy_table, clean, one_line, show_run, showing
+from twig.display import accuracy_table, clean, one_line, quoted, show_run, showing
 from twig.machine import device_words, environment, gpu_warning, has_nvidia_gpu
 from twig.progress import Progress
 from twig.records import UserError
@@ -124,8 +123,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _how_to_go_on(folder: Path) -> str:
-    path = shlex.quote(str(folder)) if os.name != "nt" else f'"{folder}"'
-    return f"stopped and saved; to go on: twig train {path} --resume"
+    return f"stopped and saved; to go on: twig train {quoted(folder)} --resume"
 
 
 @contextmanager

@@ -5,6 +5,8 @@ ever shown through `clean`, so it can neither style nor steer the terminal. Know
 the fields of summary.json, nothing about training.
 """
 
+import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,15 +75,17 @@ class _Figures:
             self.tokens_per_second = _smooth(self.tokens_per_second, sampled / seconds)
 
     def words(self, metrics: dict[str, Any]) -> list[str]:
-        """Reward, share of right answers, tokens and speed."""
-        share = f" ({_percent(self.selected / self.sampled)})" if self.sampled else ""
+        """The step's reward and share of right answers."""
         found = [f"reward {metrics['reward']:.3f}"] if metrics.get("reward") is not None else []
         if metrics.get("answers/right") is not None:
             found.append(f"right {_percent(metrics['answers/right'])}")
-        found.append(f"tokens {_count(self.sampled)} sampled, {_count(self.selected)} trained{share}")
-        if self.tokens_per_second:
-            found.append(f"{_count(self.tokens_per_second)} tokens/s")
         return found
+
+    def tokens(self) -> list[str]:
+        """Tokens sampled and trained, and the speed."""
+        share = f" ({_percent(self.selected / self.sampled)})" if self.sampled else ""
+        found = [f"{_count(self.sampled)} tokens sampled, {_count(self.selected)} trained{share}"]
+        return found + ([f"{_count(self.tokens_per_second)} tokens/s"] if self.tokens_per_second else [])
 
     def left(self, step: int, total: int) -> str:
         """The training time that is left, from the speed of the last steps."""
@@ -106,7 +110,8 @@ class PlainProgress(Progress):
         now = time.monotonic()
         if step in (1, total) or now - self.last_line >= _SECONDS_BETWEEN_LINES:
             self.last_line = now
-            words = [f"step {step}/{total}", *self.figures.words(metrics), self.figures.left(step, total)]
+            words = [f"step {step}/{total}", *self.figures.words(metrics), *self.figures.tokens()]
+            words.append(self.figures.left(step, total))
             self._line(", ".join(word for word in words if word))
 
     def evaluation(self, when: str, result: dict[str, Any]) -> None:
@@ -150,14 +155,12 @@ class LiveProgress(Progress):
             self.steps = self.bars.add_task(f"{'training':<11}", total=total, note="")
         note = f"step {step}/{total}  {self.figures.left(step, total)}"
         self.bars.update(self.steps, completed=step, total=total, note=note)
-        words = [
-            *self.figures.words(metrics),
-            *([self.figures.evaluation] if self.figures.evaluation else []),
-        ]
-        self.line.plain = ", ".join(words)
+        words = [*self.figures.words(metrics), self.figures.evaluation]
+        lines = [", ".join(word for word in words if word), ", ".join(self.figures.tokens())]
+        self.line.plain = "\n".join(lines)
 
     def evaluation(self, when: str, result: dict[str, Any]) -> None:
-        self.figures.evaluation = f"{one_line(when)} {_percent(result['value'])}"
+        self.figures.evaluation = f"last evaluation {_percent(result['value'])}"
         self.message(f"{when}: {accuracy_words(result)}")
 
     def message(self, text: str) -> None:
@@ -211,16 +214,13 @@ def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
     }
     for name, words in facts.items():
         console.print(Text(f"{name:<8} {one_line(words)}"), soft_wrap=True)
-    console.print(Text(f"next     {_next_step(folder, summary)}"), soft_wrap=True)
+    if summary["status"] == "finished":
+        console.print(Text(f"next     twig eval {quoted(folder)} --limit 100"), soft_wrap=True)
 
 
-def _next_step(folder: Path, summary: dict[str, Any]) -> str:
-    # Pastable in any shell only where the path needs no quotes; others get them.
-    path = one_line(folder)
-    path = f'"{path}"' if " " in path else path
-    if summary["status"] != "finished":
-        return f"twig train {path} --resume"
-    return f"twig eval {path}"
+def quoted(path: Path) -> str:
+    """A path as it is written on a command line."""
+    return f'"{clean(path)}"' if os.name == "nt" else shlex.quote(clean(path))
 
 
 def _smooth(before: float | None, now: float) -> float:
