@@ -407,7 +407,7 @@ def _usage(error: Any) -> str:
 
 
 def _row(name: str, words: Any) -> None:
-    _console().print(Text(f"{name:<15} {clean(words)}"), soft_wrap=True)
+    _console().print(Text(f"{name:<18} {clean(words)}"), soft_wrap=True)
 
 
 def _console() -> Console:

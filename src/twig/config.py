@@ -123,11 +123,7 @@ def parse_yaml(text: str, label: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{label}, line {mark.line + 1}" if mark and "\n" in text.strip() else label
         problem = " ".join((getattr(error, "problem", None) or str(error)).split())
-        hint = (
-            "remove one"
-            if "twice" in problem
-            else "write KEY: VALUE, with quotes around text that has : # [ {"
-        )
+        hint = "remove one" if "twice" in problem else "write text that holds : # { [ & * in quotes"
         raise UserError(f"{where}: not readable as YAML ({problem}); {hint}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(
