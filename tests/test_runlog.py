@@ -69,7 +69,7 @@ def test_without_output_the_folder_is_named_after_task_and_algorithm():
     assert RunLog.create(None, load("quickstart")).folder.as_posix() == "runs/multiplication-t-spmo-1"
 
 
-@pytest.mark.parametrize("began_with", ["metrics.jsonl", "summary.json", "traceback.txt"])
+@pytest.mark.parametrize("began_with", ["metrics.jsonl", "summary.json", "checkpoints"])
 def test_another_run_is_never_replaced(log, began_with):
     (log.folder / began_with).write_text("kept")
     before = snapshot(log.folder)
@@ -79,7 +79,9 @@ def test_another_run_is_never_replaced(log, began_with):
 
 
 def test_a_run_that_never_began_may_be_started_over(log):
+    log.save_traceback("of a reward function, at the first evaluation")
     RunLog.create(log.folder, load("quickstart", ["train.seed=1"]))
+    assert not (log.folder / "traceback.txt").exists()
     assert RunLog.open(log.folder).settings.train.seed == 1
 
 
@@ -102,6 +104,9 @@ def test_discard_removes_a_run_that_never_began_and_no_other(tmp_path, log):
     log.discard()
     assert is_run(log.folder)
     other = RunLog.create(tmp_path / "other", load("quickstart"))
+    other.save_traceback("to be read")
+    other.discard()
+    (other.folder / "traceback.txt").unlink()
     other.discard()
     assert not other.folder.exists()
 

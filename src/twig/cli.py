@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from twig.progress import Progress
 from twig.records import UserError
 from twig.runlog import RunLog, is_run, new_folder, newest_folder, read_summary
 from twig.tasks import TASKS, load_task, render_prompt
+from twig.wording import either
 
 USAGE_ERROR, FAULT, STOPPED = 2, 1, 130
 # Any model does where only the problems are asked for.
@@ -42,7 +44,7 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[GROUP.KEY=VALUE]...", help="Settings; see docs/settings.md.")
+    list[str] | None, typer.Argument(metavar="GROUP.KEY=VALUE", help="Settings; see docs/settings.md.")
 ]
 
 
@@ -224,7 +226,7 @@ def _settings_to_evaluate(model: str, task: str | None, overrides: list[str], li
         values["task"] = {"name": task}
     if "task" not in values and not any(word.startswith("task.name=") for word in overrides):
         raise UserError(
-            f"--task: not set, and {model} is not a run that has one; write one of {', '.join(TASKS)}"
+            f"--task: not set, and {model} is not a run that has one; write {either(list(TASKS))}"
         )
     return Settings.from_dict(values, overrides if limit is None else [*overrides, f"eval.limit={limit}"])
 
@@ -246,29 +248,27 @@ def recipes() -> None:
         _row(name, recipe_text(name).partition("\n")[0].lstrip("# "))
 
 
-tasks_app = typer.Typer(help="List the tasks, or show one.", rich_markup_mode=None)
-app.add_typer(tasks_app, name="tasks")
-
-
-@tasks_app.callback(invoke_without_command=True)
-def tasks(context: typer.Context) -> None:
-    """List the tasks, or show one."""
-    if context.invoked_subcommand is not None:
-        return
-    from importlib import import_module
-
-    for name, module in TASKS.items():
-        _row(name, (import_module(module).__doc__ or "").partition("\n")[0])
-
-
-@tasks_app.command()
-def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The task.")],
+@app.command()
+def tasks(
+    action: Annotated[str | None, typer.Argument(metavar="show", help="Show one task.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The task to show.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Show a prompt of a task as the model sees it, a right answer, and its score."""
+    """List the tasks; `show NAME`: a prompt as the model sees it, a right answer, and its score."""
+    if action is None:
+        for known, module in TASKS.items():
+            _row(known, (import_module(module).__doc__ or "").partition("\n")[0])
+    elif action != "show" or name is None:
+        raise UserError(
+            f"tasks {action}: write twig tasks, or twig tasks show NAME with {either(list(TASKS))}"
+        )
+    else:
+        _show_task(name, overrides or ())
+
+
+def _show_task(name: str, overrides: Sequence[str]) -> None:
     values = {"model": {"name": _ANY_MODEL}, "task": {"name": name}}
-    settings = Settings.from_dict(values, overrides or ())
+    settings = Settings.from_dict(values, overrides)
     task = load_task(settings)
     examples = task.eval or task.train
     if not examples:
@@ -336,10 +336,11 @@ def env() -> None:
 # ---- from words to an exit status -----------------------------------------------------------------------
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         sys.stdout.write(f"twig {__version__}\n")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

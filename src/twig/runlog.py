@@ -23,7 +23,7 @@ RUNS = Path("runs")
 # All that `save_environment` takes from its caller: nothing else about a machine ends up in a run folder.
 FACTS = ("device", "device_name", "dtype", "model_revision", "data_revision")
 # A folder with nothing but these holds a run that never began: nothing is lost by starting over in it.
-_BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT}
+_BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK}
 _COLUMNS = {
     "step": "int64",
     "prompt_index": "int64",
@@ -63,6 +63,7 @@ class RunLog:
         log = cls(folder, settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / TRACEBACK).unlink(missing_ok=True)
             _replace(folder / RUN_CONFIG, settings.to_yaml())
             log.save_environment()
         except OSError as error:
@@ -80,7 +81,7 @@ class RunLog:
 
     def discard(self) -> None:
         """Removes the folder if the run never began (no metrics, checkpoint or traceback)."""
-        if self.folder.is_dir() and _names(self.folder) <= _BEFORE_THE_START:
+        if self.folder.is_dir() and _names(self.folder) <= _BEFORE_THE_START - {TRACEBACK}:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- writing
