@@ -85,3 +85,67 @@ def sample_one(policy, prompt, limit, end_ids, uniform=None) -> tuple[list[int],
         if token in end_ids:
             break
     return ids[len(prompt) :], logps, entropies
+
+
+def advantages(rewards, scale_rewards="group") -> list[float]:
+    """GRPO's advantages by the formula, in plain Python; all equal rewards give 0."""
+    mean = sum(rewards) / len(rewards)
+    if max(rewards) == min(rewards):
+        return [0.0] * len(rewards)
+    std = (sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1)) ** 0.5
+    return [(r - mean) / (std + 1e-4 if scale_rewards == "group" else 1.0) for r in rewards]
+
+
+def s_grpo_positions(draw, length, alpha, p, k) -> list[int]:
+    """The trained positions of one completion, left to right; `draw[t]` is position t's uniform number."""
+    chosen: list[int] = []
+    for t in range(length):
+        if t < alpha or (len(chosen) < k and draw[t] < p):
+            chosen.append(t)
+    return chosen
+
+
+def token_terms(completions, rewards, scales, scale_rewards="group", trained=None):
+    """prefix -> [(A_i * scale / G, scale / G), ...]: a pair per completion that trains its last token.
+
+    `scales[i]` maps the trained positions of completion i to their scale, such as 1 / |o_i|.
+    """
+    terms: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+    by_completion = zip(completions, advantages(rewards, scale_rewards), scales, strict=True)
+    for i, (completion, advantage, scale) in enumerate(by_completion):
+        if trained is not None and not trained[i]:
+            continue
+        for t, s in scale.items():
+            prefix = tuple(int(token) for token in completion[: t + 1])
+            terms.setdefault(prefix, []).append((advantage * s / len(completions), s / len(completions)))
+    return terms
+
+
+def t_spmo_weights(completions, rewards, normalise="unique") -> dict[tuple[int, ...], float]:
+    """prefix -> (V(prefix) - V(prefix without its last token)) / |U|, from the dictionary of all prefixes."""
+    through = all_prefixes(completions, rewards)
+    value = {}
+    for prefix, values in through.items():
+        equal = min(values) == max(values)
+        value[prefix] = values[0] if equal else sum(values) / len(values)
+    gained = {}
+    for prefix in through:
+        if prefix:
+            fork = len(through[prefix]) < len(through[prefix[:-1]])
+            gained[prefix] = value[prefix] - value[prefix[:-1]] if fork else 0.0
+    size = len(gained) if normalise == "unique" else sum(g != 0 for g in gained.values())
+    return {prefix: g / max(size, 1) for prefix, g in gained.items()}
+
+
+def clipped_sum(terms, logp, old_logp, epsilon, epsilon_high) -> torch.Tensor:
+    """- sum over completions and positions of share * min(r A, clip(r) A), as GRPO writes it.
+
+    `logp` and `old_logp` map prefixes to scalars; `terms` is what `token_terms` returns: its signed weights
+    are share * A, and a share is positive.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for prefix, pairs in terms.items():
+        ratio = (logp[prefix] - old_logp[prefix]).exp()
+        for signed, _ in pairs:
+            total = total - torch.min(ratio * signed, ratio.clamp(1 - epsilon, 1 + epsilon_high) * signed)
+    return total

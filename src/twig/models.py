@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from twig.records import UserError
 from twig.settings import Model
@@ -29,6 +30,7 @@ def load_model(wanted: Model) -> tuple[PreTrainedModel, Any]:
     options = {"revision": wanted.revision} if wanted.revision else {}
     options["trust_remote_code"] = wanted.trust_remote_code
     try:
+        logging.disable_progress_bar()  # one line of ours is enough
         config = AutoConfig.from_pretrained(place, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
         if wanted.attn_implementation != "auto":
@@ -38,6 +40,8 @@ def load_model(wanted: Model) -> tuple[PreTrainedModel, Any]:
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_missing(wanted.name, error)) from error
+    finally:
+        logging.enable_progress_bar()
     return model.to(device).eval(), tokenizer
 
 
