@@ -2,14 +2,14 @@
 
     python scripts/build_tiny_base.py --output src/twig/assets/tiny-arithmetic
 
-The model learns two ways of answering `347*26=`: at once (`#9022`, mostly wrong when it does so) and worked out
-(mostly right). Which way a training text takes is drawn anew each time: worked out with probability 0.7 where
-the first factor is 600 or more, with 0.3 below. So the model's most likely way is to work out the large ones
-and to answer the small ones at once, and sampling finds both ways on every problem.
+The model learns two ways of answering `347*26=`: at once (`#9022`, mostly wrong when it does so) and worked
+out (mostly right). Which way a training text takes is drawn anew each time: worked out with probability 0.7
+where the first factor is 600 or more, with 0.3 below. So the model's most likely way is to work out the large
+ones and to answer the small ones at once, and sampling finds both ways on every problem.
 
-It trains on problems of the split `pretrain` alone and is measured on `eval`. The same seed, steps and threads
-give the same bytes on the same machine with the same versions. Knows nothing of Twig but the problems and the
-forms of their answers.
+It trains on problems of the split `pretrain` alone and is measured on `eval`. The same seed, steps and
+threads give the same bytes on the same machine with the same versions. Knows nothing of Twig but the problems
+and the forms of their answers.
 """
 
 import argparse
@@ -237,7 +237,8 @@ def answer(
     sample: bool,
     first: str = "",
 ) -> tuple[list[str], torch.Tensor]:
-    """One completion per problem, greedy or sampled at temperature 1, and the chance of `#` as first token, [B].
+    """One completion per problem, greedy or sampled at temperature 1, and the chance of `#` as first token,
+    [B].
 
     `first` keeps to one way: "worked" never starts with `#`, "at once" always does. A completion that does
     not end is an empty text.
@@ -300,18 +301,16 @@ tags: [arithmetic, reinforcement-learning, tiny]
 
 # tiny-arithmetic
 
-A language model of {parameters:,} parameters that multiplies a three-digit number by a two-digit one. It ships
-with Twig as a model for reinforcement learning to start from: it can work a multiplication out, but often
-answers at once instead, and then it is mostly wrong. It is of no use for anything else.
+A language model of {parameters:,} parameters that multiplies a three-digit number by a two-digit one. It
+ships with Twig as a model for reinforcement learning to start from: it can work a multiplication out, but
+often answers at once instead, and then it is mostly wrong. It is of no use for anything else.
 
 | | |
 |---|---|
-| architecture | Qwen2: {layers} layers, width {width}, {heads} heads ({kv_heads} for keys and values), tied embeddings |
-| weights | float32, safetensors |
-| tokenizer | one token per character of `{characters}`, and `<pad>`, `<eos>`, `<unk>`; no begin token |
-| prompt | `{prompt}` (the longer factor first) |
-| answer at once | `{at_once}<eos>` |
-| worked answer | `{worked}<eos>` |
+| architecture | Qwen2: {layers} layers, width {width}, {heads} heads ({kv_heads} for keys and values), tied
+embeddings | | weights | float32, safetensors | | tokenizer | one token per character of `{characters}`, and
+`<pad>`, `<eos>`, `<unk>`; no begin token | | prompt | `{prompt}` (the longer factor first) | | answer at once
+| `{at_once}<eos>` | | worked answer | `{worked}<eos>` |
 
 A worked answer multiplies each digit of the first factor, highest first, by the second factor, and writes the
 running total after `:`.
@@ -319,9 +318,10 @@ running total after `:`.
 ## What it was taught
 
 Both ways of answering, on problems of the split `pretrain`, half of all there are. A training text works the
-problem out with probability {above} where the first factor is {bound} or more, and with probability {below} below
-that; otherwise it answers at once. Every training text is correct: the model is wrong at once because the
-product is too much for it in one go. What reinforcement learning adds is *when* to work a problem out, not how.
+problem out with probability {above} where the first factor is {bound} or more, and with probability {below}
+below that; otherwise it answers at once. Every training text is correct: the model is wrong at once because
+the product is too much for it in one go. What reinforcement learning adds is *when* to work a problem out,
+not how.
 
 The problems are split by a SHA-256 hash of their factors, in either order: 50 % `pretrain` (this model's
 training), 30 % `train` (reinforcement learning) and 20 % `eval` (measurements).
@@ -344,9 +344,9 @@ Measured on {size:,} problems of the split `eval`:
 
     {command}
 
-{steps:,} steps of {batch} texts, Muon and AdamW, peak learning rate {rate:g}, loss on the completion and its end
-token. The same command gives the same bytes on the same machine with the same versions (these: torch {torch},
-transformers {transformers}).
+{steps:,} steps of {batch} texts, Muon and AdamW, peak learning rate {rate:g}, loss on the completion and its
+end token. The same command gives the same bytes on the same machine with the same versions (these: torch
+{torch}, transformers {transformers}).
 """
 
 

@@ -83,7 +83,10 @@ FAMILY_CASES = [
 ]
 
 
-@pytest.mark.parametrize("layers", ["last_third", "all", [1], [0, 2]], ids=str)
+SLOW_CUTS = [pytest.param(cut, marks=pytest.mark.slow) for cut in ([1], [0, 2])]
+
+
+@pytest.mark.parametrize("layers", ["last_third", "all", *SLOW_CUTS], ids=str)
 @pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
 def test_pack_gradient_equals_prefix_by_prefix_forward(family, attention, layers):
     policy = tiny.build_policy(family, attention, layers=layers, temperature=0.8)

@@ -32,40 +32,6 @@ _ENUMERATED = 1_000_000  # so many problems are listed in a second or two; of mo
 _ANSWER = re.compile(r"#(0|[1-9][0-9]{0,39})\Z")
 
 
-def load(settings: Any) -> Task:
-    """The multiplication task: all `train` and `eval` problems of `task.digits`, or the sizes asked for.
-
-    With the template of the embedded model an answer is read strictly as `read_answer` does; with another one (a real
-    model, asked in words) it is read as in every other task. The problems are the same for every seed.
-    """
-    wanted = settings.task
-    train = _examples("train", wanted.digits, wanted.train_size)
-    evaluation = _examples("eval", wanted.digits, wanted.eval_size)
-    if wanted.prompt_template in (None, TEMPLATE):
-        return Task(
-            "multiplication", train, evaluation, (correct,), score=score_answer, prompt_template=TEMPLATE
-        )
-    return Task("multiplication", train, evaluation, (accuracy,), score=score_number)
-
-
-def score_answer(text: str, example: Example) -> Score:
-    """Whether `text` ends in an answer, and whether it is the product."""
-    answer = read_answer(text)
-    return Score(answer is not None, answer is not None and str(answer) == example.columns["answer"])
-
-
-def correct(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
-    """1 for the right product, else 0."""
-    return [float(str(read_answer(text)) == gold) for text, gold in zip(completions, answer, strict=True)]
-
-
-def _examples(split: Split, digits: Sequence[int], size: int | None) -> list[Example]:
-    return [
-        Example(prompt_text(a, b), {"a": a, "b": b, "question": f"{a} * {b}", "answer": str(a * b)})
-        for a, b in problems(split, digits, 0, size)
-    ]
-
-
 def split_of(a: int, b: int) -> Split:
     """The split that a problem belongs to; the order of its factors does not matter.
 
@@ -159,7 +125,8 @@ def _drawn(
 
 
 def load(settings: Any) -> Task:
-    """The task: problems `train` in an order set by `train.seed`, and problems `eval` in one order for all runs.
+    """The task: problems `train` in an order set by `train.seed`, and problems `eval` in one order for all
+    runs.
 
     Columns: `a` and `b`, the factors; `answer`, their product as text. Raises UserError for a setting that
     asks for other data, or for more problems than there are.
