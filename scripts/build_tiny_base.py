@@ -4,7 +4,7 @@
 
 The model learns two ways of answering `347*26=`: at once (`#9022`, mostly wrong when it does so) and worked
 out (mostly right). Which way a training text takes is drawn anew each time: worked out with probability 0.7
-where the first factor is 600 or more, with 0.3 below. So the model's most likely way is to work out the large
+where the first factor is 700 or more, with 0.3 below. So the model's most likely way is to work out the large
 ones and to answer the small ones at once, and sampling finds both ways on every problem.
 
 It trains on problems of the split `pretrain` alone and is measured on `eval`. The same seed, steps and
@@ -32,7 +32,7 @@ from twig.tasks.multiplication import at_once, problems, prompt_text, read_answe
 DIGITS = (3, 2)
 CHARACTERS = "0123456789*=,:#+-"
 SPECIAL = ("<pad>", "<eos>", "<unk>")
-WORKED_FROM = 600
+WORKED_FROM = 700
 WORKED_SHARE_ABOVE, WORKED_SHARE_BELOW = 0.7, 0.3
 BATCH = 64
 WARMUP = 50
@@ -307,10 +307,13 @@ often answers at once instead, and then it is mostly wrong. It is of no use for 
 
 | | |
 |---|---|
-| architecture | Qwen2: {layers} layers, width {width}, {heads} heads ({kv_heads} for keys and values), tied
-embeddings | | weights | float32, safetensors | | tokenizer | one token per character of `{characters}`, and
-`<pad>`, `<eos>`, `<unk>`; no begin token | | prompt | `{prompt}` (the longer factor first) | | answer at once
-| `{at_once}<eos>` | | worked answer | `{worked}<eos>` |
+| architecture | Qwen2: {layers} layers, width {width}, {heads} heads \
+({kv_heads} for keys and values), tied embeddings |
+| weights | float32, safetensors |
+| tokenizer | one token per character of `{characters}`, and `<pad>`, `<eos>`, `<unk>`; no begin token |
+| prompt | `{prompt}` (the longer factor first) |
+| answer at once | `{at_once}<eos>` |
+| worked answer | `{worked}<eos>` |
 
 A worked answer multiplies each digit of the first factor, highest first, by the second factor, and writes the
 running total after `:`.

@@ -204,9 +204,7 @@ def check_disk(free, torch, platform):
 
 def torch_version(python):
     """The version of torch in the environment, or None."""
-    done = subprocess.run(
-        [str(python), "-c", TORCH_PROBE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    done = subprocess.run([str(python), "-c", TORCH_PROBE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return done.stdout.decode().strip() or None
 
 
