@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from twig.config import (
@@ -139,6 +139,7 @@ def test_settings_survive_being_written_and_read(tmp_path):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+@example("a\x85b\u2028c\u2029")
 def test_any_text_survives_being_written_and_read(text):
     settings = Settings.from_dict(LEAST | {"task": LEAST["task"] | {"system_prompt": text}})
     assert parse_yaml(settings.to_yaml(), "test") == settings.model_dump()
