@@ -19,7 +19,8 @@ ORDER = (
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie credit objective pack models decoder policy rollout replay progress evaluate memory checkpoint "
-    "machine runlog diagnose report trainer loop compare export __init__ display cli __main__"
+    "machine runlog trackers signals diagnose report trainer loop compare export __init__ display cli "
+    "__main__"
 ).split()
 
 # These work where torch is not installed.
@@ -27,7 +28,7 @@ WITHOUT_TORCH = (
     "records wording settings config answers "
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie credit pack replay progress memory machine runlog diagnose report display cli"
+    "trie credit pack replay progress memory machine runlog trackers signals diagnose report display cli"
 ).split()
 
 HEAVY = ("torch", "transformers", "matplotlib")

@@ -202,7 +202,10 @@ def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
     """Prints a run's result: accuracy before and after, tokens, time, the folder, and what to do next."""
     before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
     sampled, selected = summary["tokens_sampled"], summary["tokens_selected"]
-    console.print(accuracy_table({"before": before, "after": after}))
+    if before or after:
+        console.print(accuracy_table({"before": before, "after": after}))
+    else:
+        console.print("accuracy not measured")
     if before and after:
         console.print(f"\nchange   {100 * (after['value'] - before['value']):+.1f} points")
     share = f" ({_percent(selected / sampled)})" if sampled else ""
@@ -214,7 +217,7 @@ def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
     }
     for name, words in facts.items():
         console.print(Text(f"{name:<8} {one_line(words)}"), soft_wrap=True)
-    if summary["status"] == "finished":
+    if summary["status"] == "finished" and after:
         console.print(Text(f"next     twig eval {quoted(folder)} --limit 100"), soft_wrap=True)
 
 

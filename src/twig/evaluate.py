@@ -25,7 +25,8 @@ class Evaluation:
     """Accuracy on `n` problems: `value` in [0, 1] with its 95 % Wilson interval `low` .. `high`.
 
     `found` is the share in which an answer was found at all (None where the task cannot tell), `reward` the
-    mean reward, `mean_length` in tokens, `truncated` the share cut off by the length limit.
+    mean of the rewards that were given (None where none was), `mean_length` in tokens, `truncated` the share
+    cut off by the length limit.
     """
 
     value: float
@@ -33,7 +34,7 @@ class Evaluation:
     high: float
     n: int
     found: float | None
-    reward: float
+    reward: float | None
     mean_length: float
     truncated: float
 
@@ -67,7 +68,9 @@ def evaluate_policy(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, list[Completion]]:
-    """The greedy accuracy on the first `limit` evaluation problems, and the completions behind it."""
+    """The greedy accuracy on the first `limit` evaluation problems (there is at least one), and the
+    completions behind it."""
+    assert task.eval, "there is something to evaluate on"
     examples: list[Example] = list(task.eval[: limit or len(task.eval)])
     progress = progress or Progress()
     progress.phase("evaluating", len(examples))
@@ -98,13 +101,14 @@ def _summarise(task: Task, examples: list[Example], completions: list[Completion
     totals = score_completions(task, examples, texts, [c.ids for c in completions]).total
     found, right = judge(task, examples, texts, totals)
     low, high = wilson(int(right.sum()), len(right))
+    given = totals[~np.isnan(totals)]
     return Evaluation(
         value=float(right.mean()),
         low=low,
         high=high,
         n=len(right),
         found=None if found is None else float(found.mean()),
-        reward=float(np.nan_to_num(totals).mean()),
+        reward=float(given.mean()) if len(given) else None,
         mean_length=float(np.mean([len(c) for c in completions])),
         truncated=float(np.mean([not c.finished for c in completions])),
     )

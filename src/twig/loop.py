@@ -4,31 +4,35 @@ Everything that is decided once per run is here; what happens in a step is in `t
 and crashes leave a run folder that `resume=True` goes on from.
 """
 
+import hashlib
 import json
-import signal
-import threading
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from twig import checkpoint
 from twig.config import Settings, load
-from twig.evaluate import Evaluation, evaluate_policy
+from twig.evaluate import evaluate_policy
 from twig.memory import PeakMemory
 from twig.models import end_ids, load_model, suppressed_ids
 from twig.policy import Policy, attach
 from twig.progress import Progress
 from twig.records import UserError
 from twig.runlog import RunLog
+from twig.signals import Stop, stoppable
 from twig.tasks import Task, load_task
 from twig.tasks.rewards import RewardError
+from twig.trackers import Report, reporting, require
 from twig.trainer import Batch, Trainer
 
 SCHEMA_VERSION = 1
@@ -65,13 +69,15 @@ def train(
 
     `model` and `tokenizer` take the place of `model.name`'s; reward functions (TRL's signature) and data sets
     take the place of the task's. The run folder is `output`, by default a new one below runs/. `resume` goes
-    on from the newest valid checkpoint in `output`; a finished run is returned as it is. Raises UserError for
-    what can be fixed.
+    on from the newest valid checkpoint in `output`, or from the beginning where there is none; a finished run
+    is returned as it is. Where there is nothing to evaluate on, the accuracies are None. The first SIGINT or
+    SIGTERM ends the run after the step, saved, with the status "stopped"; a second one raises
+    KeyboardInterrupt. Raises UserError for what can be fixed.
     """
     settings = _settings(settings)
     progress = progress or Progress()
-    log, start = _open(settings, output, resume)
-    session = None
+    require(settings.log.report_to)
+    log, start = _open(settings, output, resume, progress)
     try:
         with PeakMemory() as memory:
             session = _Session(settings, log, progress, memory)
@@ -90,7 +96,9 @@ def _settings(given: Settings | dict[str, Any] | str) -> Settings:
     return load(given) if isinstance(given, str) else Settings.from_dict(given)
 
 
-def _open(settings: Settings, output: str | Path | None, resume: bool) -> tuple[RunLog, Path | None]:
+def _open(
+    settings: Settings, output: str | Path | None, resume: bool, progress: Progress
+) -> tuple[RunLog, Path | None]:
     """The run's log, and the checkpoint to go on from (None: from the beginning)."""
     if not resume:
         return RunLog.create(output, settings), None
@@ -100,8 +108,19 @@ def _open(settings: Settings, output: str | Path | None, resume: bool) -> tuple[
     _refuse_changes(log.settings, settings)
     found, skipped = checkpoint.newest_valid(log.folder / CHECKPOINTS)
     for path in skipped:
-        log.warn(f"{path} is damaged; the one before it is used")
+        log.warn(f"{path} is damaged and not used")
+    if found is None:
+        if _is_finished(log.summary()):
+            raise UserError(
+                f"--resume: {log.folder} is finished and has no checkpoint to go on from; "
+                "write another --output and leave --resume out"
+            )
+        progress.message(f"{log.folder} has no checkpoint yet: the run starts from the beginning")
     return log, found
+
+
+def _is_finished(summary: dict[str, Any] | None) -> bool:
+    return summary is not None and summary.get("status") == "finished"
 
 
 def _refuse_changes(before: Settings, now: Settings) -> None:
@@ -120,6 +139,8 @@ class _Session:
 
     def __init__(self, settings: Settings, log: RunLog, progress: Progress, memory: PeakMemory) -> None:
         self.settings, self.log, self.progress, self.memory = settings, log, progress, memory
+        self.stop = Stop()
+        self.report: Report = lambda step, metrics: None
         self.step = 0
         self.totals = {"tokens_sampled": 0, "tokens_selected": 0, "nodes_run": 0, "seconds": 0.0}
         self.before: dict[str, Any] | None = None
@@ -133,11 +154,17 @@ class _Session:
         settings = self.settings
         self.progress.phase("loading")
         self.task: Task = load_task(settings, train_dataset, eval_dataset, reward_funcs)
-        if model is None:
+        loaded = model is None
+        if loaded:
             model, own_tokenizer = load_model(settings.model)
             tokenizer = tokenizer or own_tokenizer
         elif tokenizer is None:
             raise UserError("tokenizer: a model was passed without its tokenizer; pass tokenizer=")
+        elif any(isinstance(module, LoraLayer) for module in model.modules()):
+            raise UserError(
+                "model: it has an adapter already, perhaps of an earlier run; "
+                "pass run.model.unload(), or load it anew"
+            )
         self.tokenizer = tokenizer
         lora = settings.lora
         peft_model = attach(
@@ -149,8 +176,9 @@ class _Session:
             seed=settings.train.seed,
             adapter=settings.model.adapter,
         )
-        for config in peft_model.peft_config.values():
-            config.base_model_name_or_path = settings.model.name
+        if loaded:  # not the folder that it lies in on this machine
+            for config in peft_model.peft_config.values():
+                config.base_model_name_or_path = settings.model.name
         self.end_ids = end_ids(model, tokenizer)
         vocab = model.get_output_embeddings().weight.shape[0]
         self.policy = Policy(
@@ -161,7 +189,6 @@ class _Session:
             head_rows=settings.train.head_chunk,
         )
         self.trainer = Trainer(settings, self.policy, tokenizer, self.task, self.end_ids, self.progress)
-        self.log.save_environment(device=str(self.policy.device), dtype=str(model.dtype))
 
     # ---- the run
     # -------------------------------------------------------------------------------------------------
@@ -169,25 +196,41 @@ class _Session:
     def run(self, start: Path | None) -> Run:
         if start is not None:
             self._restore(start)
+        summary = self.log.summary()
+        if _is_finished(summary) and summary["steps"] == self.step >= self.trainer.total_steps:
+            self.progress.done(summary)
+            return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
         self.log.rewind(self.step)
-        total = self.trainer.total_steps
-        finished = self.log.summary()
-        if start is not None and finished and finished["status"] == "finished" and self.step >= total:
-            self.progress.done(finished)
-            return Run(self.log.folder, self.policy.peft_model, self.tokenizer, finished)
-        if self.before is None and self.settings.eval.before:
-            self.before = self._evaluate("before").as_dict()
-        with _interrupts() as stop:
-            while self.step < total and not stop.asked:
-                self._step(total)
-                every = self.settings.train.save_steps
-                if stop.asked or self.step == total or (every and self.step % every == 0):
-                    self._save()
-        if self.step < total:
-            return self._finish("stopped")
-        self.after = self._evaluate("after").as_dict()
+        self.log.save_settings(self.settings)
+        self._save_environment()
+        if not self.task.eval:
+            self.progress.message(
+                f"task {self.task.name}: nothing to evaluate on, so no accuracy; pass eval_dataset, or write "
+                "task.eval_split"
+            )
+        tracked = (self.settings.log.report_to, self.log.folder, self.settings.model_dump(), self.step)
+        with reporting(*tracked) as self.report, stoppable() as self.stop:
+            try:
+                return self._finish("finished" if self._work() else "stopped")
+            except KeyboardInterrupt:
+                if not self.stop.at_once:
+                    raise
+                return self._finish("stopped")
+
+    def _work(self) -> bool:
+        """Evaluates, trains and evaluates; whether it came to the end."""
+        total, stop, every = self.trainer.total_steps, self.stop, self.settings.train.save_steps
+        if self.step == 0 and self.settings.eval.before:
+            self.before = self._evaluate("before")
+        while self.step < total and not stop.asked:
+            self._step(total)
+            if stop.asked or self.step == total or (every and self.step % every == 0):
+                self._save()
+        if stop.asked:
+            return False
+        self.after = self._evaluate("after")
         self._save()
-        return self._finish("finished")
+        return True
 
     def _step(self, total: int) -> None:
         began = time.perf_counter()
@@ -202,7 +245,7 @@ class _Session:
         ):
             self.totals[key] += metrics[f"tokens/{name}"]
         metrics |= {"time/step": seconds, "memory/peak_bytes": self.memory.peak()}
-        self.log.log(self.step, metrics)
+        self._log(metrics)
         self.progress.step(self.step, total, metrics)
         every = self.settings.log.completions_steps
         if every and (self.step == 1 or self.step % every == 0):
@@ -210,15 +253,23 @@ class _Session:
         every = self.settings.eval.steps
         if every and self.step % every == 0 and self.step < total:
             result = self._evaluate(f"step {self.step}")
-            self.log.log(self.step, {"eval/accuracy": result.value, "eval/found": result.found})
+            if result is not None:
+                self._log({"eval/accuracy": result["value"], "eval/found": result["found"]})
 
-    def _evaluate(self, when: str) -> Evaluation:
+    def _log(self, metrics: dict[str, Any]) -> None:
+        self.log.log(self.step, metrics)
+        self.report(self.step, metrics)
+
+    def _evaluate(self, when: str) -> dict[str, Any] | None:
+        """An evaluation as summary.json has it, None where there is nothing to evaluate on.
+
+        Nothing is lost where one before or after training is broken off, so there a signal stops at once.
+        """
         settings = self.settings
         if not self.task.eval:
-            raise UserError(
-                f"task {self.task.name}: nothing to evaluate on; write task.eval_split or eval.before=false"
-            )
-        result, _ = evaluate_policy(
+            return None
+        self.stop.at_once = when in ("before", "after")
+        measured, _ = evaluate_policy(
             self.policy,
             self.tokenizer,
             self.task,
@@ -229,9 +280,11 @@ class _Session:
             batch_size=settings.eval.batch_size,
             progress=self.progress,
         )
-        self.progress.evaluation(when, result.as_dict())
-        if when != "before" and (self.best is None or result.value > self.best["value"]):
-            self.best = result.as_dict() | {"step": self.step}
+        self.stop.at_once = False
+        result = measured.as_dict()
+        self.progress.evaluation(when, result)
+        if when != "before" and (self.best is None or result["value"] > self.best["value"]):
+            self.best = result | {"step": self.step}
             self._save_adapter("adapter-best")
         return result
 
@@ -265,7 +318,6 @@ class _Session:
             "step": self.step,
             "totals": self.totals,
             "before": self.before,
-            "after": self.after,
             "best": self.best,
         }
         keep = self.settings.train.save_total_limit
@@ -275,37 +327,37 @@ class _Session:
         tensors, state = checkpoint.load(path)
         self.trainer.restore(tensors, state)
         self.step, self.totals = state["step"], state["totals"]
-        self.before, self.after, self.best = state["before"], state["after"], state["best"]
+        self.before, self.best = state["before"], state["best"]
         self.progress.message(f"going on from step {self.step} ({path})")
 
     def _save_adapter(self, name: str) -> None:
-        self.policy.peft_model.save_pretrained(self.log.folder / name, save_embedding_layers=False)
+        target, draft = self.log.folder / name, self.log.folder / f".{name}.tmp"
+        shutil.rmtree(draft, ignore_errors=True)
+        self.policy.peft_model.save_pretrained(draft, save_embedding_layers=False)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(draft, target)
+
+    def _save_environment(self) -> None:
+        model, device = self.policy.model, self.policy.device
+        self.log.save_environment(
+            device=str(device),
+            device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            dtype=str(model.dtype),
+            model_revision=getattr(model.config, "_commit_hash", None),  # None: not from the Hub
+            data_revision=_data_revision(self.task),
+        )
 
 
-@dataclass
-class _Stop:
-    asked: bool = False
-
-
-@contextmanager
-def _interrupts() -> Iterator[_Stop]:
-    """Inside, the first SIGINT or SIGTERM asks to stop after the step; the second one stops at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _data_revision(task: Task) -> str:
+    """A checksum of the problems in their order, wherever they came from."""
+    digest = hashlib.sha256()
+    for examples in (task.train, task.eval):
+        for example in examples:
+            row = [example.prompt, example.columns]
+            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
+            digest.update(text.encode() + b"\n")
+        digest.update(b"\n")
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _completion_rows(batch: Batch, tokenizer: Any) -> list[dict[str, Any]]:

@@ -19,11 +19,12 @@ from twig.records import UserError
 
 ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.json"
 COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt"
+TRACKERS = ("tensorboard", "wandb")  # folders that trackers make
 RUNS = Path("runs")
 # All that `save_environment` takes from its caller: nothing else about a machine ends up in a run folder.
 FACTS = ("device", "device_name", "dtype", "model_revision", "data_revision")
 # A folder with nothing but these holds a run that never began: nothing is lost by starting over in it.
-_BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK}
+_BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK, *TRACKERS}
 _COLUMNS = {
     "step": "int64",
     "prompt_index": "int64",
@@ -64,7 +65,7 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TRACEBACK).unlink(missing_ok=True)
-            _replace(folder / RUN_CONFIG, settings.to_yaml())
+            log.save_settings(settings)
             log.save_environment()
         except OSError as error:
             reason = error.strerror or error
@@ -85,6 +86,10 @@ class RunLog:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- writing
+
+    def save_settings(self, settings: Settings) -> None:
+        """Writes config.yaml: those the run began with, or goes on with."""
+        _replace(self.folder / RUN_CONFIG, settings.to_yaml())
 
     def save_environment(self, **facts: str | None) -> None:
         """Writes environment.json: versions, platform, commit, and what the caller knows (FACTS)."""

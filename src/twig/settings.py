@@ -164,7 +164,7 @@ class Rollout(Frozen):
     """How completions are sampled."""
 
     num_generations: int = Field(16, ge=2, description="Completions per prompt (the group).")
-    prompts_per_step: int = Field(8, ge=1, description="Prompts per optimizer step.")
+    prompts_per_step: int = Field(8, ge=1, description="Prompts of each step's batch.")
     max_completion_length: int = Field(256, ge=1, description="Tokens after which a completion is cut off.")
     temperature: float = Field(
         1.0,
@@ -304,7 +304,11 @@ class Train(Frozen):
 
     learning_rate: float = Field(1e-4, gt=0, description="Learning rate.")
     max_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps. null: as many as num_train_epochs takes.", examples=[100]
+        None,
+        ge=1,
+        description="Steps; each samples one batch and takes algorithm.num_iterations optimizer steps on it. "
+        "null: as many as num_train_epochs takes.",
+        examples=[100],
     )
     num_train_epochs: float = Field(
         1.0, gt=0, description="Passes over the training data. Used where max_steps is null."
@@ -369,7 +373,8 @@ class Log(Frozen):
 
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [],
-        description="Trackers that get the metrics too (each must be installed).",
+        description="Trackers that get the metrics too; each must be installed. wandb and trackio also "
+        "get the settings.",
         examples=[["tensorboard"]],
     )
     completions_steps: int = Field(
