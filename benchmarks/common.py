@@ -1,0 +1,80 @@
+"""What the benchmarks share: alternating fresh processes, medians, and a record of where they ran."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "transformers", "peft", "trl", "numpy")
+
+
+def alternate(script: str, sides: list[str], rounds: int, arguments: list[str]) -> dict[str, list[dict]]:
+    """Runs `script --side SIDE` in a fresh process, `rounds` times a side, the sides in turn.
+
+    Each process prints one JSON object on its last line. Raises RuntimeError with its stderr where one fails.
+    """
+    found: dict[str, list[dict]] = {side: [] for side in sides}
+    for number in range(rounds):
+        # every other round backwards, so that neither side is always the one after a pause
+        for side in sides if number % 2 == 0 else sides[::-1]:
+            command = [sys.executable, script, "--side", side, *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+            found[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"round {number + 1}/{rounds}  {side:8}  {found[side][-1]}", file=sys.stderr, flush=True)
+    return found
+
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure over the processes."""
+    return {key: median(row[key] for row in rows) for key in rows[0]}
+
+
+def ratio(rows: list[dict], others: list[dict], key: str) -> dict[str, float]:
+    """`others` / `rows` in figure `key`, paired by round: the median and the range."""
+    pairs = sorted(b[key] / a[key] for a, b in zip(rows, others, strict=True))
+    return {"median": median(pairs), "low": pairs[0], "high": pairs[-1]}
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """Writes `result` with device, versions and commit to benchmarks/results/NAME.json."""
+    record = {
+        "command": "python " + " ".join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        **result,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    changed = "+changes" if git("status", "--porcelain", "src", "benchmarks/*.py").strip() else ""
+    return git("rev-parse", "--short=12", "HEAD").strip() + changed
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

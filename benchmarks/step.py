@@ -1,0 +1,198 @@
+"""A whole training step of full-token GRPO, Twig against TRL, on the embedded model: fresh processes in turn.
+
+    python benchmarks/step.py                  # the comparison; writes benchmarks/results/step.json
+    python benchmarks/step.py --side twig      # one side, one process, one JSON line
+
+The same for both: 8 prompts x 16 completions of at most 64 tokens, LoRA r=16 on q_proj and v_proj of the last
+third, float32, AdamW, one optimizer step per batch, beta 0, checkpointing off, no evaluation, no logging to
+trackers. TRL gets the micro-batch that is fastest here (`--micro-batch`, default: the whole batch at once).
+A step is timed from the end of the one before, so everything that a user waits for is in it.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from common import alternate, medians, ratio, write
+
+PROMPTS, GENERATIONS, LENGTH, RATE = 8, 16, 64, 1e-3
+WARMUP = 3
+
+
+def memory() -> float:
+    """The peak resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def figures(ends: list[float], tokens: list[int], loaded: float) -> dict[str, float]:
+    """What one process reports: the median step after the warm-up, and the tokens of those steps per second.
+
+    `ends` are the times at which steps ended, `tokens` the tokens that each sampled.
+    """
+    seconds = [b - a for a, b in zip(ends[WARMUP - 1 :], ends[WARMUP:], strict=False)]
+    return {
+        "seconds_per_step": median(seconds),
+        "tokens_per_second": sum(tokens[WARMUP:]) / sum(seconds),
+        "tokens_per_step": sum(tokens[WARMUP:]) / len(seconds),
+        "peak_mib": memory(),
+        "above_loaded_mib": memory() - loaded,
+    }
+
+
+def twig_side(options: argparse.Namespace) -> dict[str, float]:
+    import twig
+    from twig.progress import Progress
+
+    ends, tokens, loaded = [], [], []
+
+    class Watch(Progress):
+        def phase(self, name: str, total: int | None = None) -> None:
+            if name == "sampling" and not loaded:
+                loaded.append(memory())
+
+        def step(self, step: int, total: int, metrics: dict) -> None:
+            ends.append(time.perf_counter())
+            tokens.append(metrics["tokens/sampled"])
+
+    settings = {
+        "model": {"name": "tiny-arithmetic"},
+        "lora": {"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj"], "layers": "last_third"},
+        "task": {"name": "multiplication", "train_size": 2000, "eval_size": 1},
+        "rollout": {
+            "num_generations": GENERATIONS,
+            "prompts_per_step": PROMPTS,
+            "max_completion_length": LENGTH,
+            "wave_size": PROMPTS * GENERATIONS,
+        },
+        "algorithm": {"name": options.algorithm},
+        "train": {"learning_rate": RATE, "max_steps": options.steps, "seed": options.seed, "save_steps": 0},
+        "eval": {"before": False},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        twig.train(settings, output=Path(folder) / "run", progress=Watch())
+    return figures(ends, tokens, loaded[0])
+
+
+def trl_side(options: argparse.Namespace) -> dict[str, float]:
+    from importlib.resources import files
+
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from twig.tasks.multiplication import problems, product, prompt_text
+
+    disable_progress_bars()
+    base = str(files("twig") / "assets" / "tiny-arithmetic")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    layers = model.config.num_hidden_layers
+    asked = problems("train", (3, 2), options.seed, 2000)
+    data = Dataset.from_list([{"prompt": prompt_text(a, b), "answer": str(a * b)} for a, b in asked])
+    ends, tokens, loaded = [], [], []
+
+    def reward(completions: list[str], completion_ids: list[list[int]], **columns: list) -> list[float]:
+        tokens.append(sum(map(len, completion_ids)))
+        return product(completions, **{"answer": columns["answer"]})
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *arguments: object, **kwargs: object) -> None:
+            loaded.append(memory())
+
+        def on_step_end(self, *arguments: object, **kwargs: object) -> None:
+            ends.append(time.perf_counter())
+
+    batch = PROMPTS * GENERATIONS
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            processing_class=tokenizer,
+            train_dataset=data,
+            callbacks=[Watch()],
+            peft_config=LoraConfig(
+                task_type="CAUSAL_LM",
+                r=16,
+                lora_alpha=32,
+                target_modules=["q_proj", "v_proj"],
+                layers_to_transform=list(range(layers - math.ceil(layers / 3), layers)),
+            ),
+            args=GRPOConfig(
+                output_dir=folder,
+                loss_type="grpo",
+                beta=0.0,
+                per_device_train_batch_size=options.micro_batch,
+                gradient_accumulation_steps=batch // options.micro_batch,
+                num_generations=GENERATIONS,
+                max_completion_length=LENGTH,
+                temperature=1.0,
+                learning_rate=RATE,
+                lr_scheduler_type="constant",
+                max_steps=options.steps,
+                seed=options.seed,
+                activation_checkpointing=False,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+        )
+        trainer.train()
+    return figures(ends, tokens, loaded[0])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Seconds per training step: Twig against TRL.")
+    parser.add_argument("--side", choices=("twig", "trl"), help="run one side in this process")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5, help="processes a side")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--algorithm", default="grpo", help="of Twig's side; TRL's is always GRPO")
+    parser.add_argument(
+        "--micro-batch", type=int, default=PROMPTS * GENERATIONS, help="TRL's completions per backward pass"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if options.side:
+        # what the libraries print must not get between us and the JSON line
+        stdout, sys.stdout = sys.stdout, sys.stderr
+        found = {"twig": twig_side, "trl": trl_side}[options.side](options)
+        print(json.dumps({k: round(v, 5) for k, v in found.items()}), file=stdout)
+        return
+    passed = ["--steps", options.steps, "--seed", options.seed, "--algorithm", options.algorithm]
+    passed += ["--micro-batch", options.micro_batch]
+    found = alternate(os.path.abspath(__file__), ["twig", "trl"], options.rounds, [str(p) for p in passed])
+    times = ratio(found["twig"], found["trl"], "seconds_per_step")
+    speeds = ratio(found["trl"], found["twig"], "tokens_per_second")
+    result = {
+        "medians": {side: medians(rows) for side, rows in found.items()},
+        "trl_over_twig_seconds": times,
+        "twig_over_trl_tokens_per_second": speeds,
+        "processes": found,
+    }
+    name = "step" if options.algorithm == "grpo" else f"step-{options.algorithm}"
+    for side, row in result["medians"].items():
+        print(
+            f"{side:5} {row['seconds_per_step']:.3f} s/step  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"{row['peak_mib']:.0f} MiB peak, {row['above_loaded_mib']:.0f} above the loaded model"
+        )
+    print(f"TRL takes {times['median']:.2f} times as long (from {times['low']:.2f} to {times['high']:.2f})")
+    print(f"written to {write(name, result)}")
+
+
+if __name__ == "__main__":
+    main()
