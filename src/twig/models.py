@@ -21,10 +21,14 @@ EMBEDDED = ("tiny-arithmetic",)
 def load_model(wanted: Model) -> tuple[PreTrainedModel, Any]:
     """The model (eval mode, on its device, in its dtype) and the tokenizer that `wanted` names.
 
+    Sets torch's number of threads for the whole process where `wanted.num_threads` says so.
+
     Raises UserError, one line, where it is missing, not a causal language model, or not stored as
     safetensors.
     """
     place = _place(wanted.name)
+    if wanted.num_threads is not None:
+        torch.set_num_threads(wanted.num_threads)
     device = pick_device(wanted.device)
     dtype = pick_dtype(wanted.dtype, device)
     options = {"revision": wanted.revision} if wanted.revision else {}

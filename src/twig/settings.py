@@ -56,6 +56,13 @@ class Model(Frozen):
         "the ordinary "
         "batched forward: slower, the same gradient, for families that the trie engine refuses.",
     )
+    num_threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of torch for a model that Twig loads; null leaves the choice to torch. A "
+        "model of a few million parameters gains little from a second one and loses much where the "
+        "machine has other work.",
+    )
     trust_remote_code: bool = Field(
         False, description="Allow a model from the Hub to run its own Python code."
     )
