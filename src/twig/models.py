@@ -18,14 +18,16 @@ from twig.settings import Model
 EMBEDDED = ("tiny-arithmetic",)
 
 
-def load_model(wanted: Model) -> tuple[PreTrainedModel, Any]:
+def load_model(wanted: Model | str) -> tuple[PreTrainedModel, Any]:
     """The model (eval mode, on its device, in its dtype) and the tokenizer that `wanted` names.
 
-    Sets torch's number of threads for the whole process where `wanted.num_threads` says so.
+    A text is `model.name`, with the defaults of every other setting. Sets torch's number of threads for the
+    whole process where `wanted.num_threads` says so.
 
     Raises UserError, one line, where it is missing, not a causal language model, or not stored as
     safetensors.
     """
+    wanted = Model(name=wanted) if isinstance(wanted, str) else wanted
     place = _place(wanted.name)
     if wanted.num_threads is not None:
         torch.set_num_threads(wanted.num_threads)
