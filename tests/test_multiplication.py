@@ -265,6 +265,8 @@ def test_gold_scores_in_both_forms_and_its_neighbour_does_not(a, b):
         ("#９０２２", None),
         ("#٩٠٢٢", None),
         ("#९०२२", None),
+        ("#9٠22", None),
+        ("#902２", None),
         ("#902²", None),
         ("#𝟗𝟎𝟐𝟐", None),
         ("＃9022", None),
