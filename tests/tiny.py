@@ -10,7 +10,7 @@ from twig.policy import Policy, attach
 from twig.records import Completion, Example, Group
 
 VOCAB, END = 23, 1
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -68,7 +68,7 @@ def build_model(
 ) -> PreTrainedModel:
     """A random model of the family, with weights large enough that attention is not uniform."""
     name, extra = FAMILIES[family]
-    config = getattr(transformers, name)(**_SHAPE | extra)
+    config = getattr(transformers, name)(**SHAPE | extra)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()

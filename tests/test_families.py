@@ -1,0 +1,208 @@
+"""Families that the trie engine cannot serve: refused by name, and trained by the plain engine."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import oracles
+import pytest
+import tiny
+import torch
+import transformers
+from saved import build_tokenizer
+from test_engine import (
+    assert_same,
+    credit_of,
+    engine_gradient,
+    groups_of,
+    oracle_gradient,
+    requests_of,
+    texts_of,
+)
+from transformers import AutoModelForCausalLM
+
+from twig.cli import main
+from twig.decoder import Decoder
+from twig.objective import Surrogate
+from twig.policy import Policy, attach
+from twig.records import UserError
+from twig.rollout import sample, uniforms
+from twig.runlog import read_metrics, read_summary
+
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}
+GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+GEMMA3N = {
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": tiny.VOCAB,
+}
+GEMMA3N |= {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A config's class, what it needs besides tiny's shape, what gets the adapter, and why it is refused."""
+
+    config: str
+    why: str
+    modules: tuple[str, ...]
+    extra: dict = field(default_factory=dict)
+
+    def build(self, dtype=torch.float64, **changes):
+        config = getattr(transformers, self.config)(**tiny.SHAPE | self.extra | changes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    torch.nn.init.normal_(parameter, std=0.25)
+        return model
+
+
+FAMILIES = {
+    "gpt_neox": Family("GPTNeoXConfig", "it has no norm", ("query_key_value",)),
+    "opt": Family(
+        "OPTConfig", "it has no norm", ("q_proj", "v_proj"), {"ffn_dim": 48, "word_embed_proj_dim": 32}
+    ),
+    "gptj": Family("GPTJConfig", "it has no layers", ("q_proj", "v_proj"), GPT | {"rotary_dim": 4}),
+    "bloom": Family("BloomConfig", "it has no layers", ("query_key_value",), {"n_layer": 4, "n_head": 4}),
+    "mamba": Family("MambaConfig", "it has no norm", ("in_proj",), {"state_size": 4}),
+    "recurrent_gemma": Family(
+        "RecurrentGemmaConfig",
+        "it has no norm",
+        ("q_proj", "v_proj"),
+        {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
+    ),
+    "qwen3_next": Family(
+        "Qwen3NextConfig",
+        "its layers of type ['linear_attention'] do not see tokens through an attention mask",
+        ("q_proj", "v_proj"),
+        {"head_dim": 8, "mlp_only_layers": [0, 1, 2, 3]} | LINEAR,
+    ),
+    "gemma3n": Family(
+        "Gemma3nTextConfig",
+        "its layers share keys and values",
+        ("q_proj",),
+        {"head_dim": 8, "intermediate_size": [48] * 4} | ALTERNATING | GEMMA3N,
+    ),
+    "llama with dynamic rope": Family(
+        "LlamaConfig",
+        "its rotary embedding ('dynamic') depends on the length of the text",
+        ("q_proj", "v_proj"),
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+    ),
+    "phi3 with longrope": Family(
+        "Phi3Config",
+        "its rotary embedding ('longrope') depends on the length of the text",
+        ("qkv_proj",),
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+            },
+        },
+    ),
+}
+TYPES = {"gemma3n": "gemma3n_text", "llama with dynamic rope": "llama", "phi3 with longrope": "phi3"}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def plain_policy(name, dtype=torch.float64):
+    """The plain engine on a tiny model of the family, its LoRA B matrices random."""
+    family = FAMILIES[name]
+    policy = Policy(
+        attach(family.build(dtype), r=4, alpha=8.0, target_modules=family.modules, layers=[3]),
+        plain=True,
+        temperature=0.8,
+        suppress_tokens=[0, 20],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for parameter_name, parameter in policy.parameters.items():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return policy
+
+
+@every_family
+def test_the_trie_engine_refuses_it_by_name(name):
+    family = FAMILIES[name]
+    model = attach(family.build(torch.float32), r=4, alpha=8.0, target_modules=family.modules, layers=[3])
+    with pytest.raises(UserError) as caught:
+        Policy(model)
+    assert str(caught.value) == (
+        f"model.engine=trie: model type '{TYPES.get(name, name)}' cannot be served: {family.why}; "
+        "write model.engine=plain to train it with the plain batched forward"
+    )
+
+
+@every_family
+def test_the_plain_engine_gives_the_gradient_of_a_forward_over_each_prefix(name):
+    with tiny.Float64():
+        policy = plain_policy(name)
+        groups = groups_of(2, count=2)
+        tries, credits = credit_of(groups)
+        assert_same(
+            engine_gradient(policy, groups, tries, credits, Surrogate(), size=40),
+            oracle_gradient(policy, groups, tries, credits, Surrogate()),
+        )
+
+
+@every_family
+def test_the_plain_engine_samples_as_a_loop_over_whole_texts(name):
+    """Each family's own cache, with rows that end at different times."""
+    with tiny.Float64():
+        policy, end_ids, lengths = plain_policy(name), [5, 6, 7, 8], set()
+        requests = requests_of(num=3)
+        drawn = sample(policy, requests, end_ids=end_ids, decode=texts_of, seed=3, step=2)
+        assert drawn.boundary is None
+        for request, completions in zip(requests, drawn.completions, strict=True):
+            for c, completion in enumerate(completions):
+                noise = uniforms(3, 2, request.slot, c, request.max_tokens)
+                ids, logps, entropies = oracles.sample_one(
+                    policy, request.prompt_ids, request.max_tokens, end_ids, noise
+                )
+                assert completion.ids.tolist() == ids
+                np.testing.assert_allclose(completion.logps, logps, atol=1e-9)
+                np.testing.assert_allclose(completion.entropies, entropies, atol=1e-9)
+                lengths.add(len(ids))
+        assert len(lengths) > 2, "completions must end at different steps"
+
+
+def test_gpt2_has_no_linear_modules_for_an_adapter():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=tiny.VOCAB, **GPT))
+    with pytest.raises(UserError, match="lora.target_modules: layer 2 has no linear module 'c_attn'"):
+        attach(model, r=4, alpha=8.0, target_modules=["c_attn"])
+    with pytest.raises(UserError, match="model type 'gpt2' cannot be served: it has no layers.*engine=plain"):
+        Decoder(model)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mamba"])
+def test_a_whole_run_is_refused_and_with_the_plain_engine_it_trains(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer, family = build_tokenizer(), FAMILIES[name]
+    changes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    family.build(torch.float32, **changes).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1="}\n' * 10)
+    (tmp_path / "rewards.py").write_text(
+        "def digits(completions, **kwargs):\n"
+        "    return [sum(c.isdigit() for c in text) for text in completions]\n"
+    )
+    words = "train quickstart --output run model.name=model task.name=custom task.path=data.jsonl".split()
+    words += "task.reward_file=rewards.py:digits train.max_steps=2 rollout.max_completion_length=6".split()
+    words += f"rollout.prompts_per_step=2 lora.target_modules=[{','.join(family.modules)}]".split()
+    capsys.readouterr()
+    assert main([*words, "log.progress=quiet"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"'{name}' cannot be served" in said and "model.engine=plain" in said
+    assert not (tmp_path / "run").exists()
+    assert main([*words, "log.progress=quiet", "model.engine=plain"]) == 0
+    assert read_summary(tmp_path / "run")["steps"] == 2
+    rows = read_metrics(tmp_path / "run")
+    assert all(row["grad_norm"] > 0 for row in rows)
+    assert max(row["sampling/logp_gap"] for row in rows) < 1e-4, "sampled and trained distribution are one"
