@@ -78,6 +78,14 @@ def code_words(page: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE))
 
 
+def script(name: str):
+    """A file of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"twig_docs_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder to be in, with the README's files."""
@@ -307,6 +315,13 @@ def test_make_has_the_targets_of_the_readme():
         assert target in re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split(), target
 
 
+def test_a_fresh_machine_needs_what_the_setup_asks_for():
+    setup = script("setup")
+    assert f"Python {setup.dotted(setup.OLDEST_PYTHON)} or newer" in README
+    found = re.search(r"([0-9.]+) GB of\s+disk; ([0-9.]+) GB on Linux", README)
+    assert (float(found[1]), float(found[2])) == (setup.DISK_CPU, setup.DISK_CUDA)
+
+
 def test_recipes_named_in_the_readme_are_shipped():
     named = re.findall(r"[Rr]ecipe `([\w.-]+)`", PAGES["README.md"])
     assert named
@@ -333,15 +348,7 @@ def test_type_checkers_see_the_names_that_are_exported():
 # The learning curve
 
 
-def _script():
-    path = ROOT / "scripts" / "learning_curve.py"
-    spec = importlib.util.spec_from_file_location("twig_learning_curve", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-learning_curve = _script()
+learning_curve = script("learning_curve")
 ACCURACY = {"value": 0.476, "low": 0.4452, "high": 0.507, "n": 1000}
 
 
