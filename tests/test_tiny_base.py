@@ -334,7 +334,7 @@ def test_the_build_measures_on_eval_only(few_problems, monkeypatch, model, token
     def answer(model, tokenizer, asked, sample, first=""):
         seen.extend(asked)
         way = at_once if first == "at once" else worked
-        return [way(a, b + (a % 2)) for a, b in asked], torch.linspace(0.3, 0.6, len(asked))
+        return [way(a, b + (a % 2)) for a, b in asked], torch.linspace(0.3, 0.9, len(asked))
 
     monkeypatch.setattr(build, "answer", answer)
     measured = build.measure(model, tokenizer, seed=0, size=700)  # asked in two pieces
@@ -342,7 +342,7 @@ def test_the_build_measures_on_eval_only(few_problems, monkeypatch, model, token
     even = np.mean([a % 2 == 0 for a, _ in set(seen)])  # the others were answered with another product
     assert measured.greedy == measured.sampled == measured.worked_right == pytest.approx(even)
     assert (measured.greedy_worked, measured.sampled_worked) == (1.0, 1.0)
-    assert measured.least_way == pytest.approx(0.3)
+    assert measured.least_way == pytest.approx(0.1)
 
 
 # ---- what is trained ---------------------------------------------------------------------------------------
@@ -376,11 +376,16 @@ def test_the_batch_loss_is_that_of_texts_one_by_one(model, tokenizer):
     model.zero_grad()
 
 
-def test_orthogonal_brings_singular_values_near_1():
+def test_orthogonal_brings_singular_values_near_1_and_keeps_the_vectors():
+    """The five iterations of Muon leave values between 0.68 and 1.14."""
     draw = torch.Generator().manual_seed(0)
-    for shape in ((2, 6, 20), (2, 20, 6)):
-        values = torch.linalg.svdvals(build.orthogonal(torch.randn(shape, generator=draw)))
-        assert 0.5 < float(values.min()) and float(values.max()) < 1.4
+    for shape in ((2, 6, 20), (2, 20, 6), (1, 9, 9)):
+        matrices = torch.randn(shape, generator=draw)
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+        between = left.mT @ build.orthogonal(matrices) @ right.mT
+        values = between.diagonal(dim1=1, dim2=2)
+        torch.testing.assert_close(between, torch.diag_embed(values), atol=1e-5, rtol=0)
+        assert 0.65 < float(values.min()) and 1.05 < float(values.max()) < 1.17
 
 
 # ---- a build from nothing ----------------------------------------------------------------------------------
