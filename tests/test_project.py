@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "twig"
 
 # A module imports only from those before it. A package itself comes after its modules.
 ORDER = (
-    "records wording settings config answers "
+    "records wording settings config expressions answers "
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie credit objective pack models decoder policy rollout replay progress evaluate memory checkpoint "
@@ -25,7 +25,7 @@ ORDER = (
 
 # These work where torch is not installed.
 WITHOUT_TORCH = (
-    "records wording settings config answers "
+    "records wording settings config expressions answers "
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie credit pack replay progress memory machine runlog trackers signals diagnose report display cli"

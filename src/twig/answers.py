@@ -1,19 +1,24 @@
-r"""Reading a number out of a model's answer, and comparing it with the gold answer.
+r"""Reading an answer out of a model's text, and comparing it with the gold answer.
 
 Two readings. The strict one takes only a marked answer: `#### 12`, `\boxed{12}`, "the answer is 12", "Answer:
-12", `<answer>12`, or a final `#12`; the last marker that can be read counts. The lenient one takes the last
-number of the text.
+12", `<answer>12`, or a final `#12`; the last marker that can be read counts. A text that is nothing but an
+answer ("12 apples.") needs no marker. The lenient one takes the last number of the text.
 
 Text in, exact numbers out: nothing is evaluated, every pattern is linear in the text, and digit strings may
-have any length. Simplifications: comma for thousands, point for decimals; percent signs, currency and units
-are ignored ("12 %" is 12); scale words ("2 million") are not understood. Knows nothing about tasks or models.
+have any length. A marked answer that is no number but an expression (`3\sqrt{2}`) is compared by
+`expressions.py`; numbers never are. Plain sums (`5 + 8`) are no answer: they leave the work to the reader.
+Simplifications: comma for thousands, point for decimals; percent signs, currency and units are ignored
+("12 %" is 12); scale words ("2 million") are not understood. Knows nothing about tasks or models.
 """
 
+import functools
 import re
 import unicodedata
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
+from twig.expressions import MAX_LENGTH, allowed_expression, letters_of, same_expression
 from twig.records import Score
 
 # A Decimal is a number of more than _MAX_DIGITS digits: Python refuses to make very long strings integers.
@@ -26,7 +31,8 @@ _WELL_FORMED = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d+)(
 _CURRENCY = r"(?:(?:\\?[$€£¥₹₩₽₺₦฿]|US\$|\b(?:USD|EUR|GBP|INR|Rs\.?))\s?)"
 _VALUE = re.compile(
     rf"(?P<sign>[-+])?{_CURRENCY}?(?P<inner_sign>-)?"
-    r"(?:(?:(?P<whole>\d{1,99})\s?)?\\[dt]?frac\s?\{\s?(?P<top>\d+)\s?\}\s?\{\s?(?P<bottom>\d+)\s?\}"
+    r"(?:(?:(?P<whole>\d{1,99})\s?)?\\[dtc]?frac"
+    r"(?:\s?\{\s?(?P<top_sign>-)?(?P<top>\d+)\s?\}\s?\{\s?(?P<bottom>\d+)\s?\}|(?P<upper>\d)(?P<lower>\d))"
     r"|(?P<mixed>\d{1,99})\s(?P<mixed_top>\d{1,9})/(?P<mixed_bottom>\d{1,9})(?![\d/])"
     rf"|(?P<run>{_RUN})(?:[eE](?P<exponent>[-+]?\d{{1,3}})(?!\w))?(?:\s?/\s?(?P<over>{_RUN}))?)"
 )
@@ -54,8 +60,30 @@ _REACH = 200  # characters that the two may span
 _NO_ANSWER = re.compile(
     r"[.,:_^/]?\{?\d|[ ]\d|\s?[-+*/×÷·^xX–][ ]?[\d({\\]|\s?(?:\\(?:times|cdot|div|pm|sqrt|pi)|[√π])"
     r"|,?\s?(?:or|and|to)\s[^\w\n]{0,3}\d|,\s?[-+$]?\d"
+    r"|!\s?[}$]|\s(?:hundred|thousand|million|billion|trillion|dozen)\b"
 )
 _HEADING = re.compile(r"[.)]\s+[A-Za-z]")  # "#### 2. Add them up" is a heading
+# What may stand around a text that is nothing but an answer; a unit of one or two words may follow.
+_ALONE = re.compile(r"[\s*_`(\[]*(?:\\[(\[]|\$(?=\d[^$\n]{0,99}\$))?\s*")
+_ENDING = re.compile(
+    r"(?:\s?\\?%|\s?[€£¥°])?(?:\s?(?!(?:is|are|was|or|and|not|plus|minus|times)\b)[^\W\d_]{1,20}[²³]?){0,2}"
+    r"[\s*_`.!)\]$]*+(?:\\[)\]][\s*_`.!]*+)?\Z"
+)
+# An expression in mathematics mode, or else what is left of its line.
+_MATHS = re.compile(
+    r"[\s*_:]*+(?:\$\$([^$]{1,200})\$\$|\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)|\\\[(.{1,200}?)\\\])"
+)
+_LINE = re.compile(r"[ \t*_:`]*([^\n<]{1,240})")
+_SECOND = re.compile(r"[\s,]*(?:or|and)\b|[ ]*[-+*/=^×÷,$\\\d]")  # what may not follow: see _NO_ANSWER
+_UNIT = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]{0,40}\}(?:\^\{?\d\}?)?|\\?%|\^\{?\\circ\}?|°")
+_WORKED = re.compile(r"\\(?:sqrt|pi|sin|cos|tan|ln|log)|\^|(?<!\\)\b[A-Za-z]")  # more than a sum left undone
+
+
+@dataclass(frozen=True)
+class Expression:
+    """An answer that is no number, as LaTeX that `expressions.py` allows."""
+
+    latex: str
 
 
 def read_number(text: str, strict: bool) -> Number | None:
@@ -68,8 +96,26 @@ def read_number(text: str, strict: bool) -> Number | None:
     >>> read_number("Of the 12, a half or 6.5 are left.", strict=False)
     Fraction(13, 2)
     """
+    found = read_answer(text) if strict else _last(_plain(text))
+    return None if isinstance(found, Expression) else found
+
+
+def read_answer(text: str, letters: str | None = "") -> Number | Expression | None:
+    r"""The strict reading: the number or expression that a text marks as its answer, or None.
+
+    `letters` are the unknowns that an expression may have; None allows any.
+
+    >>> read_answer(r"so $x = \boxed{3\sqrt2}$.")
+    Expression(latex='3\\sqrt{2}')
+    """
     text = _plain(text)
-    return _marked(text) if strict else _last(text)
+    for marker in reversed(list(_MARKER.finditer(text))):
+        found = _marked_number(text, marker)
+        if found is None:
+            found = _marked_expression(text, marker, letters)
+        if found is not None:
+            return found
+    return _alone(text, letters)
 
 
 def same_number(a: Number | None, b: Number | None) -> bool:
@@ -83,24 +129,107 @@ def score_answer(text: str, gold: str) -> Score:
     >>> score_answer("The answer is 12 apples.", "12")
     Score(found=True, right=True)
     """
-    number = read_number(text, strict=True)
-    return Score(number is not None, same_number(number, read_number(gold, strict=False)))
+    wanted = _gold(gold)
+    letters = letters_of(wanted.latex) if isinstance(wanted, Expression) else ""
+    answer = read_answer(text, letters)
+    return Score(answer is not None, _same(answer, wanted))
 
 
-def _marked(text: str) -> Number | None:
-    for marker in reversed(list(_MARKER.finditer(text))):
-        end = marker.end()
-        start = _LEAD.match(text, end, end + _REACH).end()
-        start = _SUM.match(text, start, end + _REACH).end()
-        value = _VALUE.match(text, start)
-        if value is None or _NO_ANSWER.match(text, value.end()):
-            continue
-        if marker["hashes"] and _HEADING.match(text, value.end()):
-            continue
-        number = _number(value)
-        if number is not None:
-            return number
-    return None
+def score_lenient(text: str, gold: str) -> Score:
+    """The same for the lenient reading; where the gold answer is an expression, the strict one comes first.
+
+    >>> score_lenient("So 12 apples are left.", "12")
+    Score(found=True, right=True)
+    """
+    wanted = _gold(gold)
+    if isinstance(wanted, Expression):
+        strict = score_answer(text, gold)
+        if strict.found:
+            return strict
+    number = read_number(text, strict=False)
+    return Score(number is not None, _same(number, wanted))
+
+
+@functools.lru_cache(maxsize=4096)
+def _gold(text: str) -> Number | Expression | None:
+    found = read_answer(text, None)
+    return read_number(text, strict=False) if found is None else found
+
+
+def _same(answer: Number | Expression | None, gold: Number | Expression | None) -> bool:
+    if answer is None or gold is None:
+        return False
+    if isinstance(answer, Expression) or isinstance(gold, Expression):
+        texts = [_as_latex(side) for side in (gold, answer)]
+        return None not in texts and same_expression(*texts)
+    return same_number(answer, gold)
+
+
+def _as_latex(side: Number | Expression) -> str | None:
+    if isinstance(side, Expression):
+        return side.latex
+    # A number of more digits than an expression may have characters equals none.
+    if isinstance(side, Decimal) or max(abs(side.numerator), side.denominator) >= 10**99:
+        return None
+    decimal = f"{Decimal(side.numerator) / side.denominator:f}"
+    return decimal if Fraction(decimal) == side else str(side)  # 1/3 has no decimal form
+
+
+def _marked_number(text: str, marker: re.Match[str]) -> Number | None:
+    start = _LEAD.match(text, marker.end(), marker.end() + _REACH).end()
+    start = _SUM.match(text, start, marker.end() + _REACH).end()
+    value = _VALUE.match(text, start)
+    if value is None or _NO_ANSWER.match(text, value.end()):
+        return None
+    if marker["hashes"] and _HEADING.match(text, value.end()):
+        return None
+    return _number(value)
+
+
+def _marked_expression(text: str, marker: re.Match[str], letters: str | None) -> Expression | None:
+    if marker[0].endswith("{"):
+        return _expression(_braces(text, marker.end()), letters)
+    if marker[0] == "#":
+        return None
+    maths = _MATHS.match(text, marker.end())
+    if maths is not None:
+        if _SECOND.match(text, maths.end()):
+            return None
+        return _expression(maths[maths.lastindex], letters)
+    line = _LINE.match(text, marker.end())
+    return _expression(line[1].rstrip(" \t*_`."), letters) if line else None
+
+
+def _alone(text: str, letters: str | None) -> Number | Expression | None:
+    # A text that is nothing but an answer.
+    value = _VALUE.match(text, _ALONE.match(text).end())
+    if value is not None and not _NO_ANSWER.match(text, value.end()) and _ENDING.match(text, value.end()):
+        return _number(value)
+    text = text.strip() if len(text) <= 2 * MAX_LENGTH else ""
+    if not text or "\n" in text:
+        return None
+    maths = _MATHS.match(text)
+    if maths is not None:
+        return (
+            _expression(maths[maths.lastindex], letters) if maths.end() >= len(text.rstrip(" *_.")) else None
+        )
+    return _expression(text.rstrip("*_.").lstrip("*_"), letters)
+
+
+def _braces(text: str, start: int) -> str:
+    # What stands between the brace before `start` and the one that closes it; nothing where none does.
+    depth = 1
+    for place in range(start, min(len(text), start + MAX_LENGTH + 1)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if depth == 0:
+            return text[start:place]
+    return ""
+
+
+def _expression(text: str, letters: str | None) -> Expression | None:
+    text = _UNIT.sub("", text).strip(" $")
+    latex = allowed_expression(text.rpartition("=")[2], letters)
+    return Expression(latex) if latex and _WORKED.search(latex) else None
 
 
 def _last(text: str) -> Number | None:
@@ -121,7 +250,9 @@ def _number(value: re.Match[str], signed: bool = True, lenient: bool = False) ->
     # The exact value of a _VALUE match; None for a malformed run such as "1,2,3" (lenient: its last part), or
     # over 0.
     sign = "-" if signed and (value["sign"] == "-") != (value["inner_sign"] == "-") else ""
-    whole, top, bottom = (value["whole"], value["top"], value["bottom"])
+    whole, top, bottom = (value["whole"], value["top"] or value["upper"], value["bottom"] or value["lower"])
+    if value["top_sign"]:
+        sign = "" if sign else "-"
     if value["mixed"]:
         whole, top, bottom = (value["mixed"], value["mixed_top"], value["mixed_bottom"])
     if top is not None:
