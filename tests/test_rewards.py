@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twig.records import Example, Score, UserError
+from twig.evaluate import _summarise
+from twig.records import Completion, Example, Score, UserError
 from twig.tasks.base import Task
 from twig.tasks.functions import RewardError, function_names, load_reward_file
-from twig.tasks.rewards import Rewards, accuracy, judge, score, score_completions, score_number
+from twig.tasks.rewards import (
+    Rewards,
+    accuracy,
+    judge,
+    score,
+    score_completions,
+    score_last_number,
+    score_number,
+)
 
 TEXTS = ["a", "bb", "ccc"]
 
@@ -369,3 +378,25 @@ def test_judge_by_the_task_or_by_the_reward() -> None:
     found, right = judge(Task("test", (), (), (), correct_at=0.5), examples, texts, totals)
     assert found is None
     assert right.tolist() == [False, True, False]
+
+
+def test_both_readings_are_reported() -> None:
+    """Of four answers to 12, one is marked, three end with it or another number, one has none."""
+    texts = ["#### 12", "It is 12.", "12, or 13", "twelve"]
+    examples = [Example("p", {"answer": "12"})] * 4
+    task = Task("test", (), (), (accuracy,), score=score_number, score_lenient=score_last_number)
+    rewards = score_completions(task, examples, texts, [np.array([1])] * 4)
+    assert rewards.total.tolist() == [1, 0, 0, 0], "only the strict reading is rewarded"
+    assert rewards.metrics["answers/found_lenient"] == 0.75
+    assert rewards.metrics["answers/right_lenient"] == 0.5
+    made = [Completion(np.array([1]), np.zeros(1), np.zeros(1), True, text) for text in texts]
+    result = _summarise(task, examples, made)
+    assert (result.value, result.found, result.right_lenient) == (0.25, 0.25, 0.5)
+
+
+def test_a_task_without_a_lenient_reading_reports_none() -> None:
+    task = Task("test", (), (), (accuracy,), score=score_number)
+    rewards = score_completions(task, [Example("p", {"answer": "12"})], ["#### 12"], [np.array([1])])
+    assert not [name for name in rewards.metrics if name.startswith("answers/")]
+    made = [Completion(np.array([1]), np.zeros(1), np.zeros(1), True, "#### 12")]
+    assert _summarise(task, [Example("p", {"answer": "12"})], made).right_lenient is None

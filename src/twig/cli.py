@@ -167,6 +167,8 @@ def evaluate(
     console = _console()
     console.print(accuracy_table({settings.task.name: result}))
     found = "" if result["found"] is None else f"answer found {100 * result['found']:.1f} %, "
+    if result["right_lenient"] is not None:
+        found += f"last number right {100 * result['right_lenient']:.1f} %, "
     length = f"mean length {result['mean_length']:.1f} tokens, cut off {100 * result['truncated']:.1f} %"
     console.print(Text(f"\n{found}{length}"), soft_wrap=True)
 

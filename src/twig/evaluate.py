@@ -24,9 +24,10 @@ _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 class Evaluation:
     """Accuracy on `n` problems: `value` in [0, 1] with its 95 % Wilson interval `low` .. `high`.
 
-    `found` is the share in which an answer was found at all (None where the task cannot tell), `reward` the
-    mean of the rewards that were given (None where none was), `mean_length` in tokens, `truncated` the share
-    cut off by the length limit.
+    `found` is the share in which an answer was found at all (None where the task cannot tell),
+    `right_lenient` the accuracy if the last number of each text were its answer (None where that means
+    nothing), `reward` the mean of the rewards that were given (None where none was), `mean_length` in tokens,
+    `truncated` the share cut off by the length limit.
     """
 
     value: float
@@ -34,6 +35,7 @@ class Evaluation:
     high: float
     n: int
     found: float | None
+    right_lenient: float | None
     reward: float | None
     mean_length: float
     truncated: float
@@ -98,7 +100,8 @@ def evaluate_policy(
 
 def _summarise(task: Task, examples: list[Example], completions: list[Completion]) -> Evaluation:
     texts = [c.text for c in completions]
-    totals = score_completions(task, examples, texts, [c.ids for c in completions]).total
+    rewards = score_completions(task, examples, texts, [c.ids for c in completions])
+    totals = rewards.total
     found, right = judge(task, examples, texts, totals)
     low, high = wilson(int(right.sum()), len(right))
     given = totals[~np.isnan(totals)]
@@ -108,6 +111,7 @@ def _summarise(task: Task, examples: list[Example], completions: list[Completion
         high=high,
         n=len(right),
         found=None if found is None else float(found.mean()),
+        right_lenient=rewards.metrics.get("answers/right_lenient"),
         reward=float(given.mean()) if len(given) else None,
         mean_length=float(np.mean([len(c) for c in completions])),
         truncated=float(np.mean([not c.finished for c in completions])),

@@ -254,7 +254,8 @@ class _Session:
         if every and self.step % every == 0 and self.step < total:
             result = self._evaluate(f"step {self.step}")
             if result is not None:
-                self._log({"eval/accuracy": result["value"], "eval/found": result["found"]})
+                named = {"accuracy": "value", "found": "found", "right_lenient": "right_lenient"}
+                self._log({f"eval/{name}": result[key] for name, key in named.items()})
 
     def _log(self, metrics: dict[str, Any]) -> None:
         self.log.log(self.step, metrics)

@@ -28,9 +28,10 @@ class Task:
     of the data as a list, and `trainer_state`, `log_extra`, `log_metric`; they return one number or None per
     completion. `reward_weights` has one weight per function (None: 1 each). `score` reads one completion's
     text; a task that cannot tell by itself has none, and then a completion is right when its weighted reward
-    reaches `correct_at`. `prompt_template` is filled with the example's columns, and `{question}` or
-    `{prompt}` with its prompt where no column has that name; None leaves the prompt as it is. `eval` may be
-    empty.
+    reaches `correct_at`. `score_lenient` reads the last number instead of the marked answer: it tells what a
+    model knows from how it writes it down, and is only reported. `prompt_template` is filled with the
+    example's columns, and `{question}` or `{prompt}` with its prompt where no column has that name; None
+    leaves the prompt as it is. `eval` may be empty.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Task:
     reward_funcs: tuple[Callable[..., Any], ...]
     reward_weights: tuple[float, ...] | None = None
     score: Callable[[str, Example], Score] | None = None
+    score_lenient: Callable[[str, Example], Score] | None = None
     prompt_template: str | None = None
     system_prompt: str | None = None
     correct_at: float = 1.0

@@ -17,7 +17,7 @@ from twig.answers import read_number
 from twig.records import Example, UserError
 from twig.tasks.base import Task
 from twig.tasks.data import Row, read_rows, require_columns
-from twig.tasks.rewards import accuracy, score_number
+from twig.tasks.rewards import accuracy, score_last_number, score_number
 
 HUB_NAME = "openai/gsm8k"
 HUB_CONFIG = "main"
@@ -32,7 +32,15 @@ def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> 
     """The GSM8K task. Raises UserError where the data cannot be read or lacks a column."""
     rows = read_rows(settings.task, HUB_NAME, HUB_CONFIG, train_dataset, eval_dataset)
     train, evaluation = (_examples(part) for part in rows)
-    return Task("gsm8k", train, evaluation, (accuracy,), score=score_number, prompt_template=PROMPT)
+    return Task(
+        "gsm8k",
+        train,
+        evaluation,
+        (accuracy,),
+        score=score_number,
+        score_lenient=score_last_number,
+        prompt_template=PROMPT,
+    )
 
 
 def _examples(rows: list[Row]) -> list[Example]:

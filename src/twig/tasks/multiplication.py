@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from twig.records import Example, Score, UserError
 from twig.tasks.base import Task
-from twig.tasks.rewards import accuracy, score_number
+from twig.tasks.rewards import accuracy, score_last_number, score_number
 
 Split = Literal["pretrain", "train", "eval"]
 
@@ -143,11 +143,16 @@ def load(settings: Any) -> Task:
             )
     train = _examples(problems("train", wanted.digits, settings.train.seed, wanted.train_size))
     evaluation = _examples(problems("eval", wanted.digits, 0, wanted.eval_size))
-    if wanted.prompt_template is None:
-        return Task(
-            "multiplication", train, evaluation, (product,), score=score_product, prompt_template=TEMPLATE
-        )
-    return Task("multiplication", train, evaluation, (accuracy,), score=score_number)
+    own = wanted.prompt_template is None
+    return Task(
+        "multiplication",
+        train,
+        evaluation,
+        (product if own else accuracy,),
+        score=score_product if own else score_number,
+        score_lenient=score_last_number,
+        prompt_template=TEMPLATE,
+    )
 
 
 def product(completions: Sequence[Any], answer: Sequence[str], **kwargs: Any) -> list[float]:

@@ -13,12 +13,12 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from twig.answers import score_answer
+from twig.answers import score_answer, score_lenient
 from twig.records import Example, Score
 from twig.tasks.base import Task
 from twig.tasks.functions import RewardError, check_signature, defined_at, failure, function_names, is_async
@@ -32,8 +32,9 @@ class Rewards:
 
     `total` is the weighted sum, float64 [N]; NaN where every function returned None: such a completion has no
     reward, belongs in no average and gets no credit. `per_function` has [N] per function, NaN for None.
-    `metrics` has `rewards/NAME/mean` and `rewards/NAME/std` (where a function gave any number) and the means
-    of what was passed to `log_metric`; `extra` has the columns passed to `log_extra`, N values each.
+    `metrics` has `rewards/NAME/mean` and `rewards/NAME/std` (where a function gave any number), the means of
+    what was passed to `log_metric`, and `answers/found_lenient` and `answers/right_lenient` where the task
+    has a lenient reading; `extra` has the columns passed to `log_extra`, N values each.
     """
 
     total: np.ndarray
@@ -53,7 +54,7 @@ def score_completions(
     trainer_state: Any = None,
 ) -> Rewards:
     """The rewards of N completions, the n-th one an answer to the n-th example."""
-    return score(
+    rewards = score(
         task,
         prompts=[example.prompt for example in examples],
         completions=list(texts),
@@ -61,6 +62,7 @@ def score_completions(
         columns=columns_of(examples),
         trainer_state=trainer_state,
     )
+    return replace(rewards, metrics=rewards.metrics | lenient_shares(task, examples, texts))
 
 
 def score(
@@ -118,6 +120,18 @@ def judge(
     return np.array([s.found for s in scores], bool), np.array([s.right for s in scores], bool)
 
 
+def lenient_shares(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
+    """The shares of N completions whose last number was found and is right, by metric; none without such a
+    reading."""
+    if task.score_lenient is None:
+        return {}
+    scores = [task.score_lenient(text, example) for text, example in zip(texts, examples, strict=True)]
+    return {
+        "answers/found_lenient": float(np.mean([s.found for s in scores])),
+        "answers/right_lenient": float(np.mean([s.right for s in scores])),
+    }
+
+
 def weighted_total(values: np.ndarray, weights: Sequence[float] | None) -> np.ndarray:
     """Weighted sums [N] of rewards [N, functions]; a NaN counts as 0, and a row of nothing but NaN gives NaN.
 
@@ -150,6 +164,11 @@ def accuracy(completions: Sequence[Any], answer: Sequence[str], **kwargs: Any) -
 def score_number(text: str, example: Example) -> Score:
     """How a text answers an example whose column `answer` holds the gold number."""
     return score_answer(text, example.columns["answer"])
+
+
+def score_last_number(text: str, example: Example) -> Score:
+    """The same with the lenient reading: the last number of the text."""
+    return score_lenient(text, example.columns["answer"])
 
 
 # ---- what functions log, and statistics --------------------------------------------------------------------
