@@ -66,6 +66,7 @@ FAMILIES = {
         "OPTConfig", "it has no norm", ("q_proj", "v_proj"), {"ffn_dim": 48, "word_embed_proj_dim": 32}
     ),
     "gptj": Family("GPTJConfig", "it has no layers", ("q_proj", "v_proj"), GPT | {"rotary_dim": 4}),
+    "gpt2": Family("GPT2Config", "it has no layers", ("c_attn",), GPT),
     "bloom": Family("BloomConfig", "it has no layers", ("query_key_value",), {"n_layer": 4, "n_head": 4}),
     "mamba": Family("MambaConfig", "it has no norm", ("in_proj",), {"state_size": 4}),
     "recurrent_gemma": Family(
@@ -173,12 +174,29 @@ def test_the_plain_engine_samples_as_a_loop_over_whole_texts(name):
         assert len(lengths) > 2, "completions must end at different steps"
 
 
-def test_gpt2_has_no_linear_modules_for_an_adapter():
+def test_a_layer_without_linear_modules_is_named():
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=tiny.VOCAB, **GPT))
-    with pytest.raises(UserError, match="lora.target_modules: layer 2 has no linear module 'c_attn'"):
+    with pytest.raises(UserError, match="layer 2 has no linear module 'q_proj'; write some of c_attn, c_fc"):
+        attach(model, r=4, alpha=8.0, target_modules=["q_proj"])
+    model.transformer.h[3] = torch.nn.Identity()
+    with pytest.raises(UserError, match="layer 3 has no linear module 'c_attn'; leave that layer out"):
         attach(model, r=4, alpha=8.0, target_modules=["c_attn"])
-    with pytest.raises(UserError, match="model type 'gpt2' cannot be served: it has no layers.*engine=plain"):
-        Decoder(model)
+
+
+def test_a_layer_that_needs_more_than_it_is_given_is_refused():
+    """Whatever a family's layers raise when called one by one, as those of Gemma 4 do."""
+    decoder = Decoder(tiny.build_model("llama"))
+
+    own = decoder.layers[1].forward
+
+    def demanding(hidden, *args, **kwargs):
+        if hidden.shape[1] == 14:  # the tree; the model's own forward has rows of 10
+            raise TypeError("forward() missing 1 required positional argument: 'per_layer_input'")
+        return own(hidden, *args, **kwargs)
+
+    decoder.layers[1].forward = demanding
+    with pytest.raises(UserError, match=r"'llama' cannot be served: its layers .* \(TypeError: forward.*pl"):
+        decoder.check()
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "mamba"])

@@ -215,8 +215,14 @@ class Decoder:
         positions = torch.where(at < 10, at, at - 4)[None]
         ends = torch.where((at >= 6) & (at < 10), 10, 14)
         visible = tree_visible(ends[None])
-        context = Context(self.masks(visible, positions, positions), self.rotations(positions), positions)
-        ours = self.logits(self.run(self.embed(tree), 0, len(self.layers), context)[0])
+        try:
+            context = Context(self.masks(visible, positions, positions), self.rotations(positions), positions)
+            ours = self.logits(self.run(self.embed(tree), 0, len(self.layers), context)[0])
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            # a layer that needs more than it is given here
+            self._refuse(f"its layers cannot be called one by one ({type(error).__name__}: {error})")
         paths = torch.stack([ours[:10], torch.cat([ours[:6], ours[10:]])])
         gap = float((paths - own).abs().max() / own.abs().max().clamp(min=1e-6))
         bound = 0.05 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4

@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from twig.decoder import Context, Decoder, tree_visible
 from twig.objective import Surrogate, loss
@@ -192,6 +193,7 @@ def attach(
             layers_to_transform=chosen,
             lora_dropout=0.0,
             bias="none",
+            fan_in_fan_out=any(isinstance(m, Conv1D) for m in stack.modules()),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -237,13 +239,12 @@ def _layer_numbers(layers: str | Sequence[int], count: int) -> list[int]:
 
 
 def _check_modules(layer: torch.nn.Module, number: int, target_modules: Sequence[str]) -> None:
-    there = {n.rsplit(".", 1)[-1] for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+    kinds = (torch.nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear module too
+    there = {n.rsplit(".", 1)[-1] for n, m in layer.named_modules() if isinstance(m, kinds)}
     for name in target_modules:
         if name not in there:
-            raise UserError(
-                f"lora.target_modules: layer {number} has no linear module '{name}'; "
-                f"write some of {', '.join(sorted(there))}"
-            )
+            instead = f"write some of {', '.join(sorted(there))}" if there else "leave that layer out"
+            raise UserError(f"lora.target_modules: layer {number} has no linear module '{name}'; {instead}")
 
 
 def _adapted_layers(layers: torch.nn.ModuleList) -> list[int]:

@@ -257,7 +257,7 @@ class Trainer:
         given = rewards[~np.isnan(rewards)]
         flat = [bool(len(r := row[~np.isnan(row)]) == 0 or r.min() == r.max()) for row in rewards]
         metrics = {
-            "reward": float(given.mean()) if len(given) else 0.0,
+            "reward": float(given.mean()) if len(given) else None,
             "reward_std": float(
                 np.mean([g.rewards.std(ddof=1) for g in batch.rewarded if len(g.rewards) > 1] or [0.0])
             ),
