@@ -207,6 +207,7 @@ def _evaluate(settings: Settings, progress: Progress) -> dict[str, Any]:
         max_completion_length=settings.rollout.max_completion_length,
         limit=settings.eval.limit,
         batch_size=settings.eval.batch_size,
+        stop=settings.rollout.stop,
         progress=progress,
     )
     return result.as_dict()

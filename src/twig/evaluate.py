@@ -68,6 +68,7 @@ def evaluate_policy(
     max_completion_length: int,
     limit: int | None = None,
     batch_size: int | None = None,
+    stop: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[Evaluation, list[Completion]]:
     """The greedy accuracy on the first `limit` evaluation problems (there is at least one), and the
@@ -91,6 +92,7 @@ def evaluate_policy(
             wave_size=size,
             greedy=True,
             record=False,
+            stop=stop,
         )
         for i, (completion,) in zip(chosen, drawn.completions, strict=True):
             completions[i] = completion

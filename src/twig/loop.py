@@ -279,6 +279,7 @@ class _Session:
             max_completion_length=settings.rollout.max_completion_length,
             limit=settings.eval.limit,
             batch_size=settings.eval.batch_size,
+            stop=settings.rollout.stop,
             progress=self.progress,
         )
         self.stop.at_once = False

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from twig.decoder import Context, KeyValueCache
@@ -80,13 +80,15 @@ def sample(
     wave_size: int = 128,
     greedy: bool = False,
     record: bool = True,
+    stop: Sequence[str] = (),
     on_tokens: Callable[[int], None] | None = None,
 ) -> Sampled:
     """Samples all requests, `wave_size` completions at a time. `record` keeps the boundary for the update.
 
-    A completion ends with the first of `end_ids`, which is part of it, or at its length limit. `decode` turns
-    lists of ids into texts. With `greedy`, the most probable token is taken and no noise is used. `on_tokens`
-    hears of progress: the tokens sampled since the last call.
+    A completion ends with the first of `end_ids`, or with the token that completes one of the texts `stop`;
+    either is part of it. Else it is cut off at its length limit. `decode` turns lists of ids into texts. With
+    `greedy`, the most probable token is taken and no noise is used. `on_tokens` hears of progress: the tokens
+    sampled since the last call.
     """
     rows = [(r, c) for r, request in enumerate(requests) for c in range(request.num)]
     completions: list[list[Completion]] = [[] for _ in requests]
@@ -102,6 +104,7 @@ def sample(
             else [uniforms(seed, step, requests[r].slot, c, requests[r].max_tokens) for r, c in wave]
         )
         used = sorted({r for r, _ in wave})
+        ending = _Ending(end_ids, stop, decode, [requests[r].prefix for r, _ in wave])
         limits = np.array([requests[r].max_tokens for r, _ in wave])
         prompt_of = np.array([used.index(r) for r, _ in wave])
         drawn = draw(
@@ -110,7 +113,7 @@ def sample(
             prompt_of,
             limits,
             noise,
-            end_ids,
+            ending,
             record,
             on_tokens,
         )
@@ -154,12 +157,40 @@ class _Drawn:
         return Completion(ids, logps, entropies, bool(self.finished[row]), text, cells)
 
 
+class _Ending:
+    """Which rows of a wave end with their newest token: an end token, or one that completes a stop text."""
+
+    def __init__(
+        self,
+        end_ids: Sequence[int],
+        stop: Sequence[str],
+        decode: Callable[[list[np.ndarray]], list[str]],
+        prefixes: list[np.ndarray],
+    ) -> None:
+        self.end_ids, self.stop, self.decode, self.prefixes = list(end_ids), list(stop), decode, prefixes
+        # A token is at least a byte of the text. The others are room for those that a decoder treats
+        # differently at the beginning of a text.
+        self.reach = max((len(text.encode()) for text in stop), default=0) + 4
+
+    def stopped(self, ids: Int[Tensor, "A T"], rows: Int[Tensor, " A"]) -> Bool[Tensor, " A"]:
+        """Whether the ids so far of the wave's `rows` have a stop text at their end."""
+        tails = ids[:, -self.reach :].cpu().numpy()
+        missing = self.reach - tails.shape[1]
+        if missing:
+            tails = [
+                np.concatenate([self.prefixes[r][-missing:], tail])
+                for r, tail in zip(rows, tails, strict=True)
+            ]
+        found = [any(text in tail for text in self.stop) for tail in self.decode(list(tails))]
+        return torch.tensor(found, device=ids.device)
+
+
 class _Recorder:
     """Chooses each step's tokens and keeps what is known of them. Rows are those of the wave, before
     compaction."""
 
     def __init__(
-        self, policy: Policy, limits: np.ndarray, noise: list[np.ndarray] | None, end_ids: Sequence[int]
+        self, policy: Policy, limits: np.ndarray, noise: list[np.ndarray] | None, ending: _Ending
     ) -> None:
         size, longest = len(limits), int(limits.max())
         device = policy.device
@@ -171,7 +202,8 @@ class _Recorder:
                 row[: len(numbers)] = numbers
             self.noise = torch.from_numpy(table).to(wide).to(device)
         self.limits = torch.from_numpy(limits).to(device)
-        self.end_ids = torch.tensor(list(end_ids), dtype=torch.long, device=device)
+        self.ending = ending
+        self.end_ids = torch.tensor(ending.end_ids, dtype=torch.long, device=device)
         self.ids = torch.zeros(size, longest, dtype=torch.long, device=device)
         self.logps = torch.zeros(size, longest, dtype=wide, device=device)
         self.entropies = torch.zeros(size, longest, dtype=wide, device=device)
@@ -192,6 +224,8 @@ class _Recorder:
         self.entropies[alive, t] = torch.special.entr(probabilities).sum(-1)
         going = self.going[alive]  # rows that ended earlier run along until the next compaction
         ended = torch.isin(tokens, self.end_ids)
+        if self.ending.stop:
+            ended |= self.ending.stopped(self.ids[alive, : t + 1], alive)
         self.lengths[alive] += going
         self.finished[alive] |= going & ended
         going = going & ~ended & (self.limits[alive] > t + 1)
@@ -222,14 +256,14 @@ def _sample_wave(
     prompt_of: np.ndarray,
     limits: np.ndarray,
     noise: list[np.ndarray] | None,
-    end_ids: Sequence[int],
+    ending: _Ending,
     record: bool,
     on_tokens: Callable[[int], None] | None,
 ) -> _Drawn:
     decoder, device = policy.decoder, policy.device
     width, longest = max(map(len, prompts)), int(limits.max())
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    recorder = _Recorder(policy, limits, noise, end_ids)
+    recorder = _Recorder(policy, limits, noise, ending)
     hidden, trunk, cache = _prefill(policy, prompts, width)
     rows = torch.from_numpy(prompt_of).to(device)
     logits = policy.next_token_logits(hidden)[rows]
@@ -311,12 +345,12 @@ def _sample_plain(
     prompt_of: np.ndarray,
     limits: np.ndarray,
     noise: list[np.ndarray] | None,
-    end_ids: Sequence[int],
+    ending: _Ending,
     record: bool,
     on_tokens: Callable[[int], None] | None,
 ) -> _Drawn:
     """The same with the model's own forward and cache, one prompt at a time, for any architecture."""
-    recorder = _Recorder(policy, limits, noise, end_ids)
+    recorder = _Recorder(policy, limits, noise, ending)
     for i, prompt in enumerate(prompts):
         alive = torch.from_numpy(np.flatnonzero(prompt_of == i)).to(policy.device)
         ids = torch.from_numpy(prompt).to(policy.device).expand(len(alive), -1)

@@ -184,6 +184,11 @@ class Rollout(Frozen):
     suppress_tokens: list[Index] = Field(
         [], description="Token ids that are never sampled.", examples=[[0, 1]]
     )
+    stop: list[Text] = Field(
+        [],
+        description="Texts that end a completion, beside the end tokens; the text stays part of it.",
+        examples=[["\nQuestion:"]],
+    )
 
 
 class Replay(Frozen):

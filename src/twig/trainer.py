@@ -111,6 +111,7 @@ class Trainer:
                 seed=self.settings.train.seed,
                 step=step,
                 wave_size=rollout.wave_size,
+                stop=rollout.stop,
             )
         flat = [c for completions in drawn.completions for c in completions]
         examples = [self.task.train[i] for i in indices for _ in range(rollout.num_generations)]
