@@ -101,7 +101,7 @@ def test_pack_gradient_equals_prefix_by_prefix_forward(family, attention, layers
 
 @pytest.mark.parametrize("name", ["grpo", "s-grpo", "t-spmo"])
 def test_each_algorithm_and_pack_size_gives_the_same_gradient(name):
-    policy = tiny.build_policy(layers=[1, 3], head_rows=5)
+    policy = tiny.build_policy(layers=[1, 3], head_chunk=5 * tiny.VOCAB)
     groups = groups_of(3)
     tries, credits = credit_of(groups, name)
     theirs = oracle_gradient(policy, groups, tries, credits, Surrogate())
@@ -111,6 +111,31 @@ def test_each_algorithm_and_pack_size_gives_the_same_gradient(name):
         sizes.add(len(packs))
         assert_same(engine_gradient(policy, groups, tries, credits, Surrogate(), size), theirs)
     assert len(sizes) > 2, "the sizes must cut differently"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "granite"])
+def test_checkpointed_layers_give_the_same_gradient_and_only_they_run_again_in_float32(family):
+    groups = groups_of(count=2)
+    tries, credits = credit_of(groups)
+    found, runs = [], []
+    for checkpointed in (False, True):
+        policy = tiny.build_policy(family, layers=[2], dtype=torch.float32, checkpoint_layers=checkpointed)
+        count = [0] * policy.num_layers
+        for i, layer in enumerate(policy.decoder.layers):
+            layer.register_forward_pre_hook(lambda *_, i=i: count.__setitem__(i, count[i] + 1))  # noqa: B023
+        saved = []
+
+        def keep(tensor):
+            saved.append(tensor.numel())  # noqa: B023
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(engine_gradient(policy, groups, tries, credits, Surrogate()))
+        runs.append((count, sum(saved)))
+    assert_same(found[1], found[0], bound=1e-12)
+    (plain, kept), (again, fewer) = runs
+    assert plain[2] > 0 and again == [plain[0], plain[1], 2 * plain[2], 2 * plain[3]]
+    assert fewer < kept, "what is saved at all, recomputed tensors included"
 
 
 def test_float32_gradient_stays_within_1e5():

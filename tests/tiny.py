@@ -85,7 +85,9 @@ def build_policy(
     adapter."""
     kwargs = {"target_modules": ["q_proj", "v_proj"]} | kwargs
     options = {
-        k: kwargs.pop(k) for k in ("temperature", "suppress_tokens", "plain", "head_rows") if k in kwargs
+        k: kwargs.pop(k)
+        for k in ("temperature", "suppress_tokens", "plain", "head_chunk", "checkpoint_layers")
+        if k in kwargs
     }
     model = attach(build_model(family, attention, dtype), r=4, alpha=8.0, layers=layers, **kwargs)
     with torch.random.fork_rng(devices=[]):

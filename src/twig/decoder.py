@@ -13,12 +13,15 @@ vocabulary.
 
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from twig.head import Head
 from twig.records import UserError
 
 PLAIN = "write model.engine=plain to train it with the plain batched forward"
@@ -177,18 +180,26 @@ class Decoder:
         return masks
 
     def run(
-        self, hidden: Float[Tensor, "B L D"], first: int, last: int, context: Context
+        self, hidden: Float[Tensor, "B L D"], first: int, last: int, context: Context, recompute: bool = False
     ) -> Float[Tensor, "B L D"]:
-        """`hidden` after layers first .. last - 1."""
+        """`hidden` after layers first .. last - 1.
+
+        With `recompute`, each layer keeps its input only and runs again in the backward pass. The models' own
+        switch would do that to every layer, frozen or not, and send gradients through all of them.
+        """
         for i in range(first, last):
-            hidden = self.layers[i](
-                hidden,
+            layer = partial(
+                self.layers[i],
                 attention_mask=context.masks[self.windows[i]],
                 position_embeddings=context.rotary[self.rotary_types[i]],
                 position_ids=context.positions,
                 past_key_values=context.cache,
                 use_cache=context.cache is not None,
             )
+            if recompute:
+                hidden = checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden)
         return hidden
 
     def logits(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
@@ -200,6 +211,21 @@ class Decoder:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def open_head(self, temperature: float, suppressed: Tensor, chunk: int) -> Head:
+        """`logits` at a temperature and without the `suppressed` tokens, for rows behind the final norm."""
+        if type(self.head) is not nn.Linear:
+            self._refuse(f"its head is a {type(self.head).__name__}, not a linear layer")
+        bias = None if self.head.bias is None else self.head.bias.detach()
+        return Head(
+            self.head.weight.detach(),
+            bias,
+            self.logit_scale,
+            self.softcap,
+            temperature,
+            suppressed if len(suppressed) else None,
+            chunk,
+        )
 
     @torch.no_grad()
     def check(self) -> None:

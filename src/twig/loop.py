@@ -186,7 +186,8 @@ class _Session:
             temperature=settings.rollout.temperature,
             suppress_tokens=suppressed_ids(model, settings.rollout.suppress_tokens, vocab),
             plain=settings.model.engine == "plain",
-            head_rows=settings.train.head_chunk,
+            head_chunk=settings.train.head_chunk,
+            checkpoint_layers=settings.train.checkpoint_layers,
         )
         self.trainer = Trainer(settings, self.policy, tokenizer, self.task, self.end_ids, self.progress)
 

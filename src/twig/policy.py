@@ -34,8 +34,10 @@ class Policy:
     """A model with a LoRA adapter, ready to sample from and to train.
 
     `cut` is the lowest adapted layer: the trunk is layers 0 .. cut - 1. `temperature` and `suppress_tokens`
-    belong to the policy because the trained distribution must be the sampled one. With `plain`, the model is
-    only called whole: slower, and right for any architecture.
+    belong to the policy because the trained distribution must be the sampled one. `head_chunk` logits are
+    computed at once in the update. With `checkpoint_layers` it keeps the inputs of the upper layers only and
+    runs these again in the backward pass. With `plain`, the model is only called whole: slower, right for any
+    architecture, and the last two change nothing.
     """
 
     def __init__(
@@ -45,13 +47,14 @@ class Policy:
         temperature: float = 1.0,
         suppress_tokens: Sequence[int] = (),
         plain: bool = False,
-        head_rows: int = 1024,
+        head_chunk: int = 2**22,
+        checkpoint_layers: bool = False,
     ) -> None:
         self.peft_model = peft_model.eval()
         self.model: PreTrainedModel = peft_model.get_base_model()
         self.temperature = temperature
-        self.head_rows = head_rows
         self.plain = plain
+        self.checkpoint_layers = checkpoint_layers
         self.decoder = None if plain else Decoder(self.model)
         self.device = self.model.get_input_embeddings().weight.device
         self.suppressed = torch.tensor(sorted(suppress_tokens), dtype=torch.long, device=self.device)
@@ -60,6 +63,7 @@ class Policy:
             self.decoder.check() if not _has_signal(self.parameters) else self._check_without_adapter()
             self.num_layers = len(self.decoder.layers)
             self.cut = min(_adapted_layers(self.decoder.layers))
+            self.head = self.decoder.open_head(temperature, self.suppressed, head_chunk)
 
     def _check_without_adapter(self) -> None:
         with self.base():
@@ -88,12 +92,7 @@ class Policy:
     def logps(self, pack: Pack, boundary: Float[Tensor, "C D"] | None = None) -> Float[Tensor, " N"]:
         """Log-probs of the pack's targets, without gradient. `boundary` is the table that `pack.cells`
         index."""
-        found = torch.empty(len(pack.targets), dtype=torch.float32, device=self.device)
-        found = found.to(torch.promote_types(self.model.dtype, torch.float32))
-        for rows, at, wanted in self._chunks(pack, boundary):
-            logp = torch.log_softmax(rows(), -1)
-            found[at] = logp[wanted]
-        return found
+        return self._target_logps(pack, boundary)
 
     def backward(
         self,
@@ -105,22 +104,18 @@ class Policy:
     ) -> tuple[Float[Tensor, " N"], float]:
         """Adds the gradient of the pack's loss to the adapter; returns the targets' log-probs and the loss.
 
-        The loss is a sum over targets, so each chunk of head rows gets its own backward: logits of one chunk
-        at a time are alive, and none is computed twice.
+        The gradient is added whole or, where this raises, not at all.
         """
+        logps = self._target_logps(pack, boundary)
         targets = pack.targets
         weights = [self._tensor(w) for w in (targets.plus, targets.minus, targets.kl)]
-        hidden = self._hidden(pack, boundary)
-        leaf = hidden.detach().requires_grad_()
-        found, total = hidden.new_empty(len(targets), dtype=weights[0].dtype), 0.0
-        for rows, at, wanted in self._chunks(pack, hidden=leaf):
-            logp = torch.log_softmax(rows(), -1)[wanted]
-            pick = [None if v is None else v[at] for v in (old_logp, ref_logp)]
-            value = loss(surrogate, logp, *(w[at] for w in weights), *pick)
-            value.backward()
-            found[at], total = logp.detach(), total + float(value.detach())
-        hidden.backward(leaf.grad)
-        return found, total
+        value = loss(surrogate, logps, *weights, old_logp, ref_logp)
+        parameters = list(self.parameters.values())
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return logps.detach(), float(value.detach())
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """A numpy array on the device; floats in the precision of the loss."""
@@ -129,17 +124,13 @@ class Policy:
             tensor = tensor.to(torch.promote_types(self.model.dtype, torch.float32))
         return tensor.to(self.device)
 
-    def _chunks(self, pack: Pack, boundary: Tensor | None = None, hidden: Tensor | None = None):
-        """Yields (logits of a chunk of head rows, its targets, (their rows in the chunk, their tokens))."""
-        hidden = self._hidden(pack, boundary) if hidden is None else hidden
-        order = np.argsort(pack.targets.row, kind="stable")
-        sorted_rows = pack.targets.row[order]
-        to_logits = self.sampled_logits if self.plain else self.next_token_logits
-        for start in range(0, len(hidden), self.head_rows):
-            stop = min(start + self.head_rows, len(hidden))
-            at = order[np.searchsorted(sorted_rows, start) : np.searchsorted(sorted_rows, stop)]
-            wanted = (self._tensor(pack.targets.row[at] - start), self._tensor(pack.targets.token[at]))
-            yield lambda a=start, b=stop: to_logits(hidden[a:b]), self._tensor(at), wanted
+    def _target_logps(self, pack: Pack, boundary: Tensor | None) -> Float[Tensor, " N"]:
+        """The targets' log-probs, differentiable in the adapter."""
+        row, token = self._tensor(pack.targets.row), self._tensor(pack.targets.token)
+        hidden = self._hidden(pack, boundary)
+        if self.plain:
+            return torch.log_softmax(self.sampled_logits(hidden), -1)[row, token]
+        return self.head.logps(self.decoder.norm(hidden), row, token)
 
     def _hidden(self, pack: Pack, boundary: Tensor | None) -> Float[Tensor, "R D"]:
         """The last layer's output at the pack's head rows (with `plain`: the model's own logits there)."""
@@ -157,7 +148,8 @@ class Policy:
         else:
             with torch.no_grad():
                 hidden = self.decoder.run(self.decoder.embed(ids), 0, self.cut, context)
-        hidden = self.decoder.run(hidden, self.cut, self.num_layers, context)
+        recompute = self.checkpoint_layers and torch.is_grad_enabled()
+        hidden = self.decoder.run(hidden, self.cut, self.num_layers, context, recompute)
         return hidden.flatten(0, 1)[rows]
 
 

@@ -352,7 +352,14 @@ class Train(Frozen):
         description="Most tokens in one forward and backward pass. Changes memory and speed, not results.",
     )
     head_chunk: int = Field(
-        1024, ge=1, description="Rows of logits computed at once. Changes memory and speed, not results."
+        2**22,
+        ge=1,
+        description="Logits computed at once in the update. Changes memory and speed, not results.",
+    )
+    checkpoint_layers: bool = Field(
+        False,
+        description="Keep only the inputs of the upper layers and run these again in the backward pass: a "
+        "third slower, and much less memory. Results stay the same.",
     )
 
     @model_validator(mode="after")

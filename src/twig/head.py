@@ -1,0 +1,109 @@
+"""The head in one pass: log-probs of chosen tokens and their gradient by the rows, without stored logits.
+
+The vocabulary is read in chunks with an online softmax (https://arxiv.org/abs/1805.02867), so the logits of
+one chunk at a time are alive and none is computed twice: the gradient of log Z, which is the expected row of
+the head's matrix, is summed up beside Z itself. What the loss does with the log-probs comes after.
+
+Knows nothing of models or losses. Legend: R rows, N targets, D hidden, V vocabulary, C vocabulary of one
+chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """What becomes of a row x: softcap(scale * (W x + bias)) / temperature, without the suppressed tokens.
+
+    `weight` [V, D] and `bias` [V] are constants: no gradient goes to them. `chunk` is the number of logits
+    that are computed at once, over all rows.
+    """
+
+    weight: Float[Tensor, "V D"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    suppressed: Int[Tensor, " S"] | None = None
+    chunk: int = 2**22
+
+    def logps(
+        self, rows: Float[Tensor, "R D"], row: Int[Tensor, " N"], token: Int[Tensor, " N"]
+    ) -> Float[Tensor, " N"]:
+        """Log-probs of `token` [N] under the distributions of `rows[row]`, in float32 or better;
+        differentiable in `rows`."""
+        return _LogProbs.apply(rows, self, row, token)
+
+    def logits(
+        self, rows: Float[Tensor, "R D"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "R C"], Tensor | float]:
+        """Logits of the tokens start .. stop - 1, and their derivative by W x + bias."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        logits = torch.nn.functional.linear(rows, self.weight[start:stop], bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        slope: Tensor | float = self.scale / self.temperature
+        if self.softcap is None:
+            if slope != 1.0:
+                logits = logits.mul_(slope)
+        else:
+            bent = logits.mul_(self.scale / self.softcap).tanh_()
+            slope = (1 - bent * bent).mul_(slope)
+            logits = bent * (self.softcap / self.temperature)
+        if self.suppressed is not None:
+            inside = self.suppressed[(self.suppressed >= start) & (self.suppressed < stop)]
+            # finite, so that a chunk of nothing else has a maximum
+            logits.index_fill_(-1, inside - start, torch.finfo(logits.dtype).min)
+        return logits, slope
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, head: Head, row: Tensor, token: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        size, wide = len(rows), torch.promote_types(rows.dtype, torch.float32)
+        highest = rows.new_full((size,), torch.finfo(wide).min, dtype=wide)
+        total = rows.new_zeros(size, dtype=wide)
+        # sum over v of exp(logit_v - highest) * slope_v * W_v: divided by `total`, the gradient of log Z
+        expected = rows.new_zeros(size, rows.shape[1], dtype=wide) if wanted else None
+        chosen, slopes = rows.new_empty(len(token), dtype=wide), rows.new_empty(len(token), dtype=wide)
+        order = torch.argsort(token)
+        vocabulary = len(head.weight)
+        step = min(max(head.chunk // max(size, 1), 1), vocabulary)
+        starts = torch.arange(0, vocabulary + step, step, device=token.device)
+        edges = torch.searchsorted(token[order], starts).tolist()
+        for i, start in enumerate(range(0, vocabulary, step)):
+            stop = min(start + step, vocabulary)
+            logits, slope = head.logits(rows, start, stop)
+            here = order[edges[i] : edges[i + 1]]
+            at = (row[here], token[here] - start)
+            chosen[here] = logits[at]
+            slopes[here] = slope[at] if isinstance(slope, Tensor) else slope
+            higher = torch.maximum(highest, logits.amax(-1))
+            shrink = torch.exp(highest - higher)
+            weights = logits.sub_(higher[:, None]).exp_()
+            total = total * shrink + weights.sum(-1)
+            if wanted:
+                if isinstance(slope, Tensor):
+                    weights.mul_(slope)
+                expected.mul_(shrink[:, None])
+                expected += weights.to(head.weight.dtype) @ head.weight[start:stop]
+            highest = higher
+        if wanted:
+            ctx.head = head
+            expected.mul_(((1.0 if isinstance(slope, Tensor) else slope) / total)[:, None])
+            ctx.save_for_backward(expected, row, token, slopes)
+        return chosen - (highest + total.log())[row]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        expected, row, token, slopes = ctx.saved_tensors
+        weight = ctx.head.weight
+        by_row = expected.new_zeros(len(expected)).index_add_(0, row, grad)
+        found = expected * -by_row[:, None]
+        found.index_add_(0, row, weight[token].to(found.dtype) * (grad * slopes)[:, None])
+        return found.to(weight.dtype), None, None, None
