@@ -1,10 +1,14 @@
 """What the benchmarks share: alternating fresh processes, medians, and a record of where they ran."""
 
+import ctypes
+import gc
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -15,16 +19,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "peft", "trl", "numpy")
 
 
-def alternate(script: str, sides: list[str], rounds: int, arguments: list[str]) -> dict[str, list[dict]]:
-    """Runs `script --side SIDE` in a fresh process, `rounds` times a side, the sides in turn.
+def alternate(script: str, sides: dict[str, list[str]], rounds: int) -> dict[str, list[dict]]:
+    """Runs `script --side SIDE ARGUMENTS` in a fresh process, `rounds` times a side, the sides in turn.
 
-    Each process prints one JSON object on its last line. Raises RuntimeError with its stderr where one fails.
+    `sides` has the arguments of each side. Each process prints one JSON object on its last line. Raises
+    RuntimeError with its stderr where one fails.
     """
     found: dict[str, list[dict]] = {side: [] for side in sides}
     for number in range(rounds):
         # every other round backwards, so that neither side is always the one after a pause
-        for side in sides if number % 2 == 0 else sides[::-1]:
-            command = [sys.executable, script, "--side", side, *arguments]
+        for side in list(sides) if number % 2 == 0 else list(sides)[::-1]:
+            command = [sys.executable, os.path.abspath(script), "--side", side, *sides[side]]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
@@ -34,6 +39,23 @@ def alternate(script: str, sides: list[str], rounds: int, arguments: list[str]) 
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """Gives a function for the growth of resident memory at its peak since the beginning, in MiB (Linux)."""
+    gc.collect()
+    # what the allocator has free would hide what is taken next
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    start = _status("VmRSS")
+    yield lambda: (_status("VmHWM") - start) / 1024
+
+
+def _status(key: str) -> int:
+    """A line of /proc/self/status, in KiB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -12,7 +12,6 @@ A step is timed from the end of the one before, so everything that a user waits 
 import argparse
 import json
 import math
-import os
 import resource
 import sys
 import tempfile
@@ -175,7 +174,7 @@ def main() -> None:
         return
     passed = ["--steps", options.steps, "--seed", options.seed, "--algorithm", options.algorithm]
     passed += ["--micro-batch", options.micro_batch]
-    found = alternate(os.path.abspath(__file__), ["twig", "trl"], options.rounds, [str(p) for p in passed])
+    found = alternate(__file__, dict.fromkeys(("twig", "trl"), [str(p) for p in passed]), options.rounds)
     times = ratio(found["twig"], found["trl"], "seconds_per_step")
     speeds = ratio(found["trl"], found["twig"], "tokens_per_second")
     result = {

@@ -1,0 +1,127 @@
+"""What the benchmarks run on: models by shape with random weights, and groups of completions by shape.
+
+No weights are downloaded: only shapes decide about time and memory.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORKS = Path(__file__).with_name("forks.json")
+# Shapes of Qwen2 models; "0.5b" and "1.5b" are those of Qwen/Qwen2-0.5B and Qwen/Qwen2-1.5B.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {  # that of the embedded model
+        "vocab_size": 20,
+        "hidden_size": 160,
+        "intermediate_size": 448,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "0.1b": {
+        "vocab_size": 32000,
+        "hidden_size": 640,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 2,
+    },
+    "0.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "1.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+}
+LORA = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
+ALPHA = 32.0
+
+
+def build(shape: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random Qwen2 model of the shape."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    # Token 1 ends a completion, 0 pads: neither is in the random completions.
+    options = SHAPES[shape] | {"tie_word_embeddings": True, "eos_token_id": 1, "pad_token_id": 0} | changes
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(Qwen2Config(**options), dtype=dtype).eval()
+
+
+def last_third(shape: str) -> list[int]:
+    layers = SHAPES[shape]["num_hidden_layers"]
+    return list(range(layers - -(-layers // 3), layers))
+
+
+def randomise(parameters: dict[str, torch.Tensor]) -> None:
+    """Fills the adapter with values that follow from its shape only: with B = 0 half of the gradient is 0."""
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in sorted(parameters):
+            parameters[name].copy_(0.02 * torch.randn(parameters[name].shape, generator=draw))
+
+
+def early_forks(generations: int) -> list[tuple[int, int]]:
+    """Completions that part within their first four tokens: (which one each leaves, at which token)."""
+    return [(i - 1, (i - 1) % 4) for i in range(1, generations)]
+
+
+def recorded_forks(length: int) -> list[list[tuple[int, int]]]:
+    """The same for each group of a small file: tries sampled from a model, stretched to `length`.
+
+    A fork at `length` is a duplicate.
+    """
+    groups = json.loads(FORKS.read_text(encoding="utf-8"))["groups"]
+    return [[(which, round(place * length)) for which, place in group] for group in groups]
+
+
+def entropic_forks(generations: int, length: int, entropy: float, seed: int = 0) -> list[tuple[int, int]]:
+    """The same for completions whose tokens are drawn independently with `entropy` nats each.
+
+    At each prefix one token has most of the probability and ten others share the rest.
+    """
+    rare = _rare(entropy)
+    draw = np.random.default_rng(seed)
+    rows = np.where(draw.random((generations, length)) < rare, draw.integers(1, 11, (generations, length)), 0)
+    found = []
+    for i in range(1, generations):
+        differs = rows[:i] != rows[i]
+        common = np.where(differs.any(1), differs.argmax(1), length)
+        found.append((int(common.argmax()), int(common.max())))
+    return found
+
+
+def _rare(entropy: float) -> float:
+    """The probability that ten rare tokens share: -(1 - x) log(1 - x) - x log(x / 10) is the entropy."""
+    low, high = 1e-9, 10 / 11
+    for _ in range(60):
+        x = (low + high) / 2
+        here = -(1 - x) * np.log(1 - x) - x * np.log(x / 10)
+        low, high = (x, high) if here < entropy else (low, x)
+    return low
+
+
+def completions(
+    length: int, forks: list[tuple[int, int]], vocabulary: int, seed: int = 0
+) -> list[np.ndarray]:
+    """Random completions of `length` tokens; each but the first equals an earlier one up to its fork."""
+    draw = np.random.default_rng(seed)
+    rows = [draw.integers(2, vocabulary, length)]
+    for which, at in forks:
+        row = np.concatenate([rows[which][:at], draw.integers(2, vocabulary, length - at)])
+        if at < length and row[at] == rows[which][at]:  # another token at the fork, whatever was drawn
+            row[at] = 2 + (row[at] - 1) % (vocabulary - 2)
+        rows.append(row)
+    return rows

@@ -1,0 +1,268 @@
+"""One update, Twig against TRL, at equal gradients: seconds and memory, fresh processes in turn.
+
+    python benchmarks/update.py                        # every case; writes benchmarks/results/update.json
+    python benchmarks/update.py --cases grpo t-spmo    # some of them
+    python benchmarks/update.py --side twig --algorithm t-spmo     # one side, one process, one JSON line
+
+A random Qwen2 of the 0.5B shape in float32, G = 8, prompt of 80 tokens, completions of 200, LoRA r=16 on
+q_proj and v_proj of the last third with random matrices, temperature 1, beta 0. TRL computes full-token GRPO
+(`loss_type="grpo"`) in micro-batches; its time is from the first `compute_loss` to the optimizer step. Where
+both sides compute the same thing, the adapter gradients are compared in the same run. Twig's time is from
+rewards to gradient: trie, credit, packs, forward and backward. Memory is the growth of resident memory, at
+its peak, over what it was just before.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import alternate, medians, peak_memory, ratio, write
+from safetensors.torch import load_file, save_file
+from shapes import ALPHA, LORA, SHAPES, build, completions, early_forks, last_third, randomise, recorded_forks
+
+PROMPT, LENGTH, GENERATIONS = 80, 200, 8
+# case: (forks, Twig's options, TRL's options)
+CASES: dict[str, tuple[list[str], list[str]]] = {
+    "grpo": ([], ["--micro-batch", "1"]),
+    "grpo, trunk run again": (["--no-recorded"], ["--micro-batch", "1"]),
+    "grpo, layers checkpointed": (["--checkpoint-layers"], ["--micro-batch", "1"]),
+    "s-grpo": (["--algorithm", "s-grpo"], ["--micro-batch", "1"]),
+    "t-spmo": (
+        ["--algorithm", "t-spmo", "--forks", "recorded"],
+        ["--micro-batch", "1", "--forks", "recorded"],
+    ),
+}
+S_GRPO = {"alpha": 0, "p": 0.3, "k": LENGTH}  # 30 % of the tokens, wherever they are
+
+
+def groups_of(options: argparse.Namespace) -> list[tuple[list[int], list[np.ndarray], np.ndarray]]:
+    """(prompt, completions, rewards) per update; every other completion is right."""
+    vocabulary = SHAPES[options.shape]["vocab_size"]
+    found = []
+    forks = [early_forks(GENERATIONS)] if options.forks == "early" else recorded_forks(LENGTH)
+    for number, each in enumerate(forks[: options.groups]):
+        prompt = np.random.default_rng(1000 + number).integers(2, vocabulary, PROMPT).tolist()
+        rows = completions(LENGTH, each, vocabulary, seed=number)
+        found.append((prompt, rows, np.arange(GENERATIONS) % 2 * 1.0))
+    return found
+
+
+def twig_side(options: argparse.Namespace) -> dict[str, float]:
+    from twig.credit import assign
+    from twig.objective import Surrogate
+    from twig.pack import build_packs
+    from twig.policy import Policy, attach
+    from twig.records import Completion, Example, Group
+    from twig.settings import Algorithm
+    from twig.trie import PrefixTrie
+
+    model = build(options.shape)
+    peft_model = attach(model, alpha=ALPHA, layers=last_third(options.shape), **LORA)
+    policy = Policy(peft_model, checkpoint_layers=options.checkpoint_layers, head_chunk=options.head_chunk)
+    randomise(policy.parameters)
+    extra = S_GRPO if options.algorithm == "s-grpo" else {}
+    algorithm = Algorithm(name=options.algorithm, **extra)
+    seconds, memory, targets, run = [], [], [], []
+    for prompt, rows, rewards in groups_of(options):
+        offsets = len(prompt) + LENGTH * np.arange(GENERATIONS)
+        made = [
+            Completion(ids, np.zeros(LENGTH), np.zeros(LENGTH), True, "", start + np.arange(LENGTH))
+            for ids, start in zip(rows, offsets, strict=True)
+        ]
+        cells = np.arange(len(prompt)) if options.recorded else np.empty(0, np.int64)
+        group = Group(Example(""), 0, np.array(prompt), made, rewards, 0, cells)
+        boundary = record(policy, prompt, rows) if options.recorded else None
+        with peak_memory() as measured:
+            began = time.perf_counter()
+            trie = PrefixTrie.build(rows, rewards)
+            credit = assign(trie, algorithm, np.random.default_rng(0), 1)
+            packs = build_packs([group], [trie], [credit], options.pack_size)
+            for pack in packs:
+                policy.backward(pack, Surrogate(), boundary)
+            seconds.append(time.perf_counter() - began)
+        memory.append(measured())
+        targets.append(int(credit.weighted.sum()))
+        run.append(sum(pack.num_tokens for pack in packs))
+        gradient = {n: p.grad.clone() for n, p in policy.parameters.items() if p.grad is not None}
+        for parameter in policy.parameters.values():
+            parameter.grad = None
+    if options.gradient:
+        save_file(gradient, options.gradient)
+    return summary(seconds, memory) | {"trained": float(np.mean(targets)), "run": float(np.mean(run))}
+
+
+def summary(seconds: list[float], memory: list[float]) -> dict[str, float]:
+    return {"seconds": round(float(np.mean(seconds)), 3), "mib": round(max(memory), 1)}
+
+
+@torch.no_grad()
+def record(policy: Any, prompt: list[int], rows: list[np.ndarray]) -> torch.Tensor:
+    """The boundary table that sampling would have recorded: the prompt's cells, then each completion's."""
+    from twig.decoder import Context
+
+    decoder, found = policy.decoder, []
+    for number, row in enumerate(rows):
+        ids = torch.tensor([[*prompt, *row.tolist()]])
+        positions = torch.arange(ids.shape[1])[None]
+        visible = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        context = Context(
+            decoder.masks(visible, positions, positions), decoder.rotations(positions), positions
+        )
+        hidden = decoder.run(decoder.embed(ids), 0, policy.cut, context)[0]
+        found += [hidden[: len(prompt)]] * (number == 0) + [hidden[len(prompt) :]]
+    return torch.cat(found)
+
+
+def trl_side(options: argparse.Namespace) -> dict[str, float]:
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    disable_progress_bars()
+    prompt, rows, rewards = groups_of(options)[0]
+    began, seconds, memory, gradient = [], [], [], {}
+    measuring = peak_memory()
+
+    class Timed(GRPOTrainer):
+        def compute_loss(self, *arguments: Any, **kwargs: Any) -> Any:
+            if not began:
+                memory.append(measuring.__enter__())
+                began.append(time.perf_counter())
+            return super().compute_loss(*arguments, **kwargs)
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any
+        ) -> None:
+            seconds.append(time.perf_counter() - began[0])
+            memory.append(memory.pop()())
+            gradient.update({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+
+    def rollout(prompts: list, trainer: Any) -> dict[str, list]:
+        return {
+            "prompt_ids": [prompt] * len(prompts),
+            "completion_ids": [rows[i % GENERATIONS].tolist() for i in range(len(prompts))],
+            "logprobs": None,
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Timed(
+            model=build(options.shape),
+            reward_funcs=lambda completion_ids, **columns: rewards.tolist(),
+            processing_class=tokenizer(),
+            train_dataset=Dataset.from_list([{"prompt": "a"}] * GENERATIONS),
+            rollout_func=rollout,
+            callbacks=[Watch()],
+            peft_config=LoraConfig(
+                task_type="CAUSAL_LM", lora_alpha=ALPHA, layers_to_transform=last_third(options.shape), **LORA
+            ),
+            args=GRPOConfig(
+                output_dir=folder,
+                loss_type="grpo",
+                beta=0.0,
+                per_device_train_batch_size=options.micro_batch,
+                gradient_accumulation_steps=GENERATIONS // options.micro_batch,
+                num_generations=GENERATIONS,
+                max_completion_length=LENGTH,
+                learning_rate=1e-6,
+                max_grad_norm=0.0,
+                max_steps=1,
+                activation_checkpointing=options.checkpointing,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+        )
+        randomise({n: p for n, p in trainer.model.named_parameters() if p.requires_grad})
+        trainer.train()
+    if options.gradient:
+        save_file(gradient, options.gradient)
+    return summary(seconds, memory)
+
+
+def tokenizer() -> Any:
+    """TRL asks for one; the tokens come from `rollout`."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="a"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="a"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Seconds and memory of one update: Twig against TRL.")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=3, help="processes a side")
+    parser.add_argument("--side", choices=("twig", "trl"), help="run one side in this process")
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument(
+        "--algorithm", default="grpo", choices=("grpo", "s-grpo", "t-spmo"), help="of Twig's side"
+    )
+    parser.add_argument("--forks", choices=("early", "recorded"), default="early")
+    parser.add_argument("--groups", type=int, default=10, help="updates, where forks are recorded")
+    parser.add_argument(
+        "--recorded", action=argparse.BooleanOptionalAction, default=True, help="the trunk's output"
+    )
+    parser.add_argument("--checkpoint-layers", action="store_true", help="Twig: run the upper layers again")
+    parser.add_argument("--pack-size", type=int, default=PROMPT + LENGTH, help="Twig's tokens a pack")
+    parser.add_argument("--head-chunk", type=int, default=2**22, help="Twig's logits at once")
+    parser.add_argument("--micro-batch", type=int, default=1, help="TRL's completions per backward pass")
+    parser.add_argument("--checkpointing", action="store_true", help="TRL: its activation checkpointing")
+    parser.add_argument("--gradient", help="file for the adapter's gradient")
+    return parser.parse_args()
+
+
+def gap(folder: Path) -> float:
+    """The largest difference of the two gradients, relative to the largest entry."""
+    ours, theirs = (load_file(folder / f"{side}.safetensors") for side in ("twig", "trl"))
+    assert ours.keys() == theirs.keys()
+    largest = max(float(g.abs().max()) for g in theirs.values())
+    return max(float((ours[n] - g).abs().max()) for n, g in theirs.items()) / largest
+
+
+def main() -> None:
+    options = parse()
+    if options.side:
+        # what the libraries print must not get between us and the JSON line
+        stdout, sys.stdout = sys.stdout, sys.stderr
+        print(json.dumps((twig_side if options.side == "twig" else trl_side)(options)), file=stdout)
+        return
+    results: dict[str, Any] = {}
+    for case in options.cases:
+        print(case, file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            common = ["--shape", options.shape]
+            own = {
+                side: [*common, *words, "--gradient", str(Path(folder) / f"{side}.safetensors")]
+                for side, words in zip(("twig", "trl"), CASES[case], strict=True)
+            }
+            found = alternate(__file__, own, options.rounds)
+            same = "--algorithm" not in CASES[case][0]
+            results[case] = {
+                "options": dict(zip(("twig", "trl"), CASES[case], strict=True)),
+                "medians": {side: medians(rows) for side, rows in found.items()},
+                "trl_over_twig": {key: ratio(found["twig"], found["trl"], key) for key in ("seconds", "mib")},
+                "gradient_gap": gap(Path(folder)) if same else None,
+                "processes": found,
+            }
+        more = results[case]["trl_over_twig"]
+        print(f"{case}: TRL takes {more['seconds']['median']:.2f} times as long", end=", ")
+        print(f"{more['mib']['median']:.2f} times the memory")
+    print(f"written to {write('update', {'cases': results})}")
+
+
+if __name__ == "__main__":
+    main()
