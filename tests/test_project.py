@@ -18,7 +18,7 @@ ORDER = (
     "records wording settings config expressions answers "
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie credit objective pack models head decoder policy rollout replay progress evaluate memory "
+    "trie credit objective pack oom models head decoder policy rollout replay progress evaluate memory "
     "checkpoint machine runlog trackers signals diagnose report trainer loop compare export __init__ "
     "display cli "
     "__main__"

@@ -140,6 +140,8 @@ class Decoder:
                 self._refuse(
                     f"its rotary embedding ('{entry['rope_type']}') depends on the length of the text"
                 )
+        if type(self.head) is not nn.Linear:
+            self._refuse(f"its head is a {type(self.head).__name__}, not a linear layer")
         parameters = inspect.signature(self.layers[0].forward).parameters
         for name in ("attention_mask", "position_embeddings", "past_key_values"):
             if name not in parameters:
@@ -214,8 +216,6 @@ class Decoder:
 
     def open_head(self, temperature: float, suppressed: Tensor, chunk: int) -> Head:
         """`logits` at a temperature and without the `suppressed` tokens, for rows behind the final norm."""
-        if type(self.head) is not nn.Linear:
-            self._refuse(f"its head is a {type(self.head).__name__}, not a linear layer")
         bias = None if self.head.bias is None else self.head.bias.detach()
         return Head(
             self.head.weight.detach(),

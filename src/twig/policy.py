@@ -54,7 +54,7 @@ class Policy:
         self.model: PreTrainedModel = peft_model.get_base_model()
         self.temperature = temperature
         self.plain = plain
-        self.checkpoint_layers = checkpoint_layers
+        self.head_chunk, self.checkpoint_layers = head_chunk, checkpoint_layers
         self.decoder = None if plain else Decoder(self.model)
         self.device = self.model.get_input_embeddings().weight.device
         self.suppressed = torch.tensor(sorted(suppress_tokens), dtype=torch.long, device=self.device)
@@ -63,7 +63,6 @@ class Policy:
             self.decoder.check() if not _has_signal(self.parameters) else self._check_without_adapter()
             self.num_layers = len(self.decoder.layers)
             self.cut = min(_adapted_layers(self.decoder.layers))
-            self.head = self.decoder.open_head(temperature, self.suppressed, head_chunk)
 
     def _check_without_adapter(self) -> None:
         with self.base():
@@ -130,7 +129,8 @@ class Policy:
         hidden = self._hidden(pack, boundary)
         if self.plain:
             return torch.log_softmax(self.sampled_logits(hidden), -1)[row, token]
-        return self.head.logps(self.decoder.norm(hidden), row, token)
+        head = self.decoder.open_head(self.temperature, self.suppressed, self.head_chunk)
+        return head.logps(self.decoder.norm(hidden), row, token)
 
     def _hidden(self, pack: Pack, boundary: Tensor | None) -> Float[Tensor, "R D"]:
         """The last layer's output at the pack's head rows (with `plain`: the model's own logits there)."""

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from twig.decoder import Context, KeyValueCache
+from twig.oom import give_back, out_of_memory
 from twig.policy import Policy
 from twig.records import Completion
 
@@ -50,11 +51,13 @@ class Sampled:
     they index.
 
     `boundary` is [C, D], one row per token that went through the trunk; None where none was recorded.
+    `wave_size` is the one asked for, or the smaller one that memory had room for.
     """
 
     completions: list[list[Completion]]
     prompt_cells: list[np.ndarray]
     boundary: Tensor | None
+    wave_size: int
 
 
 def generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
@@ -92,69 +95,62 @@ def sample(
     """
     rows = [(r, c) for r, request in enumerate(requests) for c in range(request.num)]
     completions: list[list[Completion]] = [[] for _ in requests]
-    prompt_cells = [np.empty(0, np.int64) for _ in requests]
-    tables: list[Tensor] = []
     draw = _sample_plain if policy.plain else _sample_wave
-    record = record and not policy.plain
-    for start in range(0, len(rows), wave_size):
-        wave = rows[start : start + wave_size]
-        noise = (
-            None
-            if greedy
-            else [uniforms(seed, step, requests[r].slot, c, requests[r].max_tokens) for r, c in wave]
-        )
-        used = sorted({r for r, _ in wave})
-        ending = _Ending(end_ids, stop, decode, [requests[r].prefix for r, _ in wave])
-        limits = np.array([requests[r].max_tokens for r, _ in wave])
-        prompt_of = np.array([used.index(r) for r, _ in wave])
-        drawn = draw(
-            policy,
-            [requests[r].prompt_ids for r in used],
-            prompt_of,
-            limits,
-            noise,
-            ending,
-            record,
-            on_tokens,
-        )
-        offset = sum(len(t) for t in tables)
-        ids = [drawn.ids[row, :length] for row, length in enumerate(drawn.lengths)]
-        texts = decode([np.concatenate([requests[r].prefix, i]) for (r, _), i in zip(wave, ids, strict=True)])
-        for row, (r, _) in enumerate(wave):
-            completions[r].append(drawn.completion(row, texts[row], offset if record else None))
-        if record:
-            tables.append(drawn.boundary)
-            for i, r in enumerate(used):
-                if not len(prompt_cells[r]):
-                    first = offset + i * drawn.prompt_width
-                    prompt_cells[r] = np.arange(first, first + len(requests[r].prompt_ids))
-    return Sampled(completions, prompt_cells, torch.cat(tables) if tables else None)
+    # with adapters in the lowest layer there is no trunk to record
+    recorded = record and not policy.plain and policy.cut > 0
+    table = _Table.empty(policy, requests) if recorded else None
+    start = 0
+    while start < len(rows):
+        wave = [(requests[r], c) for r, c in rows[start : start + wave_size]]
+        ending = _Ending(end_ids, stop, decode, [request.prefix for request, _ in wave])
+        noise = None
+        if not greedy:
+            noise = [uniforms(seed, step, request.slot, c, request.max_tokens) for request, c in wave]
+        recorder = _Recorder(policy, [request.max_tokens for request, _ in wave], noise, ending)
+        try:
+            draw(policy, wave, recorder, table, on_tokens)
+        except Exception as error:
+            if len(wave) == 1 or not out_of_memory(error):
+                raise
+            recorder = None
+        if recorder is None:  # half as many at once, with the same noise
+            give_back()
+            wave_size = len(wave) // 2
+            continue
+        drawn = recorder.completions(wave, decode, table)
+        for (r, _), completion in zip(rows[start:], drawn, strict=False):
+            completions[r].append(completion)
+        start += len(wave)
+    if table is None:
+        return Sampled(completions, [np.empty(0, np.int64) for _ in requests], None, wave_size)
+    cells = [table.prompt_cells(request) for request in requests]
+    return Sampled(completions, cells, table.rows, wave_size)
 
 
-@dataclass
-class _Drawn:
-    """The rows of one wave, padded: `ids`, `logps`, `entropies` [B, T], `lengths`, `finished` [B].
+@dataclass(frozen=True)
+class _Table:
+    """The boundary of a whole call: first the cells of each prompt, then those of each completion, by slot.
 
-    `boundary` holds the prompts' cells first (`prompt_width` per prompt), then T per row.
+    Made before the first wave, so that where a cell lies does not depend on waves and nothing is copied.
     """
 
-    ids: np.ndarray
-    logps: np.ndarray
-    entropies: np.ndarray
-    lengths: np.ndarray
-    finished: np.ndarray
-    prompt_width: int
-    num_prompts: int
-    boundary: Tensor | None
+    rows: Float[Tensor, "C D"]
+    first: dict[int, int]
 
-    def completion(self, row: int, text: str, offset: int | None) -> Completion:
-        length = int(self.lengths[row])
-        cells = np.empty(0, np.int64)
-        if offset is not None:
-            first = offset + self.num_prompts * self.prompt_width + row * self.ids.shape[1]
-            cells = np.arange(first, first + length)
-        ids, logps, entropies = (x[row, :length].copy() for x in (self.ids, self.logps, self.entropies))
-        return Completion(ids, logps, entropies, bool(self.finished[row]), text, cells)
+    @classmethod
+    def empty(cls, policy: Policy, requests: Sequence[Request]) -> "_Table":
+        sizes = [len(request.prompt_ids) + request.num * request.max_tokens for request in requests]
+        first = {r.slot: sum(sizes[:i]) for i, r in enumerate(requests)}
+        assert len(first) == len(requests), "slots name the requests"
+        embedding = policy.decoder.embedding.weight
+        return cls(embedding.new_zeros(sum(sizes), embedding.shape[1], dtype=policy.decoder.dtype), first)
+
+    def prompt_cells(self, request: Request) -> np.ndarray:
+        return self.first[request.slot] + np.arange(len(request.prompt_ids))
+
+    def first_cell(self, request: Request, completion: int) -> int:
+        """The cell of the completion's first token."""
+        return self.first[request.slot] + len(request.prompt_ids) + completion * request.max_tokens
 
 
 class _Ending:
@@ -190,9 +186,9 @@ class _Recorder:
     compaction."""
 
     def __init__(
-        self, policy: Policy, limits: np.ndarray, noise: list[np.ndarray] | None, ending: _Ending
+        self, policy: Policy, limits: list[int], noise: list[np.ndarray] | None, ending: _Ending
     ) -> None:
-        size, longest = len(limits), int(limits.max())
+        size, longest = len(limits), max(limits)
         device = policy.device
         wide = torch.promote_types(policy.model.dtype, torch.float32)
         self.noise = None
@@ -201,7 +197,7 @@ class _Recorder:
             for row, numbers in zip(table, noise, strict=True):
                 row[: len(numbers)] = numbers
             self.noise = torch.from_numpy(table).to(wide).to(device)
-        self.limits = torch.from_numpy(limits).to(device)
+        self.limits = torch.tensor(limits, device=device)
         self.ending = ending
         self.end_ids = torch.tensor(ending.end_ids, dtype=torch.long, device=device)
         self.ids = torch.zeros(size, longest, dtype=torch.long, device=device)
@@ -232,11 +228,26 @@ class _Recorder:
         self.going[alive] = going
         return tokens, going
 
-    def drawn(self, prompt_width: int, num_prompts: int, boundary: Tensor | None) -> _Drawn:
-        arrays = [
+    def completions(
+        self,
+        wave: list[tuple[Request, int]],
+        decode: Callable[[list[np.ndarray]], list[str]],
+        table: _Table | None,
+    ) -> list[Completion]:
+        """The finished rows, with their texts and cells."""
+        ids, logps, entropies, lengths, finished = (
             x.cpu().numpy() for x in (self.ids, self.logps, self.entropies, self.lengths, self.finished)
-        ]
-        return _Drawn(*arrays, prompt_width, num_prompts, boundary)
+        )
+        kept = [row[:length].copy() for row, length in zip(ids, lengths, strict=True)]
+        texts = decode([np.concatenate([r.prefix, own]) for (r, _), own in zip(wave, kept, strict=True)])
+        found = []
+        for row, ((request, c), length) in enumerate(zip(wave, lengths, strict=True)):
+            cells = np.empty(0, np.int64)
+            if table is not None:
+                cells = table.first_cell(request, c) + np.arange(length)
+            values = (kept[row], logps[row, :length].copy(), entropies[row, :length].copy())
+            found.append(Completion(*values, bool(finished[row]), texts[row], cells))
+        return found
 
 
 def invert(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
@@ -252,23 +263,27 @@ def invert(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) ->
 
 def _sample_wave(
     policy: Policy,
-    prompts: list[np.ndarray],
-    prompt_of: np.ndarray,
-    limits: np.ndarray,
-    noise: list[np.ndarray] | None,
-    ending: _Ending,
-    record: bool,
+    wave: list[tuple[Request, int]],
+    recorder: _Recorder,
+    table: _Table | None,
     on_tokens: Callable[[int], None] | None,
-) -> _Drawn:
+) -> None:
     decoder, device = policy.decoder, policy.device
-    width, longest = max(map(len, prompts)), int(limits.max())
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    recorder = _Recorder(policy, limits, noise, ending)
+    asked = list({request.slot: request for request, _ in wave}.values())
+    place = {request.slot: i for i, request in enumerate(asked)}
+    prompts = [request.prompt_ids for request in asked]
+    width, longest = max(map(len, prompts)), recorder.ids.shape[1]
     hidden, trunk, cache = _prefill(policy, prompts, width)
-    rows = torch.from_numpy(prompt_of).to(device)
+    rows = torch.tensor([place[request.slot] for request, _ in wave], device=device)
     logits = policy.next_token_logits(hidden)[rows]
     cache = cache.select(rows, width + longest)
-    lengths = lengths[rows]
+    lengths = torch.tensor([len(p) for p in prompts], device=device)[rows]
+    if table is not None:
+        for request, output in zip(asked, trunk, strict=True):
+            cells = table.prompt_cells(request)
+            table.rows[cells[0] : cells[-1] + 1] = output[: len(cells)]
+        first_cell = torch.tensor([table.first_cell(request, c) for request, c in wave], device=device)
+    del hidden, trunk
 
     # Slot s of the cache holds prompt position s below `width`, and completion position s - width from there
     # on.
@@ -281,13 +296,7 @@ def _sample_wave(
         w is not None and w < width + longest for w in decoder.windows
     )
 
-    boundary = None
-    if record:
-        boundary = trunk.new_zeros(len(prompts) * width + len(limits) * longest, trunk.shape[-1])
-        boundary[: len(prompts) * width] = trunk.flatten(0, 1)
-    alive = torch.arange(len(limits), device=device)
-    current = alive  # the cache's row of each alive row is its place here
-    first_cell = len(prompts) * width + alive * longest
+    current = torch.arange(len(wave), device=device)  # the wave's row of each row of the cache
     for t in range(longest):
         tokens, going = recorder.choose(logits, current, t)
         left = int(going.sum())
@@ -297,7 +306,7 @@ def _sample_wave(
             break
         if left < _COMPACT_BELOW * len(current):
             keep = going.nonzero()[:, 0]
-            cache, current, tokens = cache.select(keep), current[keep], tokens[keep]
+            cache, current, tokens, going = cache.select(keep), current[keep], tokens[keep], going[keep]
             filled, slot_positions, positions = filled[keep], slot_positions[keep], positions[keep]
             rotary = {kind: (cos[keep], sin[keep]) for kind, (cos, sin) in rotary.items()}
         now = positions[:, t : t + 1]
@@ -308,12 +317,12 @@ def _sample_wave(
         here = {kind: (cos[:, t : t + 1], sin[:, t : t + 1]) for kind, (cos, sin) in rotary.items()}
         context = Context(masks, here, now, cache)
         hidden = decoder.run(decoder.embed(tokens[:, None]), 0, policy.cut, context)
-        if boundary is not None:
-            boundary[first_cell[current] + t] = hidden[:, 0]
+        if table is not None:
+            # rows that ended run along until the next compaction, and have no cells behind their limit
+            table.rows[(first_cell[current] + t)[going]] = hidden[:, 0][going]
         hidden = decoder.run(hidden, policy.cut, policy.num_layers, context)
         cache.filled += 1
         logits = policy.next_token_logits(hidden[:, 0])
-    return recorder.drawn(width, len(prompts), boundary)
 
 
 def _prefill(policy: Policy, prompts: list[np.ndarray], width: int) -> tuple[Tensor, Tensor, KeyValueCache]:
@@ -341,21 +350,19 @@ def _prefill(policy: Policy, prompts: list[np.ndarray], width: int) -> tuple[Ten
 
 def _sample_plain(
     policy: Policy,
-    prompts: list[np.ndarray],
-    prompt_of: np.ndarray,
-    limits: np.ndarray,
-    noise: list[np.ndarray] | None,
-    ending: _Ending,
-    record: bool,
+    wave: list[tuple[Request, int]],
+    recorder: _Recorder,
+    table: None,
     on_tokens: Callable[[int], None] | None,
-) -> _Drawn:
+) -> None:
     """The same with the model's own forward and cache, one prompt at a time, for any architecture."""
-    recorder = _Recorder(policy, limits, noise, ending)
-    for i, prompt in enumerate(prompts):
-        alive = torch.from_numpy(np.flatnonzero(prompt_of == i)).to(policy.device)
+    slots = np.array([request.slot for request, _ in wave])
+    prompts = {request.slot: request.prompt_ids for request, _ in wave}
+    for slot, prompt in prompts.items():
+        alive = torch.from_numpy(np.flatnonzero(slots == slot)).to(policy.device)
         ids = torch.from_numpy(prompt).to(policy.device).expand(len(alive), -1)
         cache = None
-        for t in range(int(limits.max())):
+        for t in range(recorder.ids.shape[1]):
             out = policy.model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = getattr(out, "past_key_values", None)
             tokens, going = recorder.choose(policy.sampled_logits(out.logits[:, -1]), alive, t)
@@ -365,4 +372,3 @@ def _sample_plain(
                 break
             # without a cache of the usual name, the whole text is run again
             ids = tokens[:, None] if cache is not None else torch.cat([ids, tokens[:, None]], 1)
-    return recorder.drawn(0, len(prompts), None)
