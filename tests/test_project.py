@@ -18,9 +18,9 @@ ORDER = (
     "records wording settings config expressions answers "
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie credit objective pack oom models head decoder policy rollout replay progress evaluate memory "
+    "trie credit objective pack models oom head decoder policy rollout replay progress evaluate memory "
     "checkpoint machine runlog trackers signals diagnose report trainer loop compare export __init__ "
-    "display cli "
+    "display cli_shared cli_eval cli "
     "__main__"
 ).split()
 
@@ -29,7 +29,8 @@ WITHOUT_TORCH = (
     "records wording settings config expressions answers "
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie credit pack replay progress memory machine runlog trackers signals diagnose report display cli"
+    "trie credit pack replay progress memory machine runlog trackers signals diagnose report display "
+    "cli_shared cli_eval cli"
 ).split()
 
 HEAVY = ("torch", "transformers", "matplotlib")

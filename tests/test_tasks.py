@@ -217,8 +217,8 @@ def test_missing_data_ends_in_one_line_with_the_way_out(tmp_path: Path) -> None:
 def test_missing_columns_name_those_found() -> None:
     line = one_line(lambda: load_task(settings("svamp"), [{"Body": "b", "Answer": 1}]))
     assert "no column 'Question' (it has Body, Answer)" in line
-    line = one_line(lambda: load_task(settings("custom"), [{"question": "q", "gold": 1}]))
-    assert "no column 'prompt' (it has question, gold)" in line and "task.prompt_column" in line
+    line = one_line(lambda: load_task(settings("custom"), [{"ask": "q", "gold": 1}]))
+    assert "no column 'prompt' (it has ask, gold)" in line and "task.prompt_column" in line
     line = one_line(lambda: load_task(settings("gsm8k"), [{"question": "q", "answer": "#### none"}]))
     assert "no number" in line
     assert "no number" in one_line(lambda: load_task(settings("svamp"), [{**SVAMP_ROW, "Answer": "none"}]))

@@ -150,6 +150,11 @@ def score_lenient(text: str, gold: str) -> Score:
     return Score(number is not None, _same(number, wanted))
 
 
+def readable(gold: str) -> bool:
+    """Whether a gold answer is a number or an expression, so that answers can be compared with it."""
+    return _gold(gold) is not None
+
+
 @functools.lru_cache(maxsize=4096)
 def _gold(text: str) -> Number | Expression | None:
     found = read_answer(text, None)

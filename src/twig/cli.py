@@ -4,12 +4,10 @@ What a person can fix is one line on stderr and exit status 2; a stopped run is 
 and transformers are imported by the commands that need them, when they run.
 """
 
-import json
 import os
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,14 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from twig import __version__
+from twig.cli_eval import eval_command
+from twig.cli_shared import Overrides, quiet_libraries, result_console, show_row
 from twig.config import Settings, load, recipe_names, recipe_text
-from twig.display import accuracy_table, clean, one_line, quoted, show_run, showing
+from twig.display import clean, one_line, quoted, show_run, showing
 from twig.machine import device_words, environment, gpu_warning, has_nvidia_gpu
-from twig.progress import Progress
 from twig.records import UserError
 from twig.runlog import RunLog, is_run, new_folder, newest_folder, read_summary
 from twig.tasks import TASKS, load_task, render_prompt
@@ -42,10 +40,6 @@ app = typer.Typer(
     help="Train language models to reason with reinforcement learning, on small hardware.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="GROUP.KEY=VALUE", help="Settings; see docs/settings.md.")
-]
 
 
 class _Stopped(Exception):
@@ -74,12 +68,12 @@ def train(
         return
     folder = _folder_to_resume(source, output) if resume else output
     if resume and RunLog.open(folder).settings == settings and _is_finished(folder):
-        show_run(_console(), folder, read_summary(folder))
+        show_run(result_console(), folder, read_summary(folder))
         return
     folder = folder or new_folder(_run_name(source))
     with _stoppable(folder):
         summary = _train(settings, folder, resume)
-    show_run(_console(), folder, summary)
+    show_run(result_console(), folder, summary)
     if summary["status"] == "stopped":
         raise _Stopped(_how_to_go_on(folder))
 
@@ -90,7 +84,7 @@ def _train(settings: Settings, folder: Path, resume: bool) -> dict[str, Any]:
     try:
         from twig.loop import train as run
 
-        _quiet_libraries()
+        quiet_libraries()
         with showing(settings.log.progress) as progress:
             return run(settings, output=folder, resume=resume, progress=progress).summary
     except BaseException:
@@ -144,101 +138,7 @@ def _stoppable(folder: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-# ---- eval -----------------------------------------------------------------------------------------------
-
-
-@app.command("eval")
-def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, an adapter, or a model.")
-    ],
-    overrides: Overrides = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The task. Without it: the run's own.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Problems to answer. Without it: all.")
-    ] = None,
-) -> None:
-    """Measure a model's accuracy, with a 95 % interval."""
-    settings = _settings_to_evaluate(model, task, overrides or [], limit)
-    with showing(settings.log.progress) as progress:
-        result = _evaluate(settings, progress)
-    console = _console()
-    console.print(accuracy_table({settings.task.name: result}))
-    found = "" if result["found"] is None else f"answer found {100 * result['found']:.1f} %, "
-    if result["right_lenient"] is not None:
-        found += f"last number right {100 * result['right_lenient']:.1f} %, "
-    length = f"mean length {result['mean_length']:.1f} tokens, cut off {100 * result['truncated']:.1f} %"
-    console.print(Text(f"\n{found}{length}"), soft_wrap=True)
-
-
-def _evaluate(settings: Settings, progress: Progress) -> dict[str, Any]:
-    from twig.evaluate import evaluate_policy
-    from twig.models import end_ids, load_model, suppressed_ids
-    from twig.policy import Policy, attach
-
-    _quiet_libraries()
-    progress.phase("loading")
-    task = load_task(settings)
-    if not task.eval:
-        raise UserError(f"task {task.name}: nothing to evaluate on; write task.eval_split= the split to use")
-    model, tokenizer = load_model(settings.model)
-    suppressed = suppressed_ids(
-        model, settings.rollout.suppress_tokens, len(model.get_output_embeddings().weight)
-    )
-    lora, ends = settings.lora, end_ids(model, tokenizer)
-    # A new adapter adds nothing until it is trained: without model.adapter this is the model itself.
-    peft_model = attach(
-        model,
-        r=lora.r,
-        alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        layers=lora.layers,
-        adapter=settings.model.adapter,
-    )
-    policy = Policy(peft_model, suppress_tokens=suppressed, plain=settings.model.engine == "plain")
-    result, _ = evaluate_policy(
-        policy,
-        tokenizer,
-        task,
-        settings.task,
-        end_ids=ends,
-        max_completion_length=settings.rollout.max_completion_length,
-        limit=settings.eval.limit,
-        batch_size=settings.eval.batch_size,
-        stop=settings.rollout.stop,
-        progress=progress,
-    )
-    return result.as_dict()
-
-
-def _settings_to_evaluate(model: str, task: str | None, overrides: list[str], limit: int | None) -> Settings:
-    if "=" in model and not Path(model).exists():
-        raise UserError(f"{model}: a setting where the model belongs; write twig eval MODEL_OR_RUN {model}")
-    folder = Path(model)
-    if is_run(folder):
-        values = load(model).model_dump()
-        values["model"]["adapter"] = _adapter_of(folder)
-    elif (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        values = {"model": {"name": base["base_model_name_or_path"], "adapter": model}}
-    else:
-        values = {"model": {"name": model}}
-    if task is not None and task != values.get("task", {}).get("name"):
-        values["task"] = {"name": task}
-    if "task" not in values and not any(word.startswith("task.name=") for word in overrides):
-        raise UserError(
-            f"--task: not set, and {model} is not a run that has one; write {either(list(TASKS))}"
-        )
-    return Settings.from_dict(values, overrides if limit is None else [*overrides, f"eval.limit={limit}"])
-
-
-def _adapter_of(folder: Path) -> str:
-    for name in ("adapter", "adapter-best"):
-        if (folder / name / "adapter_config.json").is_file():
-            return str(folder / name)
-    raise UserError(f"{folder}: the run has no adapter yet; go on with it: twig train {folder} --resume")
+app.command("eval")(eval_command)
 
 
 # ---- what there is --------------------------------------------------------------------------------------
@@ -247,8 +147,9 @@ def _adapter_of(folder: Path) -> str:
 @app.command()
 def recipes() -> None:
     """List the recipes."""
+    width = max(map(len, recipe_names()))
     for name in recipe_names():
-        _row(name, recipe_text(name).partition("\n")[0].lstrip("# "))
+        show_row(name.ljust(width), recipe_text(name).partition("\n")[0].lstrip("# "))
 
 
 @app.command()
@@ -260,7 +161,7 @@ def tasks(
     """List the tasks; `show NAME`: a prompt as the model sees it, a right answer, and its score."""
     if action is None:
         for known, module in TASKS.items():
-            _row(known, (import_module(module).__doc__ or "").partition("\n")[0])
+            show_row(known, (import_module(module).__doc__ or "").partition("\n")[0])
     elif action != "show" or name is None:
         raise UserError(
             f"tasks {action}: write twig tasks, or twig tasks show NAME with {either(list(TASKS))}"
@@ -278,7 +179,7 @@ def _show_task(name: str, overrides: Sequence[str]) -> None:
         raise UserError(f"task {name}: there are no problems to show; write task.path= another file")
     tokenizer = None if settings.model.name == _ANY_MODEL else _tokenizer(settings)
     example = examples[0]
-    console = _console()
+    console = result_console()
     console.print(
         Text(f"{len(task.train)} problems to train on, {len(task.eval)} to evaluate on. A prompt:\n"),
         soft_wrap=True,
@@ -301,7 +202,7 @@ def _show_task(name: str, overrides: Sequence[str]) -> None:
 def _tokenizer(settings: Settings) -> Any:
     from transformers import AutoTokenizer
 
-    _quiet_libraries()
+    quiet_libraries()
     name = settings.model.name
     try:
         return AutoTokenizer.from_pretrained(name, revision=settings.model.revision or "main")
@@ -330,10 +231,10 @@ def env() -> None:
         "device": device,
     }
     for name, value in rows.items():
-        _row(name, value)
+        show_row(name, value)
     warning = gpu_warning(torch.version.cuda, torch.version.hip, torch.cuda.is_available(), has_nvidia_gpu())
     if warning:
-        _console().print(Text(f"\nwarning: {warning}"), soft_wrap=True)
+        result_console().print(Text(f"\nwarning: {warning}"), soft_wrap=True)
 
 
 # ---- from words to an exit status -----------------------------------------------------------------------
@@ -408,21 +309,3 @@ def _usage(error: Any) -> str:
     if wrong and "." in wrong:
         return f"{message}; settings have no dashes: write {wrong.lstrip('-')}=VALUE"
     return f"{message}; see {help_for} --help"
-
-
-def _row(name: str, words: Any) -> None:
-    _console().print(Text(f"{name:<18} {clean(words)}"), soft_wrap=True)
-
-
-def _console() -> Console:
-    return Console(highlight=False)
-
-
-def _quiet_libraries() -> None:
-    # Their own bars and warnings would tear the display; errors still come through.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -17,7 +17,18 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from twig.records import UserError
-from twig.settings import Algorithm, Eval, Frozen, Log, Lora, Model, Rollout, TaskSettings, Train
+from twig.settings import (
+    ALGORITHMS_WITH,
+    Algorithm,
+    Eval,
+    Frozen,
+    Log,
+    Lora,
+    Model,
+    Rollout,
+    TaskSettings,
+    Train,
+)
 from twig.wording import either, explain, fields_of, is_group, kind_of, nearest, rule_of, write
 
 RUN_CONFIG = "config.yaml"
@@ -43,11 +54,14 @@ class Settings(Frozen):
         >>> Settings.from_dict(values, ["train.max_steps=3"]).train.max_steps
         3
 
+        An override of `algorithm.name` drops what the dict says only for the algorithm that it names.
+
         `label` says where the dict comes from. Raises UserError, one line, for the first wrong value.
         """
         values, origins = _plain(values), {"": label}
-        for override in overrides:
-            key, value = parse_override(override)
+        parsed = [parse_override(override) for override in overrides]
+        _drop_settings_of_another_algorithm(values, dict(parsed).get("algorithm.name"))
+        for override, (key, value) in zip(overrides, parsed, strict=True):
             origins[key] = f"override {_cut(override)}"
             _put(values, key, value, origins[key])
         try:
@@ -129,6 +143,15 @@ def parse_yaml(text: str, label: str) -> Any:
         raise UserError(
             f"{label}: not readable as YAML ({error}); write plain numbers and shallow groups"
         ) from None
+
+
+def _drop_settings_of_another_algorithm(values: dict[str, Any], name: Any) -> None:
+    # So that `algorithm.name=grpo` is all that it takes to run a recipe with another algorithm.
+    group = values.get("algorithm") if isinstance(values, dict) else None
+    if name is not None and isinstance(group, dict) and group.get("name", name) != name:
+        for key, names in ALGORITHMS_WITH.items():
+            if name not in names:
+                group.pop(key, None)
 
 
 def _put(values: dict[str, Any], key: str, value: Any, origin: str) -> None:

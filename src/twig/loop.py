@@ -25,10 +25,11 @@ from twig.config import Settings, load
 from twig.evaluate import evaluate_policy
 from twig.memory import PeakMemory
 from twig.models import end_ids, load_model, suppressed_ids
-from twig.policy import Policy, attach
+from twig.policy import Policy, adapter_shape, attach
 from twig.progress import Progress
 from twig.records import UserError
 from twig.runlog import RunLog
+from twig.settings import Lora
 from twig.signals import Stop, stoppable
 from twig.tasks import Task, load_task
 from twig.tasks.rewards import RewardError
@@ -152,6 +153,9 @@ class _Session:
     ) -> None:
         """Loads everything that can fail before anything is computed."""
         settings = self.settings
+        given = {"model": model, "tokenizer": tokenizer, "reward_funcs": reward_funcs}
+        given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        self.passed = ", ".join(name for name, value in given.items() if value is not None)
         self.progress.phase("loading")
         self.task: Task = load_task(settings, train_dataset, eval_dataset, reward_funcs)
         loaded = model is None
@@ -176,6 +180,8 @@ class _Session:
             seed=settings.train.seed,
             adapter=settings.model.adapter,
         )
+        if settings.model.adapter is not None:
+            _refuse_another_shape(settings, adapter_shape(peft_model))
         if loaded:  # not the folder that it lies in on this machine
             for config in peft_model.peft_config.values():
                 config.base_model_name_or_path = settings.model.name
@@ -337,6 +343,7 @@ class _Session:
         target, draft = self.log.folder / name, self.log.folder / f".{name}.tmp"
         shutil.rmtree(draft, ignore_errors=True)
         self.policy.peft_model.save_pretrained(draft, save_embedding_layers=False)
+        (draft / "README.md").unlink(missing_ok=True)  # an empty form, with paths of this machine
         shutil.rmtree(target, ignore_errors=True)
         os.replace(draft, target)
 
@@ -348,7 +355,23 @@ class _Session:
             dtype=str(model.dtype),
             model_revision=getattr(model.config, "_commit_hash", None),  # None: not from the Hub
             data_revision=_data_revision(self.task),
+            passed=self.passed or None,
         )
+
+
+def _refuse_another_shape(settings: Settings, has: dict[str, Any]) -> None:
+    """Raises UserError where a setting asks for a shape that the adapter gone on with has not.
+
+    A setting that has its default asks for nothing: whether somebody wrote it cannot be told.
+    """
+    for key, info in Lora.model_fields.items():
+        value = getattr(settings.lora, key)
+        wanted = sorted(set(value)) if isinstance(value, list) else value
+        if value != info.default and wanted != has[key]:
+            raise UserError(
+                f"lora.{key}: {value} here, but {has[key]} in {settings.model.adapter}, which keeps its "
+                f"shape; leave lora.{key} out"
+            )
 
 
 def _data_revision(task: Task) -> str:

@@ -14,6 +14,7 @@ vocabulary.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,13 +166,14 @@ def attach(
 ) -> PeftModel:
     """`model` with a LoRA adapter on `target_modules` of `layers`: a new one, or the one saved in `adapter`.
 
-    `layers` is "last_third" (ours: ceil of a third), "all" or a list of layer numbers. The adapter is float32
-    (float64 on a float64 base) whatever the base is. Raises UserError where a requested module is not in a
-    requested layer.
+    `layers` is "last_third" (ours: ceil of a third), "all" or a list of layer numbers. A saved adapter keeps
+    its own rank, alpha, modules and layers. The adapter is float32 (float64 on a float64 base) whatever the
+    base is. Raises UserError where a requested module is not in a requested layer, or a saved adapter does
+    not fit.
     """
     model.requires_grad_(False)
     if adapter is not None:
-        peft_model = _load_adapter(model, adapter)
+        peft_model = load_adapter(model, adapter, trainable=True)
     else:
         stack = _layers_of(model)
         chosen = _layer_numbers(layers, len(stack))
@@ -197,8 +199,14 @@ def attach(
     return peft_model.eval()
 
 
-def _load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
-    config = LoraConfig.from_pretrained(adapter)
+def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = False) -> PeftModel:
+    """`model` with the LoRA adapter saved in `adapter`. Raises UserError where there is none that fits."""
+    try:
+        config = LoraConfig.from_pretrained(adapter)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"model.adapter: {adapter} holds no LoRA adapter ({_short(error)}); write the folder of one"
+        ) from error
     for name in ("lora_dropout", "modules_to_save", "trainable_token_indices"):
         if getattr(config, name, None):
             raise UserError(
@@ -208,10 +216,34 @@ def _load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
         raise UserError(
             f"model.adapter: bias='{config.bias}' in {adapter} is not supported: train one with bias='none'"
         )
-    return PeftModel.from_pretrained(model, adapter, is_trainable=True, use_safetensors=True)
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"model.adapter: {adapter} does not fit the model ({_short(error)}); write the model.name that "
+            "it was trained on"
+        ) from error
 
 
-def _layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+def adapter_shape(peft_model: PeftModel) -> dict[str, Any]:
+    """What an adapter is: `r`, `alpha`, `target_modules` (names) and `layers` (numbers, or "all")."""
+    config = peft_model.peft_config["default"]
+    layers = _layers_of(peft_model)
+    numbers = _adapted_layers(layers)
+    inside = (name.split(".") for i in numbers for name, _ in layers[i].named_parameters())
+    return {
+        "r": config.r,
+        "alpha": config.lora_alpha,
+        "target_modules": sorted({parts[parts.index("lora_A") - 1] for parts in inside if "lora_A" in parts}),
+        "layers": "all" if len(numbers) == len(layers) else numbers,
+    }
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The decoder layers: the longest module list in the model."""
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
     return max(lists, key=len)

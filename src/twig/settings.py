@@ -12,6 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from twig.records import UserError
 
 S_GRPO_DEFAULTS = {"alpha": 50, "p": 0.3, "k": 100}
+# Settings of the group `algorithm` that not every algorithm has, and those that have them.
+ALGORITHMS_WITH = {
+    **dict.fromkeys([*S_GRPO_DEFAULTS, "unbiased"], ("s-grpo",)),
+    **dict.fromkeys(["normalise", "l2", "replay"], ("t-spmo",)),
+    **dict.fromkeys(["beta", "scale_rewards"], ("grpo", "s-grpo")),
+}
 
 Text = Annotated[str, Field(min_length=1)]
 Index = Annotated[int, Field(ge=0)]

@@ -69,8 +69,11 @@ def _with_rewards(task: Task, wanted: Any, passed: Any) -> Task:
         functions = task.reward_funcs
     if not functions:
         raise UserError(
-            f"task {task.name} has no reward; write task.reward_file=FILE.py:FUNCTION, or pass reward_funcs"
+            f"task {task.name} has no reward; write task.reward_file=FILE.py:FUNCTION, pass reward_funcs, or "
+            "give each row a column answer with a number"
         )
+    if wanted.name == "custom" and functions != task.reward_funcs:
+        task = replace(task, score=None, score_lenient=None)  # its own rewards say what is right
     for function in functions:
         if not callable(function):
             raise UserError(f"reward_funcs: {function!r} is not a function; pass functions, not names")

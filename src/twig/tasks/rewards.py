@@ -151,24 +151,24 @@ def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
 # ---- the reward of tasks whose answer is a number ----------------------------------------------------------
 
 
-def accuracy(completions: Sequence[Any], answer: Sequence[str], **kwargs: Any) -> list[float]:
+def accuracy(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) -> list[float]:
     """1 where a completion's marked answer is the gold number, else 0, also where none is marked.
 
     >>> accuracy(["5 + 7 = 12\\n#### 12", "It is 12."], ["12", "12"])
     [1.0, 0.0]
     """
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(score_answer(text, gold).right) for text, gold in zip(texts, answer, strict=True)]
+    return [float(score_answer(text, str(gold)).right) for text, gold in zip(texts, answer, strict=True)]
 
 
 def score_number(text: str, example: Example) -> Score:
     """How a text answers an example whose column `answer` holds the gold number."""
-    return score_answer(text, example.columns["answer"])
+    return score_answer(text, str(example.columns["answer"]))
 
 
 def score_last_number(text: str, example: Example) -> Score:
     """The same with the lenient reading: the last number of the text."""
-    return score_lenient(text, example.columns["answer"])
+    return score_lenient(text, str(example.columns["answer"]))
 
 
 # ---- what functions log, and statistics --------------------------------------------------------------------
