@@ -19,8 +19,9 @@ ORDER = (
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie credit objective pack models oom head decoder policy rollout replay progress evaluate memory "
-    "checkpoint machine runlog trackers signals diagnose report trainer loop compare export __init__ "
-    "display cli_shared cli_eval cli "
+    "checkpoint machine runlog trackers signals diagnose report trainer loop compare redact "
+    "hub card export __init__ "
+    "display cli_shared cli_eval cli_export cli "
     "__main__"
 ).split()
 
@@ -29,8 +30,8 @@ WITHOUT_TORCH = (
     "records wording settings config expressions answers "
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie credit pack replay progress memory machine runlog trackers signals diagnose report display "
-    "cli_shared cli_eval cli"
+    "trie credit pack replay progress memory machine runlog trackers signals diagnose report redact hub "
+    "card display cli_shared cli_eval cli_export cli"
 ).split()
 
 HEAVY = ("torch", "transformers", "matplotlib")

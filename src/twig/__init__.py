@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from twig.config import load as load_settings
     from twig.credit import ALGORITHMS, Credit, assign
     from twig.evaluate import Evaluation, evaluate_policy
+    from twig.export import Exported, export_run
     from twig.loop import Run, train
     from twig.models import end_ids, load_model
     from twig.objective import Surrogate
@@ -32,6 +33,7 @@ __all__ = [
     "Credit",
     "Evaluation",
     "Example",
+    "Exported",
     "Group",
     "Policy",
     "PrefixTrie",
@@ -48,6 +50,7 @@ __all__ = [
     "build_packs",
     "end_ids",
     "evaluate_policy",
+    "export_run",
     "load_model",
     "load_settings",
     "load_task",
@@ -84,6 +87,8 @@ _EXPORTS = {
     "Evaluation": "twig.evaluate",
     "evaluate_policy": "twig.evaluate",
     "Run": "twig.loop",
+    "Exported": "twig.export",
+    "export_run": "twig.export",
     "train": "twig.loop",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from twig.records import UserError
@@ -28,30 +28,43 @@ def load_model(wanted: Model | str) -> tuple[PreTrainedModel, Any]:
     safetensors.
     """
     wanted = Model(name=wanted) if isinstance(wanted, str) else wanted
-    place = _place(wanted.name)
     if wanted.num_threads is not None:
         torch.set_num_threads(wanted.num_threads)
     device = pick_device(wanted.device)
     dtype = pick_dtype(wanted.dtype, device)
-    options = {"revision": wanted.revision} if wanted.revision else {}
-    options["trust_remote_code"] = wanted.trust_remote_code
+    config, tokenizer = load_config(wanted), load_tokenizer(wanted)
+    options = {}
+    if wanted.attn_implementation != "auto":
+        options["attn_implementation"] = wanted.attn_implementation
+    model = _read(AutoModelForCausalLM, wanted, config=config, dtype=dtype, use_safetensors=True, **options)
+    return model.to(device).eval(), tokenizer
+
+
+def load_config(wanted: Model) -> PreTrainedConfig:
+    """The shape of the model that `wanted` names, without its weights; raises UserError as `load_model`."""
+    return _read(AutoConfig, wanted)
+
+
+def load_tokenizer(wanted: Model) -> Any:
+    """The tokenizer of the model that `wanted` names; raises UserError as `load_model`."""
+    return _read(AutoTokenizer, wanted)
+
+
+def _read(kind: Any, wanted: Model, **options: Any) -> Any:
+    place = place_of(wanted.name)
+    if wanted.revision:
+        options["revision"] = wanted.revision
     try:
         logging.disable_progress_bar()  # one line of ours is enough
-        config = AutoConfig.from_pretrained(place, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        if wanted.attn_implementation != "auto":
-            options["attn_implementation"] = wanted.attn_implementation
-        model = AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=dtype, use_safetensors=True, **options
-        )
+        return kind.from_pretrained(place, trust_remote_code=wanted.trust_remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_missing(wanted.name, error)) from error
     finally:
         logging.enable_progress_bar()
-    return model.to(device).eval(), tokenizer
 
 
-def _place(name: str) -> str:
+def place_of(name: str) -> str:
+    """What transformers loads `name` from: a folder on this machine, else the id on the Hub that it is."""
     if name in EMBEDDED:
         return str(files("twig") / "assets" / name)
     path = Path(name).expanduser()
