@@ -87,6 +87,22 @@ def build_packs(
     return [_table(rows, groups, tries, credits) for rows in bins]
 
 
+def halves(
+    pack: Pack,
+    groups: Sequence[Group],
+    tries: Sequence[PrefixTrie],
+    credits: Sequence[Credit],
+    share: bool = True,
+) -> list[Pack]:
+    """The same targets in packs of at most half as many cells; one pack where it is a single path already."""
+    parts = []
+    for index, credit in enumerate(credits):
+        mine = np.zeros(len(credit.plus), bool)
+        mine[pack.targets.node[pack.targets.group == index]] = True
+        parts.append(Credit(*(np.where(mine, w, 0.0) for w in (credit.plus, credit.minus, credit.kl))))
+    return build_packs(groups, tries, parts, max(pack.ids.size // 2, 1), share)
+
+
 def _cut(index: int, prompt_length: int, trie: PrefixTrie, weighted: np.ndarray, size: int) -> list[_Segment]:
     """The needed part of one trie as segments of at most `size` tokens, cut between paths; shared ancestors
     repeat."""

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import TrainerState, get_scheduler
 from twig.config import Settings
 from twig.credit import Credit, assign
 from twig.objective import Surrogate, k3, shrink
-from twig.pack import Pack, build_packs
+from twig.passes import NodeValues, Passes, Sizes
 from twig.policy import Policy
 from twig.progress import Progress
 from twig.records import Group, UserError
@@ -72,6 +72,9 @@ class Trainer:
         self.parameters = list(policy.parameters.values())
         self.optimizer = _optimizer(settings, self.parameters)
         self.rate_at = _schedule(settings, self.optimizer, self.total_steps)
+        self.sizes = Sizes(
+            settings.rollout.wave_size, train.pack_size, train.head_chunk, train.checkpoint_layers
+        )
         self.drawn_prompts = 0  # position in the data: prompts taken so far
         self.restarts: list[Restart] = []
         self.seconds: dict[str, float] = {}
@@ -110,8 +113,14 @@ class Trainer:
                 decode=self._decode,
                 seed=self.settings.train.seed,
                 step=step,
-                wave_size=rollout.wave_size,
+                wave_size=self.sizes.wave_size,
                 stop=rollout.stop,
+            )
+        if drawn.wave_size < self.sizes.wave_size:
+            self.sizes.wave_size = drawn.wave_size
+            self.progress.message(
+                f"memory ran out while sampling: going on with rollout.wave_size={drawn.wave_size}, "
+                "results stay the same"
             )
         flat = [c for completions in drawn.completions for c in completions]
         examples = [self.task.train[i] for i in indices for _ in range(rollout.num_generations)]
@@ -157,47 +166,36 @@ class Trainer:
         gradient.
         """
         options, policy = self.settings.algorithm, self.policy
-        packs = build_packs(
-            batch.rewarded, batch.tries, batch.credits, self.settings.train.pack_size, share=not policy.plain
-        )
+        parts = (batch.rewarded, batch.tries, batch.credits, batch.boundary)
+        passes = Passes(policy, self.sizes, self.progress, *parts)
         metrics: dict[str, Any] = {
             "learning_rate": learning_rate,
             "tokens/selected": sum(int(c.weighted.sum()) for c in batch.credits),
-            "tokens/nodes_run": sum(pack.num_tokens for pack in packs) * options.num_iterations,
+            "tokens/nodes_run": 0,
             "loss": 0.0,
             "grad_norm": 0.0,
         }
-        if not packs:
+        if not passes.packs:
             return metrics
-        self.progress.phase("updating", len(packs) * options.num_iterations)
+        self.progress.phase("updating", len(passes.packs) * options.num_iterations)
         surrogate = Surrogate(
             options.epsilon,
             options.epsilon_high,
             options.beta,
             bias_correction=options.use_bias_correction_kl,
         )
-        old = [policy.logps(pack, batch.boundary) for pack in packs] if options.num_iterations > 1 else None
+        old = passes.logps() if options.num_iterations > 1 else None
         ref = None
         if options.beta > 0:
             with policy.base():
-                ref = [policy.logps(pack, batch.boundary) for pack in packs]
+                ref = passes.logps()
         for iteration in range(options.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
-            logps, loss = [], 0.0
-            for i, pack in enumerate(packs):
-                found, value = policy.backward(
-                    pack,
-                    surrogate,
-                    batch.boundary,
-                    None if old is None else old[i],
-                    None if ref is None else ref[i],
-                )
-                logps.append(found)
-                loss += value
-                self.progress.advance()
+            logps, loss = passes.backward(surrogate, old, ref)
             norm = self._optimize(learning_rate, options.l2, loss)
             if iteration == 0:
-                metrics |= {"loss": loss, "grad_norm": norm, **_gaps(batch, packs, logps, ref)}
+                metrics |= {"loss": loss, "grad_norm": norm, **_gaps(batch, logps, ref)}
+        metrics["tokens/nodes_run"] = sum(p.num_tokens for p in passes.packs) * options.num_iterations
         return metrics
 
     def _optimize(self, learning_rate: float, l2: float, loss: float) -> float:
@@ -295,6 +293,7 @@ class Trainer:
         tensors = {"adapter": dict(self.policy.parameters), "optimizer": moments}
         return tensors, {
             "drawn_prompts": self.drawn_prompts,
+            "sizes": asdict(self.sizes),
             "restarts": [r.as_dict() for r in self.restarts],
         }
 
@@ -309,29 +308,27 @@ class Trainer:
             place = "cpu" if moment == "step" else parameter.device
             self.optimizer.state[parameter][moment] = value.to(place)
         self.drawn_prompts = state["drawn_prompts"]
+        self.sizes = Sizes(**state["sizes"])
+        self.policy.head_chunk = self.sizes.head_chunk
+        self.policy.checkpoint_layers = self.sizes.checkpoint_layers
         self.restarts = [Restart(**r) for r in state["restarts"]]
 
 
-def _gaps(batch: Batch, packs: list[Pack], logps: list[Tensor], ref: list[Tensor] | None) -> dict[str, float]:
+def _gaps(batch: Batch, logps: NodeValues, ref: NodeValues | None) -> dict[str, float]:
     """How far recomputed log-probs are from those recorded while sampling, and the mean KL to the base
     (nats)."""
-    largest = 0.0
-    for pack, found in zip(packs, logps, strict=True):
-        recomputed = found.double().cpu().numpy() if found.device.type != "mps" else found.cpu().numpy()
-        recorded = np.empty(len(pack.targets))
-        for g in np.unique(pack.targets.group):
-            trie, group = batch.tries[g], batch.rewarded[g]
-            mine = pack.targets.group == g
-            nodes = pack.targets.node[mine]
-            flat = np.concatenate([c.logps for c in group.completions])
-            recorded[mine] = flat[trie.position(nodes)]
-        largest = max(largest, float(np.abs(recomputed - recorded).max()))
-    gaps = {"sampling/logp_gap": largest}
-    if ref is not None:
-        weights = torch.cat([torch.from_numpy(pack.targets.kl) for pack in packs]).to(logps[0])
-        divergence = k3(torch.cat(logps), torch.cat(ref))
-        gaps["kl"] = float((weights * divergence).sum() / weights.sum().clamp(min=1e-12))
-    return gaps
+    largest, divergence, weight = 0.0, 0.0, 0.0
+    for index, (trie, group, credit) in enumerate(
+        zip(batch.tries, batch.rewarded, batch.credits, strict=True)
+    ):
+        nodes, recomputed = np.flatnonzero(credit.weighted), logps.of_trie(index)
+        recorded = np.concatenate([c.logps for c in group.completions])[trie.position(nodes)]
+        largest = max(largest, float(np.abs(recomputed[nodes] - recorded).max(initial=0.0)))
+        if ref is not None:
+            gap = k3(torch.from_numpy(recomputed[nodes]), torch.from_numpy(ref.of_trie(index)[nodes]))
+            divergence += float((credit.kl[nodes] * gap.numpy()).sum())
+            weight += float(credit.kl[nodes].sum())
+    return {"sampling/logp_gap": largest} | ({} if ref is None else {"kl": divergence / max(weight, 1e-12)})
 
 
 def _optimizer(settings: Settings, parameters: list[Tensor]) -> torch.optim.Optimizer:

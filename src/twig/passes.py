@@ -1,0 +1,142 @@
+"""A batch's packs through the policy, one after another, and smaller ones where memory runs out.
+
+A pass that fails leaves nothing behind, so it can be repeated in parts: the gradient is a sum over nodes, and
+the cut changes it by rounding only. Knows nothing of prompts, rewards or optimizers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twig.credit import Credit
+from twig.objective import Surrogate
+from twig.oom import give_back, out_of_memory
+from twig.pack import Pack, build_packs, halves
+from twig.policy import Policy
+from twig.progress import Progress
+from twig.records import Group, UserError
+from twig.trie import PrefixTrie
+
+_SMALLEST_HEAD_CHUNK = 2**16
+
+
+@dataclass
+class Sizes:
+    """How much is computed at once: the settings' values, or the smaller ones that memory had room for."""
+
+    wave_size: int
+    pack_size: int
+    head_chunk: int
+    checkpoint_layers: bool
+
+
+class NodeValues:
+    """One number per weighted node of a batch, whatever packs it came from and goes to."""
+
+    def __init__(self, tries: Sequence[PrefixTrie]) -> None:
+        self.first = np.cumsum([0, *(len(trie) for trie in tries)])
+        self.values: Tensor | None = None
+
+    def put(self, pack: Pack, values: Tensor) -> None:
+        """Keeps `values`, one per target of the pack."""
+        if self.values is None:
+            self.values = values.new_full((int(self.first[-1]),), math.nan)
+        self.values[self._at(pack)] = values
+
+    def of(self, pack: Pack) -> Tensor:
+        """The values of the pack's targets."""
+        return self.values[self._at(pack)]
+
+    def of_trie(self, index: int) -> np.ndarray:
+        """The values of one trie's nodes, NaN where there is none."""
+        return self.values[int(self.first[index]) : int(self.first[index + 1])].cpu().numpy()
+
+    def _at(self, pack: Pack) -> Tensor:
+        at = self.first[pack.targets.group] + pack.targets.node
+        return torch.from_numpy(at).to(self.values.device)
+
+
+class Passes:
+    """The packs of one batch. `sizes` and the policy are made smaller where memory asks for it."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        sizes: Sizes,
+        progress: Progress,
+        groups: Sequence[Group],
+        tries: Sequence[PrefixTrie],
+        credits: Sequence[Credit],
+        boundary: Tensor | None,
+    ) -> None:
+        self.policy, self.sizes, self.progress, self.boundary = policy, sizes, progress, boundary
+        self.parts = (groups, tries, credits)
+        self.packs = build_packs(*self.parts, sizes.pack_size, share=not policy.plain)
+
+    def logps(self) -> NodeValues:
+        """The log-probs of all weighted nodes as the policy stands, without gradient."""
+        found = NodeValues(self.parts[1])
+        self._each(lambda pack: self.policy.logps(pack, self.boundary), found.put)
+        return found
+
+    def backward(
+        self, surrogate: Surrogate, old: NodeValues | None = None, ref: NodeValues | None = None
+    ) -> tuple[NodeValues, float]:
+        """Adds the gradient of the batch's loss to the adapter; returns all log-probs and the loss."""
+        logps, losses = NodeValues(self.parts[1]), []
+
+        def run(pack: Pack) -> tuple[Tensor, float]:
+            known = [None if values is None else values.of(pack) for values in (old, ref)]
+            return self.policy.backward(pack, surrogate, self.boundary, *known)
+
+        def keep(pack: Pack, found: tuple[Tensor, float]) -> None:
+            logps.put(pack, found[0])
+            losses.append(found[1])
+            self.progress.advance()
+
+        self._each(run, keep)
+        return logps, sum(losses)
+
+    def _each(self, run: Callable[[Pack], Any], keep: Callable[[Pack, Any], None]) -> None:
+        """`keep(pack, run(pack))` for each pack; where memory runs out, for its parts."""
+        waiting, done = self.packs[::-1], []
+        while waiting:
+            pack, found = waiting.pop(), None
+            try:
+                found = run(pack)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            if found is None:
+                give_back()
+                waiting += self._smaller(pack)[::-1]
+            else:
+                keep(pack, found)
+                done.append(pack)
+        self.packs = done
+
+    def _smaller(self, pack: Pack) -> list[Pack]:
+        """What to run in place of a pack that memory had no room for; remembered for the packs to come."""
+        policy, sizes = self.policy, self.sizes
+        parts = halves(pack, *self.parts, share=not policy.plain)
+        if len(parts) > 1:
+            sizes.pack_size = min(sizes.pack_size, max(part.ids.size for part in parts))
+            what = f"train.pack_size={sizes.pack_size}"
+        elif not policy.plain and not sizes.checkpoint_layers:
+            policy.checkpoint_layers = sizes.checkpoint_layers = True
+            what = "train.checkpoint_layers=true"
+        elif not policy.plain and sizes.head_chunk > _SMALLEST_HEAD_CHUNK:
+            policy.head_chunk = sizes.head_chunk = max(sizes.head_chunk // 4, _SMALLEST_HEAD_CHUNK)
+            what = f"train.head_chunk={sizes.head_chunk}"
+        else:
+            raise UserError(
+                f"memory: {pack.num_tokens} tokens, prompt and completion, do not fit; write a smaller "
+                "rollout.max_completion_length, fewer lora.layers, or a smaller model"
+            )
+        self.progress.message(f"memory ran out in an update: going on with {what}; results stay the same")
+        return parts

@@ -1,0 +1,204 @@
+"""Memory that runs out, wherever it does: the same tokens and the same gradient, in smaller pieces."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_engine import assert_same, credit_of, groups_of, requests_of, texts_of
+
+from twig.decoder import Decoder, KeyValueCache
+from twig.head import Head
+from twig.objective import Surrogate
+from twig.oom import out_of_memory
+from twig.pack import build_packs, halves
+from twig.passes import Passes, Sizes
+from twig.policy import Policy
+from twig.progress import Progress
+from twig.records import UserError
+from twig.rollout import sample
+
+CPU = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 1 TB"
+)
+MPS = RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with tiny.Float64():
+        yield
+
+
+class Heard(Progress):
+    def __init__(self):
+        self.said = []
+
+    def message(self, text):
+        self.said.append(text)
+
+
+def break_at(monkeypatch, owner, name, wanted, error=None, when=lambda *args: True):
+    """Makes one call of a method, number `wanted`, fail for want of memory; returns the list of calls."""
+    own, calls = getattr(owner, name), []
+
+    def broken(*args, **kwargs):
+        if when(*args):
+            calls.append(1)
+            if len(calls) == wanted:
+                raise error or torch.OutOfMemoryError("out of memory")
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, broken)
+    return calls
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), CPU, MPS, MemoryError()], ids=repr)
+def test_what_running_out_of_memory_looks_like(error):
+    assert out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError()]
+)
+def test_and_what_does_not(error):
+    assert not out_of_memory(error)
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------
+
+SAMPLING = {
+    "prompts": (Decoder, "run", [1, 2]),
+    "a copy of the cache": (KeyValueCache, "select", [1, 2]),
+    "a token": (Decoder, "run", [3, 4, 7, 20]),
+    "logits": (Policy, "next_token_logits", [1, 2, 6]),
+    "a mask": (Decoder, "masks", [1, 5]),
+}
+
+
+@pytest.mark.parametrize("wave_size", [128, 4])
+@pytest.mark.parametrize(
+    ("where", "call"), [(where, call) for where, (*_, calls) in SAMPLING.items() for call in calls]
+)
+def test_sampling_goes_on_with_half_as_many_and_the_same_noise(where, call, wave_size, monkeypatch):
+    policy, requests = tiny.build_policy(), requests_of()
+
+    def draw():
+        return sample(policy, requests, end_ids=[5, 6], decode=texts_of, seed=1, step=2, wave_size=wave_size)
+
+    whole = draw()
+    calls = break_at(monkeypatch, *SAMPLING[where][:2], call)
+    again = draw()
+    assert len(calls) > call, "it must have failed and gone on"
+    assert again.wave_size == min(wave_size, 15) // 2 and whole.wave_size == wave_size
+    for a, b in zip(again.completions, whole.completions, strict=True):
+        for left, right in zip(a, b, strict=True):
+            assert left.ids.tolist() == right.ids.tolist() and left.finished == right.finished
+            np.testing.assert_allclose(left.logps, right.logps, atol=1e-10)
+            inside = left.cells[:-1]  # what comes after the last token was never run
+            torch.testing.assert_close(
+                again.boundary[inside], whole.boundary[right.cells[:-1]], rtol=1e-10, atol=1e-10
+            )
+    for left, right in zip(again.prompt_cells, whole.prompt_cells, strict=True):
+        torch.testing.assert_close(again.boundary[left], whole.boundary[right], rtol=1e-10, atol=1e-10)
+
+
+def test_one_completion_that_does_not_fit_is_an_error(monkeypatch):
+    policy, calls = tiny.build_policy(), []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Decoder, "run", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(policy, requests_of(), end_ids=[5], decode=texts_of)
+    assert len(calls) == 4, "15, 7, 3 and 1 at once"
+
+
+def test_another_error_is_not_repeated(monkeypatch):
+    policy = tiny.build_policy()
+    calls = break_at(monkeypatch, Decoder, "run", 3, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        sample(policy, requests_of(), end_ids=[5], decode=texts_of)
+    assert len(calls) == 3
+
+
+# ---- the update --------------------------------------------------------------------------------------------
+
+
+def batch_of(beta=0.0):
+    groups = groups_of(count=3)
+    return (groups, *credit_of(groups, beta=beta))
+
+
+def gradient_of(policy, batch, sizes=None, progress=None, beta=0.0, old=False):
+    """The whole update of a batch: (loss, gradients), and its passes."""
+    for parameter in policy.parameters.values():
+        parameter.grad = None
+    passes = Passes(policy, sizes or Sizes(128, 64, 2**22, False), progress or Progress(), *batch, None)
+    before = passes.logps() if old else None
+    with policy.base():
+        ref = passes.logps() if beta else None
+    _, loss = passes.backward(Surrogate(beta=beta), before, ref)
+    return (loss, {n: p.grad.clone() for n, p in policy.parameters.items()}), passes
+
+
+UPDATE = {
+    "the trunk": (Decoder, "run", [1, 2], lambda *args: not torch.is_grad_enabled()),
+    "the upper layers": (Decoder, "run", [1, 2], lambda *args: torch.is_grad_enabled()),
+    "the head": (Head, "logits", [1, 2], lambda *args: True),
+    "the backward pass": (torch.autograd, "grad", [1, 2], lambda *args: True),
+}
+
+
+@pytest.mark.parametrize(("beta", "old"), [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize(
+    ("where", "call"), [(where, call) for where, (*_, calls, _) in UPDATE.items() for call in calls]
+)
+def test_an_update_goes_on_in_smaller_packs(where, call, beta, old, monkeypatch):
+    policy, batch = tiny.build_policy(), batch_of(beta)
+    whole, first = gradient_of(policy, batch, beta=beta, old=old)
+    owner, name, _, when = UPDATE[where]
+    calls = break_at(monkeypatch, owner, name, call, when=when)
+    heard, sizes = Heard(), Sizes(128, 64, 2**22, False)
+    again, passes = gradient_of(policy, batch, sizes, heard, beta, old)
+    assert len(calls) > call, "it must have failed and gone on"
+    assert len(passes.packs) > len(first.packs) and sizes.pack_size < 64
+    assert heard.said == [
+        f"memory ran out in an update: going on with train.pack_size={sizes.pack_size}; results stay the same"
+    ]
+    assert_same(again, whole, bound=1e-10)
+
+
+def test_a_single_path_is_run_with_checkpointed_layers_then_with_a_smaller_head_then_refused(monkeypatch):
+    policy, batch = tiny.build_policy(), batch_of()
+    monkeypatch.setattr("twig.passes._SMALLEST_HEAD_CHUNK", 2**18)
+    heard, sizes, tries = Heard(), Sizes(128, 1, 2**22, False), []
+
+    def full(pack, *args):
+        tries.append((policy.checkpoint_layers, policy.head_chunk))
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(policy, "backward", full)
+    with pytest.raises(UserError, match=r"memory: \d+ tokens, .*rollout\.max_completion_length"):
+        gradient_of(policy, batch, sizes, heard)
+    assert tries == [(False, 2**22), (True, 2**22), (True, 2**20), (True, 2**18)]
+    assert [said.split("with ")[1].split(";")[0] for said in heard.said] == [
+        "train.checkpoint_layers=true",
+        "train.head_chunk=1048576",
+        "train.head_chunk=262144",
+    ]
+
+
+def test_halves_have_the_same_targets_once_each():
+    groups, tries, credits = batch_of()
+    (pack,) = build_packs(groups, tries, credits, 4096)
+    parts = halves(pack, groups, tries, credits)
+    assert len(parts) > 1 and max(part.ids.size for part in parts) <= pack.ids.size // 2
+    every = [
+        (g, n, w)
+        for part in parts
+        for g, n, w in zip(part.targets.group, part.targets.node, part.targets.plus, strict=True)
+    ]
+    wanted = list(zip(pack.targets.group, pack.targets.node, pack.targets.plus, strict=True))
+    assert sorted(every) == sorted(wanted)
