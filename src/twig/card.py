@@ -135,7 +135,7 @@ def _metadata(subject: Subject) -> str:
     card = ModelCardData(
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        base_model=subject.base.hub_id,
+        base_model=subject.base.hub_id and shown(subject.base.hub_id),
         license=subject.license,
         datasets=[dataset] if dataset else None,
         tags=tags,

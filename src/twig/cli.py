@@ -264,6 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = app(words or ["--help"], prog_name="twig", standalone_mode=False)
         sys.stdout.flush()
+        if status == STOPPED:  # some versions of typer turn Ctrl-C into this, and say nothing
+            return _end("stopped", STOPPED)
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _end("stopped", STOPPED)

@@ -151,6 +151,11 @@ def _read(folder: Path, best: bool) -> _Source:
     adapter = folder / ("adapter-best" if best else "adapter")
     if not (adapter / WEIGHTS).is_file():
         raise UserError(f"{adapter}: it has no {WEIGHTS}; {go_on}")
+    try:
+        with safe_open(adapter / WEIGHTS, "pt") as file:
+            file.keys()
+    except SafetensorError as error:
+        raise UserError(f"{adapter / WEIGHTS}: damaged ({error}); export another run") from error
     config = _json(adapter / CONFIG)
     return _Source(folder, adapter, settings, summary, _json(folder / ENVIRONMENT), config)
 
@@ -276,11 +281,6 @@ def _drafted(target: Path) -> Iterator[Path]:
 
 
 def _write_adapter(source: _Source, base: Base, draft: Path) -> None:
-    try:
-        with safe_open(source.adapter / WEIGHTS, "pt") as file:
-            assert file.keys(), "an adapter has weights"
-    except SafetensorError as error:
-        raise UserError(f"{source.adapter / WEIGHTS}: damaged ({error}); export another run") from error
     shutil.copyfile(source.adapter / WEIGHTS, draft / WEIGHTS)
     # Nothing is named that could be somebody else's model on the Hub.
     name = base.hub_id or (base.name if base.embedded else None)

@@ -20,8 +20,8 @@ def check_push(repo: str | None, public: bool) -> None:
         if public:
             raise UserError("--public: nothing is pushed; add --push USER/NAME")
         return
-    from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, is_offline_mode, validate_repo_id
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(repo)
@@ -31,7 +31,7 @@ def check_push(repo: str | None, public: bool) -> None:
         ) from error
     if repo.count("/") != 1:
         raise UserError(f"--push: {repo} does not say whose it is; write USER/{repo}")
-    if is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise UserError(
             "--push: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or leave --push out"
         )

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -218,7 +219,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = 
         )
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.adapter: {adapter} does not fit the model ({_short(error)}); write the model.name that "
             "it was trained on"
