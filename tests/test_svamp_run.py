@@ -55,8 +55,9 @@ def test_svamp_from_training_to_export(tmp_path, test_data):
         shutil.copy(file, tmp_path / "base")
 
     words = f"train svamp-qwen2-1.5b --output run model.name=base task.path={test_data / 'svamp'}"
-    words += " train.max_steps=3 train.warmup_steps=1 rollout.prompts_per_step=4 rollout.num_generations=8 rollout.wave_size=32"
-    words += " rollout.max_completion_length=40 eval.steps=2 eval.limit=32 algorithm.normalise=branches"
+    words += " train.max_steps=3 train.warmup_steps=1 rollout.prompts_per_step=4 rollout.num_generations=8"
+    words += " rollout.wave_size=32 rollout.max_completion_length=40 eval.steps=2 eval.limit=32"
+    words += " algorithm.normalise=branches"
     _, peak = twig(*words.split(), cwd=tmp_path)
     assert peak < 2 * 2**30
     summary = read_summary(tmp_path / "run")

@@ -150,6 +150,16 @@ def score_lenient(text: str, gold: str) -> Score:
     return Score(number is not None, _same(number, wanted))
 
 
+def answer_text(text: str) -> str | None:
+    """The strict reading of a text as a text that equal numbers share, or None.
+
+    >>> answer_text("#### 12.50") == answer_text("The answer is 25/2.")
+    True
+    """
+    found = read_answer(text, None)
+    return None if found is None else found.latex if isinstance(found, Expression) else str(found)
+
+
 def readable(gold: str) -> bool:
     """Whether a gold answer is a number or an expression, so that answers can be compared with it."""
     return _gold(gold) is not None

@@ -9,11 +9,12 @@ from rich.text import Text
 
 from twig.cli_shared import Overrides, quiet_libraries, result_console
 from twig.config import Settings, load
-from twig.display import accuracy_table, showing
+from twig.display import accuracy_table, clean, comparison_words, quoted, sampled_table, showing
+from twig.evaluations import read_evaluation, refuse_other_content, write_evaluation
 from twig.progress import Progress
 from twig.records import UserError
 from twig.runlog import is_run
-from twig.tasks import TASKS, load_task
+from twig.tasks import TASKS
 from twig.wording import either
 
 
@@ -28,67 +29,67 @@ def eval_command(
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Problems to answer. Without it: all.")
     ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Also N sampled answers to each: pass@k, vote.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write evaluation.json and completions.jsonl there.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Compare with the evaluation written there.")
+    ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="A run's best evaluated adapter, not the last.")
+    ] = False,
 ) -> None:
     """Measure a model's accuracy, with a 95 % interval."""
-    settings = _settings_to_evaluate(model, task, overrides or [], limit)
+    settings = _settings_to_evaluate(model, task, overrides or [], limit, best)
+    other = None if against is None else read_evaluation(against)
+    if output is not None:
+        refuse_other_content(output)
     with showing(settings.log.progress) as progress:
-        result = _evaluate(settings, progress)
+        found = _evaluate(settings, samples, progress)
+    record = found.as_dict()
     console = result_console()
-    console.print(accuracy_table({settings.task.name: result}))
-    found = "" if result["found"] is None else f"answer found {100 * result['found']:.1f} %, "
-    if result["right_lenient"] is not None:
-        found += f"last number right {100 * result['right_lenient']:.1f} %, "
-    length = f"mean length {result['mean_length']:.1f} tokens, cut off {100 * result['truncated']:.1f} %"
-    console.print(Text(f"\n{found}{length}"), soft_wrap=True)
+    greedy = record["greedy"]
+    rows = {settings.task.name: greedy}
+    if other is not None:
+        rows |= {quoted(against): other.greedy}
+    console.print(accuracy_table(rows))
+    words = "" if greedy["found"] is None else f"answer found {100 * greedy['found']:.1f} %, "
+    if greedy["right_lenient"] is not None:
+        words += f"last number right {100 * greedy['right_lenient']:.1f} %, "
+    words += f"mean length {greedy['mean_length']:.1f} tokens, cut off {100 * greedy['truncated']:.1f} %"
+    console.print(Text(f"\n{words}"), soft_wrap=True)
+    if found.sampled is not None:
+        console.print(sampled_table(found.sampled.as_dict()))
+    if other is not None:
+        record["against"] = str(against)
+        record["comparison"] = comparison = found.compare(other).as_dict()
+        console.print(Text(comparison_words(comparison)), soft_wrap=True)
+    if output is not None:
+        write_evaluation(output, record, found.rows)
+        console.print(Text(f"written to {clean(output)}"), soft_wrap=True)
 
 
-def _evaluate(settings: Settings, progress: Progress) -> dict[str, Any]:
-    from twig.evaluate import evaluate_policy
-    from twig.models import end_ids, load_model, suppressed_ids
-    from twig.policy import Policy, attach
+def _evaluate(settings: Settings, samples: int | None, progress: Progress) -> Any:
+    from twig.measure import measure_model
 
     quiet_libraries()
-    progress.phase("loading")
-    task = load_task(settings)
-    if not task.eval:
-        raise UserError(f"task {task.name}: nothing to evaluate on; write task.eval_split= the split to use")
-    model, tokenizer = load_model(settings.model)
-    suppressed = suppressed_ids(
-        model, settings.rollout.suppress_tokens, len(model.get_output_embeddings().weight)
-    )
-    lora, ends = settings.lora, end_ids(model, tokenizer)
-    # A new adapter adds nothing until it is trained: without model.adapter this is the model itself.
-    peft_model = attach(
-        model,
-        r=lora.r,
-        alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        layers=lora.layers,
-        adapter=settings.model.adapter,
-    )
-    policy = Policy(peft_model, suppress_tokens=suppressed, plain=settings.model.engine == "plain")
-    result, _ = evaluate_policy(
-        policy,
-        tokenizer,
-        task,
-        settings.task,
-        end_ids=ends,
-        max_completion_length=settings.rollout.max_completion_length,
-        limit=settings.eval.limit,
-        batch_size=settings.eval.batch_size,
-        stop=settings.rollout.stop,
-        progress=progress,
-    )
-    return result.as_dict()
+    return measure_model(settings, samples, progress)
 
 
-def _settings_to_evaluate(model: str, task: str | None, overrides: list[str], limit: int | None) -> Settings:
+def _settings_to_evaluate(
+    model: str, task: str | None, overrides: list[str], limit: int | None, best: bool
+) -> Settings:
     if "=" in model and not Path(model).exists():
         raise UserError(f"{model}: a setting where the model belongs; write twig eval MODEL_OR_RUN {model}")
     folder = Path(model)
+    if best and not is_run(folder):
+        raise UserError(f"--best: {model} is not a run; leave --best out, or write the folder of a run")
     if is_run(folder):
         values = load(model).model_dump()
-        values["model"]["adapter"] = _adapter_of(folder)
+        values["model"]["adapter"] = _adapter_of(folder, best)
     elif (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         values = {"model": {"name": base["base_model_name_or_path"], "adapter": model}}
@@ -103,8 +104,8 @@ def _settings_to_evaluate(model: str, task: str | None, overrides: list[str], li
     return Settings.from_dict(values, overrides if limit is None else [*overrides, f"eval.limit={limit}"])
 
 
-def _adapter_of(folder: Path) -> str:
-    for name in ("adapter", "adapter-best"):
+def _adapter_of(folder: Path, best: bool) -> str:
+    for name in ("adapter-best",) if best else ("adapter", "adapter-best"):
         if (folder / name / "adapter_config.json").is_file():
             return str(folder / name)
     raise UserError(f"{folder}: the run has no adapter yet; go on with it: twig train {folder} --resume")

@@ -198,6 +198,29 @@ def accuracy_table(rows: dict[str, dict[str, Any] | None]) -> Table:
     return table
 
 
+def sampled_table(result: dict[str, Any]) -> Table:
+    """A table of what several sampled answers to each problem give."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"{result['samples']} samples")
+    table.add_column("right", justify="right")
+    table.add_column("95 % interval", justify="right")
+    rows = {"mean": result["mean"], **{f"pass@{k}": v for k, v in result["pass_at"].items()}}
+    for name, figure in (rows | {"majority vote": result["vote"]}).items():
+        if figure is not None:
+            value, low, high = figure
+            table.add_row(name, _percent(value), f"{100 * low:.1f} to {_percent(high)}")
+    return table
+
+
+def comparison_words(result: dict[str, Any]) -> str:
+    """One line on two evaluations of the same problems."""
+    return (
+        f"difference {100 * result['difference']:+.1f} points (95 % interval {100 * result['low']:+.1f} to "
+        f"{100 * result['high']:+.1f}); only this one right: {result['only_first']}, only the other: "
+        f"{result['only_second']}; McNemar's exact test p = {result['p_value']:.2g}"
+    )
+
+
 def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
     """Prints a run's result: accuracy before and after, tokens, time, the folder, and what to do next."""
     before, after = summary.get("accuracy_before"), summary.get("accuracy_after")

@@ -1,23 +1,23 @@
 """Accuracy on problems that are not trained on, with a confidence interval.
 
-Greedy answers, one per problem. Knows nothing of training.
+Greedy answers, one per problem, and several sampled ones: pass@k and the majority's answer. Knows nothing of
+training.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from twig.answers import answer_text
+from twig.measures import bootstrap, majority, pass_at_k, wilson
 from twig.policy import Policy
 from twig.progress import Progress
 from twig.records import Completion, Example
 from twig.rollout import Request, sample
 from twig.tasks.base import Task, encode_prompt
 from twig.tasks.rewards import judge, score_completions
-
-_Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,6 @@ class Evaluation:
         return asdict(self)
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of `right` successes in `n` trials.
-
-    >>> [round(x, 4) for x in wilson(8, 10)]
-    [0.4902, 0.9433]
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = right / n, _Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return (0.0 if right == 0 else centre - half), (1.0 if right == n else centre + half)
-
-
 def evaluate_policy(
     policy: Policy,
     tokenizer: Any,
@@ -75,29 +61,125 @@ def evaluate_policy(
     completions behind it."""
     assert task.eval, "there is something to evaluate on"
     examples: list[Example] = list(task.eval[: limit or len(task.eval)])
+    how = {"end_ids": end_ids, "stop": stop, "greedy": True}
+    found = _answers(
+        policy, tokenizer, task, task_settings, examples, 1, max_completion_length, batch_size, progress, how
+    )
+    completions = [completion for (completion,) in found]
+    return _summarise(task, examples, completions), completions
+
+
+@dataclass(frozen=True)
+class SampledEvaluation:
+    """`samples` answers to each of `n` problems. Each figure is (value, low, high) in [0, 1] with a 95 %
+    interval: `mean` accuracy and `pass_at` k (by resampling problems), and `vote`, the share of problems of
+    which the most frequent answer is right (Wilson; None where the task reads no answers)."""
+
+    n: int
+    samples: int
+    mean: tuple[float, float, float]
+    pass_at: dict[int, tuple[float, float, float]]
+    vote: tuple[float, float, float] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sample_policy(
+    policy: Policy,
+    tokenizer: Any,
+    task: Task,
+    task_settings: Any,
+    *,
+    samples: int,
+    end_ids: Sequence[int],
+    max_completion_length: int,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[SampledEvaluation, list[list[Completion]]]:
+    """`samples` answers to each of the first `limit` evaluation problems at the policy's temperature, summed
+    up; and the completions, per problem."""
+    examples: list[Example] = list(task.eval[: limit or len(task.eval)])
+    how = {"end_ids": end_ids, "stop": stop, "seed": seed}
+    found = _answers(
+        policy,
+        tokenizer,
+        task,
+        task_settings,
+        examples,
+        samples,
+        max_completion_length,
+        batch_size,
+        progress,
+        how,
+    )
+    flat = [completion for group in found for completion in group]
+    right = judge_all(task, [e for e in examples for _ in range(samples)], flat).reshape(-1, samples)
+
+    def figure(values: np.ndarray) -> tuple[float, float, float]:
+        return float(values.mean()), *bootstrap(values)
+
+    counts = right.sum(1)
+    ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
+    pass_at = {k: figure(np.array([pass_at_k(int(c), samples, k) for c in counts])) for k in ks}
+    vote = None
+    if task.score is not None:
+        won = sum(_vote_is_right(group, row) for group, row in zip(found, right, strict=True))
+        vote = (won / len(examples), *wilson(won, len(examples)))
+    mean = figure(right.mean(1))
+    return SampledEvaluation(len(examples), samples, mean, pass_at, vote), found
+
+
+def _vote_is_right(completions: list[Completion], right: np.ndarray) -> bool:
+    answers = [answer_text(completion.text) for completion in completions]
+    voted = majority(answers)
+    return voted is not None and bool(right[answers.index(voted)])
+
+
+def judge_all(task: Task, examples: Sequence[Example], completions: Sequence[Completion]) -> np.ndarray:
+    """Which of N completions are right, the n-th one an answer to the n-th example; bool [N]."""
+    texts = [c.text for c in completions]
+    totals = score_completions(task, examples, texts, [c.ids for c in completions]).total
+    return judge(task, examples, texts, totals)[1]
+
+
+def _answers(
+    policy: Policy,
+    tokenizer: Any,
+    task: Task,
+    task_settings: Any,
+    examples: list[Example],
+    num: int,
+    max_completion_length: int,
+    batch_size: int | None,
+    progress: Progress | None,
+    how: dict[str, Any],
+) -> list[list[Completion]]:
+    """`num` completions of each example, `batch_size` at a time."""
     progress = progress or Progress()
     progress.phase("evaluating", len(examples))
     prompts = [encode_prompt(task, example, tokenizer, task_settings) for example in examples]
     order = np.argsort([len(p) for p in prompts], kind="stable")  # like lengths together: less padding
     size = batch_size or 128
-    completions: list[Completion | None] = [None] * len(examples)
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        requests = [Request(prompts[i], 1, max_completion_length, int(i)) for i in chosen]
+    found: list[list[Completion]] = [[] for _ in examples]
+    problems = max(size // num, 1)
+    for start in range(0, len(order), problems):
+        chosen = order[start : start + problems]
         drawn = sample(
             policy,
-            requests,
-            end_ids=end_ids,
+            [Request(prompts[i], num, max_completion_length, int(i)) for i in chosen],
             decode=lambda ids: tokenizer.batch_decode(ids, skip_special_tokens=True),
             wave_size=size,
-            greedy=True,
             record=False,
-            stop=stop,
+            **how,
         )
-        for i, (completion,) in zip(chosen, drawn.completions, strict=True):
-            completions[i] = completion
+        for i, completions in zip(chosen, drawn.completions, strict=True):
+            found[i] = completions
         progress.advance(len(chosen))
-    return _summarise(task, examples, completions), completions
+    return found
 
 
 def _summarise(task: Task, examples: list[Example], completions: list[Completion]) -> Evaluation:

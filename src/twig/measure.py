@@ -1,0 +1,142 @@
+"""`twig eval`: a model or run is loaded, answers its problems, and what came out is recorded."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from twig.answers import answer_text
+from twig.config import Settings
+from twig.evaluate import Evaluation, SampledEvaluation, evaluate_policy, judge_all, sample_policy
+from twig.evaluations import Written
+from twig.machine import environment
+from twig.measures import Comparison, mcnemar
+from twig.models import end_ids, load_model, suppressed_ids
+from twig.policy import Policy, attach
+from twig.progress import Progress
+from twig.records import Completion, Example, UserError
+from twig.tasks import Task, load_task
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation: greedy figures, those of the samples if any were asked for, and a row per completion."""
+
+    settings: Settings
+    greedy: Evaluation
+    sampled: SampledEvaluation | None
+    problems: str
+    rows: list[dict[str, Any]]
+    revision: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What evaluation.json holds."""
+        settings = self.settings
+        return {
+            "model": settings.model.name,
+            "model_revision": self.revision,
+            "adapter": settings.model.adapter,
+            "task": settings.task.name,
+            "problems": self.problems,
+            "greedy": self.greedy.as_dict(),
+            "sampled": None if self.sampled is None else self.sampled.as_dict(),
+            "settings": settings.model_dump(include={"model", "task", "rollout", "eval", "train"}),
+            "versions": environment()["versions"],
+        }
+
+    def compare(self, other: Written) -> Comparison:
+        """McNemar's test of the greedy answers; raises UserError where the problems are not the same."""
+        if other.problems != self.problems:
+            raise UserError(
+                f"--against: {other.folder} answered other problems; evaluate both with the same task, data "
+                "and --limit"
+            )
+        return mcnemar(np.array([r["right"] for r in self.rows if r["sample"] is None], bool), other.right)
+
+
+def measure_model(settings: Settings, samples: int | None = None, progress: Progress | None = None) -> Measured:
+    """Evaluates the model (with `model.adapter`, if set) that the settings name on its task's evaluation
+    problems. Raises UserError for what can be fixed."""
+    progress = progress or Progress()
+    progress.phase("loading")
+    task = load_task(settings)
+    if not task.eval:
+        raise UserError(f"task {task.name}: nothing to evaluate on; write task.eval_split= the split to use")
+    policy, tokenizer, ends = _load(settings)
+    common = {
+        "end_ids": ends,
+        "max_completion_length": settings.rollout.max_completion_length,
+        "limit": settings.eval.limit,
+        "batch_size": settings.eval.batch_size,
+        "stop": settings.rollout.stop,
+        "progress": progress,
+    }
+    greedy, completions = evaluate_policy(policy, tokenizer, task, settings.task, **common)
+    examples = list(task.eval[: len(completions)])
+    rows = _rows(task, examples, completions, [None] * len(examples), range(len(examples)))
+    sampled = None
+    if samples is not None:
+        common["seed"] = settings.train.seed
+        sampled, found = sample_policy(policy, tokenizer, task, settings.task, samples=samples, **common)
+        for number, (example, group) in enumerate(zip(examples, found, strict=True)):
+            rows += _rows(task, [example] * samples, group, list(range(samples)), [number] * samples)
+    revision = getattr(policy.model.config, "_commit_hash", None)
+    return Measured(settings, greedy, sampled, _checksum(examples), rows, revision)
+
+
+def _load(settings: Settings) -> tuple[Policy, Any, list[int]]:
+    model, tokenizer = load_model(settings.model)
+    vocabulary = len(model.get_output_embeddings().weight)
+    suppressed = suppressed_ids(model, settings.rollout.suppress_tokens, vocabulary)
+    lora, ends = settings.lora, end_ids(model, tokenizer)
+    # A new adapter adds nothing until it is trained: without model.adapter this is the model itself.
+    peft_model = attach(
+        model,
+        r=lora.r,
+        alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        layers=lora.layers,
+        adapter=settings.model.adapter,
+    )
+    plain = settings.model.engine == "plain"
+    temperature = settings.rollout.temperature
+    return (
+        Policy(peft_model, temperature=temperature, suppress_tokens=suppressed, plain=plain),
+        tokenizer,
+        ends,
+    )
+
+
+def _rows(
+    task: Task, examples: list[Example], completions: list[Completion], samples: list, numbers: Any
+) -> list[dict[str, Any]]:
+    right = judge_all(task, examples, completions)
+    lenient = task.score_lenient
+    return [
+        {
+            "problem": number,
+            "sample": which,  # null: the greedy answer
+            "prompt": example.prompt,
+            "answer": example.columns.get("answer"),
+            "completion": completion.text,
+            "tokens": len(completion),
+            "finished": completion.finished,
+            "read": None if task.score is None else answer_text(completion.text),
+            "right": bool(r),
+            "right_lenient": None if lenient is None else lenient(completion.text, example).right,
+        }
+        for number, which, example, completion, r in zip(
+            numbers, samples, examples, completions, right, strict=True
+        )
+    ]
+
+
+def _checksum(examples: list[Example]) -> str:
+    """Of the problems and their answers, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        row = [example.prompt, str(example.columns.get("answer"))]
+        digest.update(json.dumps(row).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
