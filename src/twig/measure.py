@@ -56,7 +56,9 @@ class Measured:
         return mcnemar(np.array([r["right"] for r in self.rows if r["sample"] is None], bool), other.right)
 
 
-def measure_model(settings: Settings, samples: int | None = None, progress: Progress | None = None) -> Measured:
+def measure_model(
+    settings: Settings, samples: int | None = None, progress: Progress | None = None
+) -> Measured:
     """Evaluates the model (with `model.adapter`, if set) that the settings name on its task's evaluation
     problems. Raises UserError for what can be fixed."""
     progress = progress or Progress()
