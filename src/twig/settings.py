@@ -51,7 +51,10 @@ class Model(Frozen):
         "`cuda:1`, `mps`.",
     )
     adapter: Text | None = Field(
-        None, description="Path of a PEFT adapter to continue from.", examples=["runs/quickstart/adapter"]
+        None,
+        description="Path of a PEFT adapter to continue from. It keeps its rank, alpha, modules and layers, "
+        "whatever the defaults of `lora` are.",
+        examples=["runs/quickstart/adapter"],
     )
     attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
         "auto", description="Attention kernel. `auto` takes sdpa where the model has it."
