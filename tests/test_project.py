@@ -19,7 +19,8 @@ ORDER = (
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie credit objective pack models oom head decoder policy rollout replay progress passes measures "
-    "evaluate memory checkpoint machine evaluations measure runlog trackers signals diagnose report "
+    "evaluate shape workload footprint memory "
+    "checkpoint machine evaluations measure runlog trackers signals diagnose report "
     "trainer loop compare redact "
     "hub card export __init__ "
     "display cli_shared cli_eval cli_export cli "
@@ -31,7 +32,8 @@ WITHOUT_TORCH = (
     "records wording settings config expressions answers "
     "tasks.base tasks.functions tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie credit pack replay progress measures memory machine evaluations runlog trackers signals diagnose "
+    "trie credit pack replay progress measures shape workload footprint memory "
+    "machine evaluations runlog trackers signals diagnose "
     "report redact hub card display cli_shared cli_eval cli_export cli"
 ).split()
 

@@ -1,19 +1,281 @@
-"""How much memory this process has used at its peak, on whatever device it trains.
+"""How much memory a run needs, before it starts: what fits a budget, and what to change where nothing does.
 
-Needs no torch to import: the device is asked only if torch is there already.
+`plan` is a function of a model's config.json, the settings and a number of bytes. `PeakMemory` measures what
+was used. Nothing here imports torch: a device is asked only where torch is there already.
 """
 
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from twig.config import Settings
+from twig.footprint import Footprint, Phase
+from twig.records import UserError
+from twig.shape import Shape, read_config
+from twig.workload import Sizes, Work
+
+PROMPT_TOKENS = 256  # assumed where nobody knows the prompts
+# The sizes that are tried, the quickest first. More completions at once than these are hardly faster; a
+# larger pack's dense mask costs more than it shares.
+_MOST_COMPLETIONS, _MOST_QUESTIONS, _PACK = 256, 128, 1024
+_HEAD_CHUNKS = (2**22, 2**20, 2**18, 2**16)
+_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One more change beside all those before it: the settings to write, and the peak that follows, bytes."""
+
+    changes: str
+    peak: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run computes at once, and the memory that it takes at most.
+
+    `phases` are itemised, `budget` is in bytes. Where it does not fit, the sizes are the smallest there are,
+    and `advice` says what to change, the cheapest first.
+    """
+
+    wave_size: int
+    pack_size: int
+    head_chunk: int
+    checkpoint_layers: bool
+    eval_batch_size: int
+    phases: tuple[Phase, ...]
+    budget: int
+    advice: tuple[Advice, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the highest point of the run."""
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the budget."""
+        return self.peak <= self.budget
+
+    @property
+    def tensors_peak(self) -> int:
+        """The peak without what libraries take: what a CUDA device counts as allocated."""
+        parts = [[item.size for item in phase.items if item.name != "libraries"] for phase in self.phases]
+        return max(map(sum, parts))
+
+
+def plan(
+    config: Mapping[str, Any] | str | Path,
+    settings: Settings,
+    budget: int,
+    device_kind: str,
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    quantised: str | None = None,
+) -> Plan:
+    """The plan of a run: sizes that are None in `settings` are chosen so that all phases fit `budget` bytes.
+
+    `config` is a model's config.json, as a mapping, a path or the model's name. `device_kind` is cpu, cuda or
+    mps. `prompt_tokens` is the length of the longest prompt. `quantised`: nf4 or int8, of the matrices of the
+    layers. Raises UserError for a model whose memory cannot be told from its config.
+    """
+    if not isinstance(config, Mapping):
+        config = read_config(str(config), settings.model.revision)
+    shape = Shape.from_config(config)
+
+    def chosen(changed: Settings) -> Plan:
+        work = work_of(shape, changed, device_kind, prompt_tokens, quantised)
+        return _choose(work, changed, budget)
+
+    found = chosen(settings)
+    advice = () if found.fits else tuple(_advise(chosen, settings, found, shape))
+    return replace(found, advice=advice, notes=tuple(_notes(shape, settings, device_kind)))
+
+
+def work_of(
+    shape: Shape, settings: Settings, device_kind: str, prompt_tokens: int, quantised: str | None = None
+) -> Work:
+    """What the settings ask of a model of that shape. Raises UserError for modules and layers it lacks."""
+    lora, rollout, algorithm = settings.lora, settings.rollout, settings.algorithm
+    element = _BYTES.get(settings.model.dtype) or (4 if device_kind == "cpu" else 2)
+    if unknown := sorted(set(lora.target_modules) - set(shape.linear())):
+        raise UserError(
+            f"lora.target_modules: {unknown[0]} cannot be planned; write some of {', '.join(shape.linear())}"
+        )
+    return Work(
+        shape=shape,
+        kind=device_kind,
+        element=element,
+        stored=_BYTES.get(shape.stored or "", element),
+        wide=max(element, 4),
+        eager=settings.model.attn_implementation == "eager" or shape.attention_softcap,
+        plain=settings.model.engine == "plain",
+        quantised=quantised,
+        rank=lora.r,
+        modules=frozenset(lora.target_modules),
+        adapted=_adapted(lora.layers, shape.layers),
+        moments=2 if settings.train.optim == "adamw_torch" else 0,
+        algorithm=algorithm.name,
+        kept_tokens=algorithm.k if algorithm.name == "s-grpo" else None,
+        prompt=max(prompt_tokens, 1),
+        length=rollout.max_completion_length,
+        generations=rollout.num_generations,
+        prompts=rollout.prompts_per_step,
+        evaluated_between=settings.eval.steps > 0,
+    )
+
+
+def _adapted(layers: str | list[int], count: int) -> tuple[int, ...]:
+    if layers == "all":
+        return tuple(range(count))
+    if layers == "last_third":
+        return tuple(range(count - -(-count // 3), count))
+    if outside := [i for i in layers if i >= count]:
+        raise UserError(
+            f"lora.layers: {outside[0]} is not a layer of this model: write numbers from 0 to {count - 1}"
+        )
+    return tuple(sorted(set(layers)))
+
+
+# ---- choosing --------------------------------------------------------------------------------------------
+
+
+def _choose(work: Work, settings: Settings, budget: int) -> Plan:
+    """The first sizes that fit, phase by phase; the last ones tried where none do."""
+    rollout, train = settings.rollout, settings.train
+    sizes = Sizes(1, 1, _HEAD_CHUNKS[-1], True, 1)
+    total = work.prompts * work.generations
+    waves = _halved(min(total, _MOST_COMPLETIONS), 1, rollout.wave_size)
+    sizes, sampling = _first(
+        (replace(sizes, wave_size=n) for n in waves), lambda s: Footprint(work, s).sampling(), budget
+    )
+    sizes, update = _first(_update_sizes(work, train, sizes), lambda s: Footprint(work, s).update(), budget)
+    questions = min(settings.eval.limit or _MOST_QUESTIONS, settings.task.eval_size or _MOST_QUESTIONS)
+    batches = _halved(min(questions, _MOST_QUESTIONS), 1, settings.eval.batch_size)
+    sizes, evaluation = _first(
+        (replace(sizes, eval_batch_size=n) for n in batches),
+        lambda s: Footprint(work, s).evaluation(),
+        budget,
+    )
+    phases = (Footprint(work, sizes).loading(), sampling, update, evaluation)
+    return Plan(
+        sizes.wave_size,
+        sizes.pack_size,
+        sizes.head_chunk,
+        sizes.checkpoint_layers,
+        sizes.eval_batch_size,
+        phases,
+        budget,
+    )
+
+
+def _first(
+    candidates: Iterator[Sizes], phase_of: Callable[[Sizes], Phase], budget: int
+) -> tuple[Sizes, Phase]:
+    for sizes in candidates:
+        phase = phase_of(sizes)
+        if phase.peak <= budget:
+            break
+    return sizes, phase
+
+
+def _halved(start: int, last: int, fixed: int | None) -> list[int]:
+    """`fixed` alone where it is given, else `start` and its halves down to `last`."""
+    if fixed is not None:
+        return [fixed]
+    found = [start]
+    while found[-1] > last:
+        found.append(max(found[-1] // 2, last))
+    return found
+
+
+def _update_sizes(work: Work, train: Any, sizes: Sizes) -> Iterator[Sizes]:
+    """Sizes of an update in order of cost: smaller packs, a smaller head chunk, then layers run twice."""
+    packs = _halved(max(_PACK, work.path), work.path, train.pack_size)
+    chunks = [train.head_chunk] if train.head_chunk is not None else list(_HEAD_CHUNKS)
+    for checkpointed in [False, True] if train.checkpoint_layers is None else [train.checkpoint_layers]:
+        for number, chunk in enumerate(chunks):
+            for pack in packs if number == 0 else packs[-1:]:
+                yield replace(sizes, pack_size=pack, head_chunk=chunk, checkpoint_layers=checkpointed)
+
+
+# ---- advice ----------------------------------------------------------------------------------------------
+
+
+def _advise(
+    chosen: Callable[[Settings], Plan], settings: Settings, found: Plan, shape: Shape
+) -> Iterator[Advice]:
+    """Changes in order of cost, each on top of those before it, up to the first that fits.
+
+    One that lowers the peak by less than a hundredth is left out.
+    """
+    for changes in _cheapest_first(settings, shape):
+        changed = settings.with_overrides(changes)
+        after = chosen(changed)
+        if after.peak > 0.99 * found.peak:
+            continue
+        settings, found = changed, after
+        yield Advice(" ".join(changes), after.peak, after.fits)
+        if after.fits:
+            return
+
+
+def _cheapest_first(settings: Settings, shape: Shape) -> Iterator[Sequence[str]]:
+    """What can be changed: first what leaves the results as they are, last what makes it another run."""
+    rollout, train = settings.rollout, settings.train
+    if rollout.wave_size is not None:
+        yield from ([f"rollout.wave_size={n}"] for n in _halved(rollout.wave_size, 1, None)[1:])
+    if settings.eval.batch_size is not None:
+        yield from ([f"eval.batch_size={n}"] for n in _halved(settings.eval.batch_size, 1, None)[1:])
+    if train.pack_size is not None:
+        yield from ([f"train.pack_size={n}"] for n in _halved(train.pack_size, 64, None)[1:])
+    if train.head_chunk is not None:
+        yield from ([f"train.head_chunk={n}"] for n in _HEAD_CHUNKS if n < train.head_chunk)
+    if train.checkpoint_layers is False:
+        yield ["train.checkpoint_layers=true"]
+    if settings.model.dtype in ("auto", "float32", "float64"):
+        yield ["model.dtype=bfloat16"]
+    layers = _adapted(settings.lora.layers, shape.layers)
+    if len(layers) > 2:
+        yield [f"lora.layers={list(layers[len(layers) // 2 :])}".replace(" ", "")]
+    if rollout.prompts_per_step > 1:
+        yield [f"rollout.prompts_per_step={rollout.prompts_per_step // 2}"]
+    yield from (
+        [f"rollout.max_completion_length={n}"] for n in _halved(rollout.max_completion_length, 64, None)[1:]
+    )
+    if rollout.num_generations > 4:
+        yield [f"rollout.num_generations={rollout.num_generations // 2}"]
+
+
+def _notes(shape: Shape, settings: Settings, kind: str) -> Iterator[str]:
+    if not shape.known:
+        yield f"model type '{shape.family}' is not known to the planner: it is counted as a Llama"
+    if kind != "cpu":
+        yield "not measured: what the device's own libraries take"
+    if settings.model.engine == "plain":
+        yield "model.engine=plain is predicted roughly: a model's own forward may hold more"
+
+
+# ---- measuring -------------------------------------------------------------------------------------------
 
 
 class PeakMemory:
     """Measures the peak from `__enter__` on: allocated bytes on a CUDA device, else the process's resident
     memory."""
 
+    def __init__(self) -> None:
+        self.before = 0
+
     def __enter__(self) -> "PeakMemory":
         if (cuda := _cuda()) is not None:
             cuda.reset_peak_memory_stats()
+            self.before = int(cuda.memory_allocated())
+        else:
+            self.before = _resident()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -25,10 +287,20 @@ class PeakMemory:
             return int(cuda.max_memory_allocated())
         return _resident_peak()
 
+    def growth(self) -> int:
+        """The peak so far above what was there at `__enter__`, in bytes: what a plan predicts."""
+        return max(self.peak() - self.before, 0)
+
 
 def _cuda() -> Any:
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def _resident() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _resident_peak() -> int:

@@ -1,0 +1,98 @@
+"""The planner: weights and activations counted exactly, phases added up, budgets respected."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from test_engine import credit_of
+from transformers import AutoModelForCausalLM
+
+from twig.config import Settings
+from twig.memory import work_of
+from twig.pack import build_packs
+from twig.shape import Shape
+from twig.workload import kept_by_pack
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def settings_of(*overrides):
+    values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
+    return Settings.from_dict(values, overrides)
+
+
+def config_of(family):
+    name, extra = tiny.FAMILIES[family]
+    return getattr(transformers, name)(**tiny.SHAPE | extra)
+
+
+def shape_of(config):
+    return Shape.from_config(json.loads(config.to_json_string()))
+
+
+# Weights
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_weights_are_those_of_the_model(family):
+    config = config_of(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(shape_of(config).parameters().values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2", "Gemma3Text", "Granite"])
+def test_what_a_config_leaves_out_is_what_its_class_has(name):
+    """A config.json may have nothing but the sizes; biases, head width and tied embeddings then follow."""
+    config = getattr(transformers, f"{name}Config")()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    keys = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"
+    short = {key: getattr(config, key) for key in [*keys.split(), "num_key_value_heads"]}
+    assert sum(Shape.from_config(short).parameters().values()) == sum(p.numel() for p in model.parameters())
+
+
+# What autograd keeps
+
+
+def saved_bytes(policy, pack):
+    """Bytes of the different storages that the backward pass of a pack keeps, without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.peft_model.parameters()}
+    found = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.is_floating_point():
+            found[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy._target_logps(pack, None)
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), ("k_proj", "o_proj"), MLP, ATTENTION + MLP])
+@pytest.mark.parametrize("family, attention", [*((f, None) for f in tiny.FAMILIES), ("qwen2", "eager")])
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(family, attention, modules, dtype):
+    attention = attention or ("sdpa" if tiny.has_sdpa(family) else "eager")
+    policy = tiny.build_policy(
+        family, attention, getattr(torch, dtype), layers=[1, 2, 3], target_modules=modules
+    )
+    group = tiny.random_group(np.random.default_rng(0), prompt_length=8, size=8, longest=16)
+    tries, credits = credit_of([group])
+    (pack,) = build_packs([group], tries, credits, 4096)
+    settings = settings_of(
+        "lora.layers=[1,2,3]",
+        f"lora.target_modules=[{','.join(modules)}]",
+        "lora.r=4",
+        f"model.dtype={dtype}",
+        f"model.attn_implementation={attention}",
+    )
+    work = work_of(shape_of(policy.model.config), settings, "cpu", 8)
+    predicted = kept_by_pack(work, *pack.ids.shape, len(pack.rows), len(pack.targets))
+    assert predicted == pytest.approx(saved_bytes(policy, pack), rel=0.01)
