@@ -46,7 +46,7 @@ FILES = {
     "rewards.py": REWARDS,
     "broken.py": "def good(completions, **kwargs:\n",
     "rhymes.jsonl": '{"prompt": "tree", "rhyme": "ee"}\n' * 20,
-    "questions.jsonl": '{"question": "tree", "rhyme": "ee"}\n' * 20,
+    "questions.jsonl": '{"ask": "tree", "rhyme": "ee"}\n' * 20,
     "half.jsonl": '{"prompt": "tree", "rhyme": "ee"}\n{"prompt": "st',
     "photos/cat.png": "cat",
     "nomodel/readme.txt": "no model here",
@@ -151,7 +151,7 @@ CASES = [
     ("train quickstart model.name={model} task.prompt_template='{{x}}'", ["task.prompt_template", "{x}"]),
     ("train quickstart task.name=custom", ["task.path: not set", "write task.path=FILE.jsonl"]),
     ("{custom} task.path=nothing.jsonl", ["nothing.jsonl"]),
-    ("{custom} task.path=questions.jsonl", ["'prompt'", "question, rhyme", "task.prompt_column="]),
+    ("{custom} task.path=questions.jsonl", ["'prompt'", "ask, rhyme", "task.prompt_column="]),
     ("{custom} task.path=half.jsonl", ["half.jsonl", "2"]),
     ("train quickstart task.name=custom task.path=rhymes.jsonl", ["task.reward_file=FILE.py:FUNCTION"]),
     # reward functions
