@@ -75,7 +75,7 @@ SAMPLING = {
 }
 
 
-@pytest.mark.parametrize("wave_size", [128, 4])
+@pytest.mark.parametrize("wave_size", [128, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("where", "call"), [(where, call) for where, (*_, calls) in SAMPLING.items() for call in calls]
 )
@@ -151,7 +151,7 @@ UPDATE = {
 }
 
 
-@pytest.mark.parametrize(("beta", "old"), [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize(("beta", "old"), [(0.1, True), pytest.param(0.0, False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("where", "call"), [(where, call) for where, (*_, calls, _) in UPDATE.items() for call in calls]
 )
