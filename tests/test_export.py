@@ -31,6 +31,7 @@ from twig.cli import main
 from twig.config import Settings
 from twig.evaluate import Evaluation, wilson
 from twig.export import export_run
+from twig.hub import push_folder
 from twig.progress import Progress
 from twig.records import UserError
 from twig.redact import code, fenced, public
@@ -378,8 +379,9 @@ def test_the_best_adapters_card_says_that_it_was_chosen():
     assert "accuracy is on average too high" in card
     assert metadata(card)[0]["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.9
     assert "too high" not in model_card(subject())
-    near = SUMMARY | {"accuracy_after": RESULT}
-    assert "may be chance" in model_card(subject(summary=near))
+    for after, chance in ((RESULT, True), (RESULT | {"value": 0.2, "low": 0.1, "high": 0.3}, False)):
+        card = model_card(subject(summary=SUMMARY | {"accuracy_after": after}))
+        assert ("may be chance" in card) == chance
 
 
 def page(card):
@@ -404,7 +406,7 @@ def test_no_name_and_no_setting_can_break_the_page(on_the_hub, merge):
                 base=Base(text, text if on_the_hub else None),
                 environment=ENVIRONMENT | about,
                 adapter=ADAPTER | {"target_modules": text},
-                prompt=text + "````\n````" + "x" * 200,
+                prompt=text + "\n````\n# Owned\n" + "x" * 200,
                 merge=merge,
             )
         )
@@ -852,6 +854,9 @@ def test_what_goes_wrong_on_the_hub_is_one_line(call, fault, says, hub, run, tmp
     assert last.endswith(f"hf upload ann/better {target} --private")
     assert "token=" not in last and "hf_" not in last
     assert (target / "README.md").is_file()
+    with pytest.raises(UserError) as raised:
+        push_folder(target, "ann/better", False, Progress())
+    assert "\n" not in str(raised.value)
 
 
 def test_without_a_token_nothing_is_written(hub, run, tmp_path, monkeypatch):
