@@ -1,6 +1,7 @@
 """The planner: weights and activations counted exactly, phases added up, budgets respected."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import transformers
 from test_engine import credit_of
 from transformers import AutoModelForCausalLM
 
+from twig import decoder
 from twig.config import Settings
+from twig.decoder import KeyValueCache
 from twig.memory import work_of
 from twig.pack import build_packs
 from twig.shape import Shape
@@ -96,3 +99,27 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(family, atten
     work = work_of(shape_of(policy.model.config), settings, "cpu", 8)
     predicted = kept_by_pack(work, *pack.ids.shape, len(pack.rows), len(pack.targets))
     assert predicted == pytest.approx(saved_bytes(policy, pack), rel=0.01)
+
+
+# The cache
+
+
+def test_leaving_rows_out_never_holds_two_caches(monkeypatch):
+    """When a layer is copied, those copied before it are gone."""
+    cache = KeyValueCache(4, 6)
+    for layer in range(4):
+        cache.update(*torch.randn(2, 3, 2, 5, 8), layer)
+    cache.filled = 5
+    expected = cache.select(torch.tensor([2, 0]))
+    originals = [weakref.ref(buffer) for buffers in (cache.keys, cache.values) for buffer in buffers]
+    gone, copy = [], decoder._copy_rows
+
+    def watched(*arguments):
+        gone.append(sum(original() is None for original in originals))
+        return copy(*arguments)
+
+    monkeypatch.setattr(decoder, "_copy_rows", watched)
+    cache.keep(torch.tensor([2, 0]))
+    assert gone == list(range(8))
+    for ours, theirs in ((cache.keys, expected.keys), (cache.values, expected.values)):
+        assert all(torch.equal(a[:, :, :5], b[:, :, :5]) for a, b in zip(ours, theirs, strict=True))

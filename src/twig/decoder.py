@@ -59,12 +59,22 @@ class KeyValueCache:
         """A cache of the given rows (repeats allowed), with room for `capacity` tokens."""
         chosen = KeyValueCache(len(self.keys), capacity or self.capacity)
         chosen.filled = self.filled
-        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
-            for source, target in ((k, chosen.keys), (v, chosen.values)):
-                buffer = source.new_empty(len(rows), source.shape[1], chosen.capacity, source.shape[3])
-                buffer[:, :, : self.filled] = source[rows, :, : self.filled]
-                target[layer] = buffer
+        for source, target in ((self.keys, chosen.keys), (self.values, chosen.values)):
+            target[:] = [_copy_rows(buffer, rows, self.filled, chosen.capacity) for buffer in source]
         return chosen
+
+    def keep(self, rows: Int[Tensor, " B2"]) -> None:
+        """Leaves out all rows but the given ones. One layer at a time, so that there are never two caches."""
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                buffers[layer] = _copy_rows(buffer, rows, self.filled, self.capacity)
+                del buffer
+
+
+def _copy_rows(buffer: Tensor, rows: Tensor, filled: int, capacity: int) -> Tensor:
+    copy = buffer.new_empty(len(rows), buffer.shape[1], capacity, buffer.shape[3])
+    copy[:, :, :filled] = buffer[rows, :, :filled]
+    return copy
 
 
 @dataclass

@@ -21,8 +21,10 @@ from twig.workload import (
 
 MIB = 2**20
 # What the first calls of the libraries take and keep, beside all tensors: code that is mapped when it is
-# first used, thread pools, workspaces. CPU: measured, see docs/performance.md. CUDA and Apple: not measured.
+# first used, thread pools, workspaces; the backward pass adds its own. CPU: measured, see
+# docs/performance.md. CUDA (with the context) and Apple: not measured.
 LIBRARIES = {"cpu": 45 * MIB, "cuda": 600 * MIB, "mps": 300 * MIB}
+BACKWARD_LIBRARIES = {"cpu": 15 * MIB, "cuda": 0, "mps": 0}
 # The check of a model's layers when it is opened: rows of logits alive at once (`decoder.Decoder.check`).
 _CHECK_ROWS = 94
 _COMPACTED = 0.75  # of a wave's rows, at most, when the finished ones are left out
@@ -115,6 +117,7 @@ class Footprint:
         """What is alive from the first step on."""
         work = self.work
         ledger = Ledger(self.base)
+        ledger.take("libraries", BACKWARD_LIBRARIES[work.kind])
         ledger.take("gradients", work.adapter_bytes)
         ledger.take("optimizer", work.moments * work.adapter_bytes)
         return ledger
@@ -173,8 +176,8 @@ class Footprint:
         ledger.take("masks", rows * (slots * (_INT + _BOOL) + work.length * 2 * kinds * shape.head_dim * e))
         # Choosing a token: logits, log-probs, probabilities, and their sums or entropies.
         ledger.moment("logits", 3 * rows * shape.vocabulary * wide)
-        # Rows that ended are left out: the cache of those that go on is copied.
-        ledger.moment("key-value cache", _COMPACTED * rows * slots * row)
+        # Rows that ended are left out, and the others copied, one layer after another.
+        ledger.moment("key-value cache", _COMPACTED * rows * slots * row / shape.layers)
         ledger.take("activations", rows * hidden)
         ledger.moment("activations", layer_moment(work, rows, 1, slots))
         ledger.moment("logits", rows * shape.vocabulary * (2 * wide if e == wide else wide + e))

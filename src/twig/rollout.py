@@ -306,7 +306,8 @@ def _sample_wave(
             break
         if left < _COMPACT_BELOW * len(current):
             keep = going.nonzero()[:, 0]
-            cache, current, tokens, going = cache.select(keep), current[keep], tokens[keep], going[keep]
+            cache.keep(keep)
+            current, tokens, going = current[keep], tokens[keep], going[keep]
             filled, slot_positions, positions = filled[keep], slot_positions[keep], positions[keep]
             rotary = {kind: (cos[keep], sin[keep]) for kind, (cos, sin) in rotary.items()}
         now = positions[:, t : t + 1]
