@@ -68,7 +68,6 @@ class KeyValueCache:
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
                 buffers[layer] = _copy_rows(buffer, rows, self.filled, self.capacity)
-                del buffer
 
 
 def _copy_rows(buffer: Tensor, rows: Tensor, filled: int, capacity: int) -> Tensor:
