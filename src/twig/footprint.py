@@ -168,8 +168,11 @@ class Footprint:
         ledger.drop("masks", masks)
         ledger.take("logits", (2 * prompts + rows) * shape.vocabulary * wide)
         ledger.drop("logits", 2 * prompts * shape.vocabulary * wide)
-        ledger.take("key-value cache", rows * slots * row)
+        # The buffers of the whole wave are made at once; a CPU gives their pages as they are written to.
+        first = work.prompt if work.kind == "cpu" else slots
+        ledger.take("key-value cache", rows * first * row)
         ledger.drop("key-value cache", prompt_tokens * row)
+        ledger.take("key-value cache", rows * (slots - first) * row)
         ledger.drop("activations")
 
         kinds = 2 if shape.per_type_rotary else 1
