@@ -1,6 +1,7 @@
 """The planner: weights and activations counted exactly, phases added up, budgets respected."""
 
 import json
+import re
 import weakref
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_engine import credit_of
 from transformers import AutoModelForCausalLM
 
 from twig import decoder
+from twig.cli import main
 from twig.config import Settings
 from twig.decoder import KeyValueCache
 from twig.memory import work_of
@@ -123,3 +125,14 @@ def test_leaving_rows_out_never_holds_two_caches(monkeypatch):
     assert gone == list(range(8))
     for ours, theirs in ((cache.keys, expected.keys), (cache.values, expected.values)):
         assert all(torch.equal(a[:, :, :5], b[:, :, :5]) for a, b in zip(ours, theirs, strict=True))
+
+
+# The command
+
+
+def test_the_plan_of_this_machine_is_shown_item_by_item(capsys):
+    assert main(["plan", "quickstart"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny-arithmetic on a CPU, prompts of up to 7 tokens\n" in shown
+    assert re.search(r"together +\d+ MiB +\d+ MiB +\d+ MiB +\d+ MiB", shown)
+    assert "this machine: fits" in shown

@@ -6,6 +6,7 @@ import tiny
 import torch
 from test_engine import assert_same, credit_of, groups_of, requests_of, texts_of
 
+import twig.decoder
 from twig.decoder import Decoder, KeyValueCache
 from twig.head import Head
 from twig.objective import Surrogate
@@ -68,7 +69,8 @@ def test_and_what_does_not(error):
 
 SAMPLING = {
     "prompts": (Decoder, "run", [1, 2]),
-    "a copy of the cache": (KeyValueCache, "select", [1, 2]),
+    "a cache of the prompts for each completion": (KeyValueCache, "select", [1]),
+    "a copy of a layer's cache": (twig.decoder, "_copy_rows", [1, 4, 9, 14]),
     "a token": (Decoder, "run", [3, 4, 7, 20]),
     "logits": (Policy, "next_token_logits", [1, 2, 6]),
     "a mask": (Decoder, "masks", [1, 5]),

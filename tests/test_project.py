@@ -23,7 +23,7 @@ ORDER = (
     "checkpoint machine evaluations measure runlog trackers signals diagnose report "
     "trainer loop compare redact "
     "hub card export __init__ "
-    "display cli_shared cli_eval cli_export cli "
+    "display cli_shared cli_eval cli_export cli_plan cli "
     "__main__"
 ).split()
 
@@ -34,7 +34,7 @@ WITHOUT_TORCH = (
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie credit pack replay progress measures shape workload footprint memory "
     "machine evaluations runlog trackers signals diagnose "
-    "report redact hub card display cli_shared cli_eval cli_export cli"
+    "report redact hub card display cli_shared cli_eval cli_export cli_plan cli"
 ).split()
 
 HEAVY = ("torch", "transformers", "matplotlib")

@@ -20,6 +20,7 @@ from rich.text import Text
 from twig import __version__
 from twig.cli_eval import eval_command
 from twig.cli_export import export_command
+from twig.cli_plan import plan_command
 from twig.cli_shared import Overrides, quiet_libraries, result_console, show_row
 from twig.config import Settings, load, recipe_names, recipe_text
 from twig.display import clean, one_line, quoted, show_run, showing
@@ -141,6 +142,7 @@ def _stoppable(folder: Path) -> Iterator[None]:
 
 app.command("eval")(eval_command)
 app.command("export")(export_command)
+app.command("plan")(plan_command)
 
 
 # ---- what there is --------------------------------------------------------------------------------------

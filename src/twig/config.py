@@ -24,6 +24,7 @@ from twig.settings import (
     Frozen,
     Log,
     Lora,
+    Memory,
     Model,
     Rollout,
     TaskSettings,
@@ -44,6 +45,7 @@ class Settings(Frozen):
     algorithm: Algorithm = Field(default_factory=Algorithm)
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
+    memory: Memory = Field(default_factory=Memory)
     log: Log = Field(default_factory=Log)
 
     @classmethod

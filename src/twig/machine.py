@@ -7,9 +7,12 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from twig.records import UserError
 
 PACKAGES = ("twig-rl", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
 TORCH_PAGE = "https://pytorch.org/get-started/locally/"
@@ -39,12 +42,7 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return _run("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def device_words(torch: Any) -> str:
@@ -55,6 +53,64 @@ def device_words(torch: Any) -> str:
         name = torch.cuda.get_device_name()
         return f"cuda, {name} ({major}.{minor}), {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_kind(wanted: str, torch: Any = None) -> str:
+    """cpu, cuda or mps: what `model.device` means here, asked of `torch`, the module.
+
+    Without it nothing is imported, and `auto` is a guess from the driver and the torch that is installed.
+    """
+    if wanted != "auto":
+        return wanted.partition(":")[0]
+    if torch is not None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if sys.platform == "darwin":
+        return "mps" if platform.machine() == "arm64" else "cpu"
+    built_for_gpu = not (_version("torch") or "").endswith("+cpu")
+    return "cuda" if built_for_gpu and has_nvidia_gpu() else "cpu"
+
+
+def free_memory(kind: str, torch: Any = None) -> int:
+    """Bytes that a process may still take on a device of the kind; `torch`, the module, where it is loaded.
+
+    A CPU's is what the machine has available or, if less, what the container may still take. Raises UserError
+    where a GPU does not say.
+    """
+    if kind == "cuda":
+        if torch is not None:
+            return int(torch.cuda.mem_get_info()[0])
+        found = _run("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+        if found is None:
+            raise UserError("memory.budget: the GPU does not say what is free; write a size, such as 6GiB")
+        return int(found.split()[0]) * 2**20
+    import psutil
+
+    return min(psutil.virtual_memory().available, _left_in_container())
+
+
+def _left_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the control group of a container leaves, in bytes; without limit a number beyond any machine."""
+    for folder, limit, used in (
+        (root, "memory.max", "memory.current"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if most.isdigit():  # pages of files that nobody maps are given back when they are needed
+            return max(int(most) - now + int(counts.get("inactive_file", 0)), 0)
+    return 2**63
+
+
+def _run(*command: str) -> str | None:
+    """What a command prints, None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def has_nvidia_gpu(driver: Path = Path("/proc/driver/nvidia")) -> bool:

@@ -6,7 +6,7 @@ was used. Nothing here imports torch: a device is asked only where torch is ther
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,22 @@ from twig.config import Settings
 from twig.footprint import Footprint, Phase
 from twig.records import UserError
 from twig.shape import Shape, read_config
+from twig.wording import parse_size, write
 from twig.workload import Sizes, Work
 
+SIZES = (
+    "rollout.wave_size",
+    "train.pack_size",
+    "train.head_chunk",
+    "train.checkpoint_layers",
+    "eval.batch_size",
+)
 PROMPT_TOKENS = 256  # assumed where nobody knows the prompts
 # The sizes that are tried, the quickest first. More completions at once than these are hardly faster; a
 # larger pack's dense mask costs more than it shares.
 _MOST_COMPLETIONS, _MOST_QUESTIONS, _PACK = 256, 128, 1024
 _HEAD_CHUNKS = (2**22, 2**20, 2**18, 2**16)
+_USED = 0.95  # of the budget
 _M_MMAP_THRESHOLD, _RETURNED_FROM = -3, 2**18  # malloc.h; bytes
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
@@ -60,8 +69,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget."""
-        return self.peak <= self.budget
+        """Whether the peak leaves a twentieth of the budget free: no prediction was further off."""
+        return self.peak <= self.budget * _USED
 
     @property
     def tight(self) -> bool:
@@ -99,8 +108,29 @@ def plan(
         return _choose(work, changed, budget)
 
     found = chosen(settings)
-    advice = () if found.fits else tuple(_advise(chosen, settings, found, shape))
+    advice = () if found.fits else _advise(chosen, settings, found, shape)
     return replace(found, advice=advice, notes=tuple(_notes(shape, settings, device_kind)))
+
+
+def budget_bytes(budget: str | float, free: int) -> int:
+    """The bytes that `memory.budget` means where `free` bytes are free."""
+    if budget == "auto":
+        return free
+    return round(budget * free) if isinstance(budget, float) else parse_size(budget) or 0
+
+
+def with_free_sizes(settings: Settings, fixed: Collection[str] = ()) -> Settings:
+    """The settings with all sizes left to the plan, but for the `fixed` keys."""
+    return _changed(settings, {key: None for key in SIZES if key not in fixed})
+
+
+def _changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """The settings with other values, which are not checked: None leaves a size to the plan."""
+    for key, value in values.items():
+        group, _, name = key.partition(".")
+        changed = getattr(settings, group).model_copy(update={name: value})
+        settings = settings.model_copy(update={group: changed})
+    return settings
 
 
 def work_of(
@@ -151,9 +181,9 @@ def _adapted(layers: str | list[int], count: int) -> tuple[int, ...]:
 # ---- choosing --------------------------------------------------------------------------------------------
 
 
-def _choose(work: Work, settings: Settings, budget: int) -> Plan:
+def _choose(work: Work, settings: Settings, available: int) -> Plan:
     """The first sizes that fit, phase by phase; the last ones tried where none do."""
-    rollout, train = settings.rollout, settings.train
+    rollout, train, budget = settings.rollout, settings.train, int(available * _USED)
     sizes = Sizes(1, 1, _HEAD_CHUNKS[-1], True, 1)
     total = work.prompts * work.generations
     waves = _halved(min(total, _MOST_COMPLETIONS), 1, rollout.wave_size)
@@ -176,7 +206,7 @@ def _choose(work: Work, settings: Settings, budget: int) -> Plan:
         sizes.checkpoint_layers,
         sizes.eval_batch_size,
         phases,
-        budget,
+        available,
     )
 
 
@@ -215,47 +245,49 @@ def _update_sizes(work: Work, train: Any, sizes: Sizes) -> Iterator[Sizes]:
 
 def _advise(
     chosen: Callable[[Settings], Plan], settings: Settings, found: Plan, shape: Shape
-) -> Iterator[Advice]:
+) -> tuple[Advice, ...]:
     """Changes in order of cost, each on top of those before it, up to the first that fits.
 
-    One that lowers the peak by less than a hundredth is left out.
+    One that lowers the peak by less than a hundredth is left out, or a twentieth where it changes results.
     """
-    for changes in _cheapest_first(settings, shape):
-        changed = settings.with_overrides(changes)
+    advice: dict[str, Advice] = {}
+    for key, value in _cheapest_first(settings, shape):
+        changed = _changed(settings, {key: value})
         after = chosen(changed)
-        if after.peak > 0.99 * found.peak:
+        if after.peak > (0.99 if key in SIZES else 0.95) * found.peak:
             continue
         settings, found = changed, after
-        yield Advice(" ".join(changes), after.peak, after.fits)
+        advice[key] = Advice(f"{key}={write(value).replace(' ', '')}", after.peak, after.fits)
         if after.fits:
-            return
+            break
+    return tuple(advice.values())
 
 
-def _cheapest_first(settings: Settings, shape: Shape) -> Iterator[Sequence[str]]:
+def _cheapest_first(settings: Settings, shape: Shape) -> Iterator[tuple[str, Any]]:
     """What can be changed: first what leaves the results as they are, last what makes it another run."""
     rollout, train = settings.rollout, settings.train
-    if rollout.wave_size is not None:
-        yield from ([f"rollout.wave_size={n}"] for n in _halved(rollout.wave_size, 1, None)[1:])
-    if settings.eval.batch_size is not None:
-        yield from ([f"eval.batch_size={n}"] for n in _halved(settings.eval.batch_size, 1, None)[1:])
-    if train.pack_size is not None:
-        yield from ([f"train.pack_size={n}"] for n in _halved(train.pack_size, 64, None)[1:])
+    for key, size, last in (
+        ("rollout.wave_size", rollout.wave_size, 1),
+        ("eval.batch_size", settings.eval.batch_size, 1),
+        ("train.pack_size", train.pack_size, 64),
+    ):
+        if size is not None:
+            yield from ((key, smaller) for smaller in _halved(size, last, None)[1:])
     if train.head_chunk is not None:
-        yield from ([f"train.head_chunk={n}"] for n in _HEAD_CHUNKS if n < train.head_chunk)
+        yield from (("train.head_chunk", chunk) for chunk in _HEAD_CHUNKS if chunk < train.head_chunk)
     if train.checkpoint_layers is False:
-        yield ["train.checkpoint_layers=true"]
+        yield "train.checkpoint_layers", True
     if settings.model.dtype in ("auto", "float32", "float64"):
-        yield ["model.dtype=bfloat16"]
+        yield "model.dtype", "bfloat16"
     layers = _adapted(settings.lora.layers, shape.layers)
     if len(layers) > 2:
-        yield [f"lora.layers={list(layers[len(layers) // 2 :])}".replace(" ", "")]
+        yield "lora.layers", list(layers[len(layers) // 2 :])
     if rollout.prompts_per_step > 1:
-        yield [f"rollout.prompts_per_step={rollout.prompts_per_step // 2}"]
-    yield from (
-        [f"rollout.max_completion_length={n}"] for n in _halved(rollout.max_completion_length, 64, None)[1:]
-    )
+        yield "rollout.prompts_per_step", rollout.prompts_per_step // 2
+    lengths = _halved(rollout.max_completion_length, 64, None)[1:]
+    yield from (("rollout.max_completion_length", length) for length in lengths)
     if rollout.num_generations > 4:
-        yield [f"rollout.num_generations={rollout.num_generations // 2}"]
+        yield "rollout.num_generations", rollout.num_generations // 2
 
 
 def _notes(shape: Shape, settings: Settings, kind: str) -> Iterator[str]:

@@ -7,9 +7,10 @@ below. Names are those of TRL and transformers where the meaning is the same.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from twig.records import UserError
+from twig.wording import check_budget
 
 S_GRPO_DEFAULTS = {"alpha": 50, "p": 0.3, "k": 100}
 # Settings of the group `algorithm` that not every algorithm has, and those that have them.
@@ -41,9 +42,8 @@ class Model(Frozen):
     revision: Text | None = Field(None, description="Branch, tag or commit on the Hub.", examples=["main"])
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto",
-        description="Number type of the base model. `auto`: float32 on a CPU; on a GPU bfloat16 where it "
-        "has it, "
-        "else float16. Adapter, log-probabilities and loss are float32 (or wider) whatever is set here.",
+        description="Number type of the base model. `auto`: float32 on a CPU; on a GPU bfloat16 where it has "
+        "it, else float16. Adapter, log-probabilities and loss are float32 (or wider) whatever is set here.",
     )
     device: Text = Field(
         "auto",
@@ -61,9 +61,8 @@ class Model(Frozen):
     )
     engine: Literal["trie", "plain"] = Field(
         "trie",
-        description="`trie` runs each shared prefix once and reuses the frozen lower layers. `plain` is "
-        "the ordinary "
-        "batched forward: slower, the same gradient, for families that the trie engine refuses.",
+        description="`trie` runs each shared prefix once and reuses the frozen lower layers. `plain` is the "
+        "ordinary batched forward: slower, the same gradient, for families that the trie engine refuses.",
     )
     num_threads: int | None = Field(
         None,
@@ -88,8 +87,7 @@ class Lora(Frozen):
     layers: Literal["last_third", "all"] | Annotated[list[Index], Field(min_length=1)] = Field(
         "last_third",
         description="Layers that get an adapter, counted from 0. The layers below the lowest one never "
-        "change, so "
-        "they run once a token: fewer layers cost less time and memory.",
+        "change, so they run once a token: fewer layers cost less time and memory.",
         examples=["last_third", [22, 23]],
     )
 
@@ -104,8 +102,7 @@ class TaskSettings(Frozen):
     path: Text | None = Field(
         None,
         description="Data to read in place of the task's own: a JSON, JSONL or Parquet file, a folder of "
-        "them, or "
-        "(`custom`) a data set on the Hub.",
+        "them, or (`custom`) a data set on the Hub.",
         examples=["data/train.jsonl"],
     )
     revision: Text | None = Field(
@@ -159,8 +156,7 @@ class TaskSettings(Frozen):
     correct_at: float = Field(
         1.0,
         description="A completion counts as right when its weighted reward reaches this. Used only where "
-        "the task "
-        "cannot tell by itself (`custom`).",
+        "the task cannot tell by itself (`custom`).",
     )
 
     @field_validator("reward_file")
@@ -394,6 +390,16 @@ class Eval(Frozen):
         None, ge=1, description="Problems answered at once. null: chosen.", examples=[64]
     )
     before: bool = Field(True, description="Evaluate before training too.")
+
+
+class Memory(Frozen):
+    """How much memory a run may take."""
+
+    budget: Annotated[str, AfterValidator(check_budget)] | Annotated[float, Field(gt=0, le=1)] = Field(
+        "auto",
+        description="`auto`: what is free on the device. Else a size, or a share of what is free.",
+        examples=["6GiB"],
+    )
 
 
 class Log(Frozen):

@@ -190,27 +190,49 @@ def _refuse(family: str, why: str) -> None:
     )
 
 
+def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of the embedded model, of a folder, or of a Hub model's copy on this machine; None without one.
+
+    `name` may be the path of a config.json: then the file beside it.
+    """
+    for place in (Path(str(files("twig") / "assets" / name)), Path(name).expanduser()):
+        if place.is_file():
+            place = place.parent
+        if place.is_dir():
+            return place / file if (place / file).is_file() else None
+    if _is_path(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
 def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """The config.json of the embedded model, a folder, a file, or a repository on the Hub.
 
     Raises UserError where there is none.
     """
-    for path in (Path(str(files("twig") / "assets" / name)), Path(name).expanduser()):
-        if path.is_dir():
-            path = path / "config.json"
-        if path.is_file():
-            return _parse(path)
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    path = Path(name).expanduser()
+    found = path if path.is_file() else find_file(name, "config.json", revision)
+    if found is None and (path.is_dir() or _is_path(name)):
         raise UserError(f"model.name: {name} has no config.json; write the folder of a model, or a Hub id")
-    from huggingface_hub import hf_hub_download
+    if found is None:
+        from huggingface_hub import hf_hub_download
 
-    try:
-        return _parse(Path(hf_hub_download(name, "config.json", revision=revision)))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.name: the config.json of {name} is neither here nor reachable on the Hub; check the name "
-            "and the network, or write the path of a folder or a config.json"
-        ) from error
+        try:
+            found = Path(hf_hub_download(name, "config.json", revision=revision))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.name: the config.json of {name} is neither here nor reachable on the Hub; check the "
+                "name and the network, or write the path of a folder or a config.json"
+            ) from error
+    return _parse(found)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be one on the Hub."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ there are, nor about where they were written.
 """
 
 import difflib
+import re
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -12,6 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from twig.records import UserError
 
 Root = type[BaseModel]
 
@@ -105,6 +108,7 @@ def _range(limits: list[Any]) -> str:
     if low is not None and high is not None:
         return f" from {low} to {high}"
     words = f" above {above}" if above is not None else f" of at least {low}" if low is not None else ""
+    words += f" and at most {high}" if words and high is not None else ""
     return words + (f" and below {below}" if below is not None else "")
 
 
@@ -117,6 +121,45 @@ def _limits(kind: Any) -> list[Any]:
 
 def _bound(limits: list[Any], name: str) -> Any:
     return next((getattr(limit, name) for limit in limits if hasattr(limit, name)), None)
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int | None:
+    """The bytes of a size, None where it is none: GiB are powers of 1024, GB of 1000, G alone is GiB.
+
+    >>> parse_size("6GiB"), parse_size("500 MB"), parse_size("six")
+    (6442450944, 500000000, None)
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT])(iB|B)?", text.strip())
+    if match is None or float(match[1]) == 0:
+        return None
+    power = "kMGT".index(match[2].replace("K", "k")) + 1
+    return round(float(match[1]) * (1000 if match[3] == "B" else 1024) ** power)
+
+
+def format_size(size: float) -> str:
+    """Bytes in words.
+
+    >>> format_size(6442450944), format_size(1536)
+    ('6.00 GiB', '1.5 KiB')
+    """
+    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 0)):
+        if abs(size) < 1024:
+            return f"{size:.{digits}f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def check_budget(value: str) -> str:
+    """`value` if it is `auto` or a size; raises UserError."""
+    if value != "auto" and parse_size(value) is None:
+        raise UserError(
+            f"memory.budget: {_show(value)} is not auto, a size or a share above 0 and up to 1; "
+            "write for example memory.budget=6GiB"
+        )
+    return value
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------
@@ -194,7 +237,7 @@ def _explain_value(key: str, info: FieldInfo, value: Any) -> str:
         if any(value in get_args(kind) or kind is str and value for kind in item_rules):
             instead = f"[{value}]"
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        if str in kinds:
+        if str in kinds and float not in kinds:
             return f"{_show(value)} is a number, not text; write it in quotes, as {key}=\"'{value}'\""
         if int in kinds and isinstance(value, float) and value.is_integer() and value > 0:
             instead = str(int(value))
