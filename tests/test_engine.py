@@ -8,10 +8,11 @@ import tiny
 import torch
 
 from twig.credit import assign
+from twig.noise import uniforms
 from twig.objective import Surrogate
 from twig.pack import build_packs
 from twig.records import Group
-from twig.rollout import Request, sample, uniforms
+from twig.rollout import Request, sample
 from twig.settings import Algorithm
 from twig.trie import PrefixTrie
 

@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from twig.cli import main
 from twig.decoder import Decoder
+from twig.noise import uniforms
 from twig.objective import Surrogate
 from twig.policy import Policy, attach
 from twig.records import UserError
-from twig.rollout import sample, uniforms
+from twig.rollout import sample
 from twig.runlog import read_metrics, read_summary
 
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}

@@ -564,6 +564,7 @@ def test_completions_agree_with_metrics_and_summary(run):
         for place, c in enumerate(found):
             assert c["prompt"].startswith(TRAIN[c["prompt_index"]]["prompt"])
             assert c["completion"].endswith(tokenizer.decode(c["token_ids"], skip_special_tokens=True))
+            assert "".join(c["tokens"]) == tokenizer.decode(c["token_ids"])
             assert json.loads(c["rewards"]) == {"digits": pytest.approx(c["reward"])}
             assert c["finished"] == (c["token_ids"][-1] == tokenizer.eos_token_id)
             for t, weight in enumerate(c["weights"]):

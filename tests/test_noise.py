@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_groups import bounded
 
-from twig.rollout import CREDIT, DATA, REPLAY, SAMPLING, Request, generator, invert, sample, uniforms
+from twig.noise import CREDIT, DATA, REPLAY, SAMPLING, generator, uniforms
+from twig.rollout import Request, invert, sample
 
 JUST_BELOW_1 = 1 - 2**-53  # the largest number that `uniforms` gives
 

@@ -15,11 +15,12 @@ from random_groups import bounded
 from test_engine import assert_same, engine_gradient, oracle_gradient
 
 from twig.config import Settings
+from twig.noise import REPLAY, generator
 from twig.objective import Surrogate
 from twig.progress import Progress
 from twig.records import Completion, Example, Group
 from twig.replay import Restart, choose_cut, choose_restart
-from twig.rollout import REPLAY, Request, generator, sample
+from twig.rollout import Request, sample
 from twig.settings import Replay
 from twig.tasks import load_task
 from twig.trainer import Trainer

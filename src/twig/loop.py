@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -29,12 +28,13 @@ from twig.policy import Policy, adapter_shape, attach
 from twig.progress import Progress
 from twig.records import UserError
 from twig.runlog import RunLog
+from twig.samples import completion_rows
 from twig.settings import Lora
 from twig.signals import Stop, stoppable
 from twig.tasks import Task, load_task
 from twig.tasks.rewards import RewardError
 from twig.trackers import Report, reporting, require
-from twig.trainer import Batch, Trainer
+from twig.trainer import Trainer
 
 SCHEMA_VERSION = 1
 CHECKPOINTS = "checkpoints"
@@ -256,7 +256,7 @@ class _Session:
         self.progress.step(self.step, total, metrics)
         every = self.settings.log.completions_steps
         if every and (self.step == 1 or self.step % every == 0):
-            self.log.save_completions(self.step, _completion_rows(batch, self.tokenizer))
+            self.log.save_completions(self.step, completion_rows(batch, self.tokenizer))
         every = self.settings.eval.steps
         if every and self.step % every == 0 and self.step < total:
             result = self._evaluate(f"step {self.step}")
@@ -384,39 +384,3 @@ def _data_revision(task: Task) -> str:
             digest.update(text.encode() + b"\n")
         digest.update(b"\n")
     return f"sha256:{digest.hexdigest()}"
-
-
-def _completion_rows(batch: Batch, tokenizer: Any) -> list[dict[str, Any]]:
-    """The step's completions as rows of the completions file, with the weight that each token's node got."""
-    weights = {}
-    for group, trie, credit in zip(batch.rewarded, batch.tries, batch.credits, strict=True):
-        for completion, path in zip(group.completions, trie.paths, strict=True):
-            weights[id(completion)] = (credit.plus + credit.minus)[path]
-    rows, n = [], 0
-    for group in batch.groups:
-        prompt = tokenizer.decode(group.prompt_ids)
-        for number, completion in enumerate(group.completions):
-            reward = float(group.rewards[number])
-            rows.append(
-                {
-                    "prompt_index": group.prompt_index,
-                    "completion_index": number,
-                    "prompt": prompt,
-                    "completion": completion.text,
-                    "prefix_length": group.prefix_length,
-                    "token_ids": completion.ids.tolist(),
-                    "logps": completion.logps.tolist(),
-                    "entropies": completion.entropies.tolist(),
-                    "weights": weights.get(id(completion), np.zeros(len(completion))).tolist(),
-                    "finished": completion.finished,
-                    "reward": None if np.isnan(reward) else reward,
-                    "rewards": json.dumps({k: _number(v[n]) for k, v in batch.rewards.per_function.items()}),
-                    "right": bool(batch.right[n]),
-                }
-            )
-            n += 1
-    return rows
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from twig.decoder import Context, KeyValueCache
+from twig.noise import uniforms
 from twig.oom import give_back, out_of_memory
 from twig.policy import Policy
 from twig.records import Completion
 
-SAMPLING, CREDIT, REPLAY, DATA = range(4)  # streams of random numbers that never meet
 _COMPACT_BELOW = 0.75  # copy the cache once fewer than this share of its rows are unfinished
 
 
@@ -58,17 +58,6 @@ class Sampled:
     prompt_cells: list[np.ndarray]
     boundary: Tensor | None
     wave_size: int
-
-
-def generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
-    """A random generator that is a function of its arguments only (at most three counters)."""
-    words = [0, *counter, *[0] * (3 - len(counter))]
-    return np.random.Generator(np.random.Philox(counter=words, key=[seed, stream]))
-
-
-def uniforms(seed: int, step: int, slot: int, completion: int, length: int) -> np.ndarray:
-    """The uniform numbers in [0, 1) behind the tokens of one completion: entry t is that of position t."""
-    return generator(seed, SAMPLING, completion, slot, step).random(length)
 
 
 @torch.inference_mode()

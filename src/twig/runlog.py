@@ -33,6 +33,7 @@ _COLUMNS = {
     "completion": "string",
     "prefix_length": "int64",
     "token_ids": "list<int64>",
+    "tokens": "list<string>",
     "logps": "list<double>",
     "entropies": "list<double>",
     "weights": "list<double>",
@@ -252,6 +253,7 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
         "bool": pyarrow.bool_(),
         "double": pyarrow.float64(),
         "list<int64>": pyarrow.list_(pyarrow.int64()),
+        "list<string>": pyarrow.list_(pyarrow.string()),
         "list<double>": pyarrow.list_(pyarrow.float64()),
     }
     schema = pyarrow.schema([(column, names[kind]) for column, kind in _COLUMNS.items()])

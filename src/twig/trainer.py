@@ -19,13 +19,14 @@ from transformers import TrainerState, get_scheduler
 
 from twig.config import Settings
 from twig.credit import Credit, assign
+from twig.noise import CREDIT, DATA, REPLAY, generator
 from twig.objective import Surrogate, k3, shrink
 from twig.passes import NodeValues, Passes, Sizes
 from twig.policy import Policy
 from twig.progress import Progress
 from twig.records import Group, UserError
 from twig.replay import Restart, choose_restart
-from twig.rollout import CREDIT, DATA, REPLAY, Request, generator, sample
+from twig.rollout import Request, sample
 from twig.tasks.base import Task, encode_prompt
 from twig.tasks.rewards import Rewards, judge, score_completions
 from twig.trie import PrefixTrie

@@ -1,0 +1,19 @@
+"""Random numbers by name: functions of a seed, a stream and counters, never of what was drawn before.
+
+Resuming, waves, compaction and showing a step's credit again rest on this. Numpy only.
+"""
+
+import numpy as np
+
+SAMPLING, CREDIT, REPLAY, DATA = range(4)  # streams of random numbers that never meet
+
+
+def generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
+    """A random generator that is a function of its arguments only (at most three counters)."""
+    words = [0, *counter, *[0] * (3 - len(counter))]
+    return np.random.Generator(np.random.Philox(counter=words, key=[seed, stream]))
+
+
+def uniforms(seed: int, step: int, slot: int, completion: int, length: int) -> np.ndarray:
+    """The uniform numbers in [0, 1) behind the tokens of one completion: entry t is that of position t."""
+    return generator(seed, SAMPLING, completion, slot, step).random(length)
