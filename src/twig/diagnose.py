@@ -1,0 +1,205 @@
+"""What a run's numbers say is wrong with it, in words, and which setting to change.
+
+`SYMPTOMS` is a table: a name, a condition on a run's history, what it means, what to change. The report shows
+the rows that hold, and training prints them at its end. No torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from twig import symptoms
+from twig.symptoms import History
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """A row of the table. `condition` returns what was seen, in words, or None where nothing was."""
+
+    name: str
+    condition: Callable[[History], str | None]
+    meaning: str
+    change: str
+    is_problem: bool = True  # False: worth knowing
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A symptom that a run has: its name, what was seen, what it means, what to change."""
+
+    name: str
+    seen: str
+    meaning: str
+    change: str
+    is_problem: bool
+
+
+def findings(history: History) -> list[Finding]:
+    """The symptoms that a run has, problems first, in the order of the table."""
+    if not len(history):
+        return []
+    found = []
+    for symptom in SYMPTOMS:
+        seen = symptom.condition(history)
+        if seen is not None:
+            found.append(Finding(symptom.name, seen, symptom.meaning, symptom.change, symptom.is_problem))
+    return sorted(found, key=lambda finding: not finding.is_problem)
+
+
+# ---- the table --------------------------------------------------------------------------------------------
+
+SYMPTOMS = (
+    Symptom(
+        "All completions are cut off",
+        symptoms.truncated,
+        "A completion that ends before its answer gets no reward, so no group tells right from wrong.",
+        "a larger rollout.max_completion_length, or rollout.stop with the text that follows an answer",
+    ),
+    Symptom(
+        "Many completions are cut off",
+        symptoms.often_truncated,
+        "They are wrong for their length, whatever they would have said.",
+        "a larger rollout.max_completion_length, or algorithm.mask_truncated_completions=true",
+        is_problem=False,
+    ),
+    Symptom(
+        "No answer is found",
+        symptoms.no_answer,
+        "The reward cannot see an answer, right or wrong: the model does not write the form that is read.",
+        "task.prompt_template or task.system_prompt, to show the form that the task reads",
+    ),
+    Symptom(
+        "Right, but not marked as the answer",
+        symptoms.not_marked,
+        "The model knows more than its answers show: what it would learn now is the form.",
+        "task.prompt_template or task.system_prompt; tell form from skill when you report a gain",
+        is_problem=False,
+    ),
+    Symptom(
+        "No completion has a reward",
+        symptoms.no_reward,
+        "Every reward function answered None, so there is nothing to learn from.",
+        "task.reward_file: let a function return a number for each completion that it can judge",
+    ),
+    Symptom(
+        "Rewards cancel each other",
+        symptoms.cancel,
+        "What one reward function gives the other takes away: their sum asks for nothing.",
+        "task.reward_weights, so that what matters more weighs more, or leave one function out",
+    ),
+    Symptom(
+        "A reward function that always says the same",
+        symptoms.constant_function,
+        "A constant adds nothing to any advantage.",
+        "task.reward_file: leave it out, or see whether it reads the completions as you meant",
+        is_problem=False,
+    ),
+    Symptom(
+        "Groups without signal: all right",
+        symptoms.all_right,
+        "Where every completion of a group is right nothing is left to learn; the problems are too easy now.",
+        "harder problems (task.path, task.digits), or stop earlier (train.max_steps)",
+        is_problem=False,
+    ),
+    Symptom(
+        "Groups without signal: all wrong",
+        symptoms.all_wrong,
+        "Without a right completion in its group, a wrong one cannot be told from a better one.",
+        "easier problems, more rollout.num_generations, or a reward that gives part of the points",
+    ),
+    Symptom(
+        "Groups without signal: all alike",
+        symptoms.all_alike,
+        "The completions of a group share one fate: sampling explores too little.",
+        "a higher rollout.temperature, or more rollout.num_generations",
+    ),
+    Symptom(
+        "Steps that change nothing",
+        symptoms.skipped,
+        "No token of the whole batch had credit, so the optimizer took no step.",
+        "more rollout.prompts_per_step or rollout.num_generations, or problems of mixed difficulty",
+        is_problem=False,
+    ),
+    Symptom(
+        "Replay never happens",
+        symptoms.no_replay,
+        "No completion could be restarted from: none of two tokens or more ended by itself.",
+        "a larger rollout.max_completion_length",
+    ),
+    Symptom(
+        "The reward stays flat",
+        symptoms.flat,
+        "There is signal in the groups, but what is learned from it does not add up.",
+        "a larger train.learning_rate (three times, then ten), more train.max_steps, or more "
+        "rollout.prompts_per_step where the reward is noisy",
+    ),
+    Symptom(
+        "What was learned is lost again",
+        symptoms.lost,
+        "The steps are too long for this model: it learned, and then it broke.",
+        "a smaller train.learning_rate (a third of it); the folder adapter-best has the best",
+    ),
+    Symptom(
+        "The entropy collapsed",
+        symptoms.entropy_gone,
+        "The model answers the same way every time and has stopped exploring before it was right.",
+        "a smaller train.learning_rate, a higher rollout.temperature, or algorithm.epsilon_high above "
+        "algorithm.epsilon",
+    ),
+    Symptom(
+        "The entropy rises without reward",
+        symptoms.entropy_up,
+        "Sampling turns into noise.",
+        "a smaller train.learning_rate",
+    ),
+    Symptom(
+        "Far from the base model",
+        symptoms.far_from_base,
+        "The policy has left the base: rewards may be gamed, and other skills forgotten.",
+        "a larger algorithm.beta, or a smaller train.learning_rate",
+    ),
+    Symptom(
+        "The gradient is clipped most of the time",
+        symptoms.clipped,
+        "Steps have one length whatever the batch says. With Adam that is mild.",
+        "a larger train.max_grad_norm, or a smaller train.learning_rate",
+        is_problem=False,
+    ),
+    Symptom(
+        "The learning rate ran out",
+        symptoms.no_rate,
+        "A third of the samples was paid for and hardly learned from.",
+        "train.lr_scheduler_type=constant, or fewer train.max_steps",
+    ),
+    Symptom(
+        "The best was earlier",
+        symptoms.best_before,
+        "The last adapter is worse than the best one by more than chance.",
+        "fewer train.max_steps, or a smaller train.learning_rate; the folder adapter-best has the best",
+    ),
+    Symptom(
+        "Learned by heart",
+        symptoms.by_heart,
+        "The training problems are known; others are not.",
+        "more training problems (task.path), or fewer train.max_steps",
+    ),
+    Symptom(
+        "Too few problems to tell",
+        symptoms.uncertain,
+        "A change of this size may be chance.",
+        "a larger eval.limit, or several train.seed",
+        is_problem=False,
+    ),
+    Symptom(
+        "Sampling and update disagree",
+        symptoms.gap,
+        "The update trains on probabilities that were not those of sampling.",
+        "model.dtype=float32, or model.attn_implementation=eager; in float32 please report it",
+    ),
+    Symptom(
+        "Memory was predicted wrong",
+        symptoms.mispredicted,
+        "The plan does not fit this model or machine.",
+        "memory.budget, with room to spare; and please report the model and settings",
+        is_problem=False,
+    ),
+)
