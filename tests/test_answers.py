@@ -1,6 +1,7 @@
 """Answers read out of text: what counts as marked, what the last number is, exactness, and time."""
 
 import json
+import statistics
 import time
 from collections.abc import Callable
 from decimal import Decimal
@@ -8,6 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from answer_cases import CASES
+from fuzzed import fuzzed_text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,160 +19,11 @@ from twig.records import Score
 
 F = Fraction
 
-# text, strict reading, lenient reading
-CASES = [
-    # markers
-    ("#### 12", 12, 12),
-    ("####12", 12, 12),
-    ("####\n12", 12, 12),
-    ("3 + 4 = 7\n#### 7\n", 7, 7),
-    (r"\boxed{12}", 12, 12),
-    (r"so $\boxed{ 12 }$.", 12, 12),
-    (r"\boxed{x = 5}", 5, 5),
-    (r"\boxed{\text{12 apples}}", 12, 12),
-    (r"\boxed{}", None, None),
-    ("The answer is 12.", 12, 12),
-    ("the final answer is: 12", 12, 12),
-    ("So the answer is **12**.", 12, 12),
-    ("The answer is $12$", 12, 12),
-    (r"The answer is \(12\)", 12, 12),
-    ("The answer to the problem is 7", 7, 7),
-    ("The answer (in dollars) is 7", 7, 7),
-    ("The answer should be 7", 7, 7),
-    ("The answer is about 12", 12, 12),
-    ("Answer: 12", 12, 12),
-    ("**Answer:** 12", 12, 12),
-    ("ANSWER = 12", 12, 12),
-    ("<answer>12</answer>", 12, 12),
-    ("347*26=9022#9022", 9022, 9022),
-    ("#-12 \n", -12, -12),
-    # no marker, or none that can be read
-    ("", None, None),
-    ("   \n", None, None),
-    ("no number here", None, None),
-    ("It is 12.", None, 12),
-    ("She has 12 apples.", None, 12),
-    ("####", None, None),
-    ("<answer></answer>", None, None),
-    ("The answer is twelve.", None, None),
-    ("item #3 comes first", None, 3),
-    ("### 3\nAdd them.", None, 3),
-    ("##### 3", None, 3),
-    ("#### 2. Add them up", None, 2),
-    ("#### 5\n#### ", 5, 5),
-    # nothing but an answer
-    ("12", 12, 12),
-    (" 12.\n", 12, 12),
-    ("-12", -12, -12),
-    ("**12**", 12, 12),
-    ("**$1,234.50**.", F("1234.5"), F("1234.5")),
-    ("12 apples", 12, 12),
-    ("12 square feet.", 12, 12),
-    ("12 m²", 12, 12),
-    ("12 %", 12, 12),
-    ("12 €", 12, 12),
-    ("$12$", 12, 12),
-    (r"\(12\)", 12, 12),
-    ("١٢", 12, 12),
-    ("12 13", None, 13),
-    ("12 or 13", None, 13),
-    ("12 is wrong", None, 12),
-    ("12\n13", None, 13),
-    ("1. Add 3", None, 3),
-    ("12 apples and some pears", None, 12),
-    # the gold answer in a wrong sentence
-    ("The answer is not 12.", None, 12),
-    ("It is not 12; the answer is 13.", 13, 13),
-    ("12 is wrong. #### 13", 13, 13),
-    # several numbers
-    ("#### 12\nThe answer is 13.", 13, 13),
-    ("The answer is 12 or 13.", None, 13),
-    ("The answer is 12, 13", None, 13),
-    ("#### 12 13", None, 13),
-    ("The answer is 12 and 13", None, 13),
-    ("The answer is 12, which is 3 more.", 12, 3),
-    ("The answer is 12. 13 is wrong.", 12, 13),
-    ("the answer is 5 + 8 = 13 apples", 13, 13),
-    ("the answer is x = 12", 12, 12),
-    (r"#### 5 \times 3 = 15", 15, 15),
-    ("the answer is 5 + 8", None, 8),
-    ("the answer is 5 - 8", None, 8),
-    ("the answer is 5 x 8", None, 8),
-    ("the answer is 12^2", None, 2),
-    (r"the answer is 3\sqrt{2}", None, 2),
-    ("the answer is 12:30", None, 30),
-    ("the answer is 10-15", None, 15),
-    # commas, points, zeros, exponents
-    ("#### 1,234", 1234, 1234),
-    ("#### 1,234,567.89", F("1234567.89"), F("1234567.89")),
-    ("#### 12,34,567", 1234567, 1234567),
-    ("#### 12,5", None, 5),
-    ("#### 1,2,3", None, 3),
-    ("#### 1,234,5678", None, 5678),
-    (r"#### 1{,}234", 1234, 1234),
-    (r"#### 1\,234", 1234, 1234),
-    ("#### 1\u202f234", 1234, 1234),
-    ("#### 1 234", None, 234),
-    ("of 12,345, we", None, 12345),
-    ("#### 12.", 12, 12),
-    ("#### 12.50", F(25, 2), F(25, 2)),
-    ("#### .5", F(1, 2), F(1, 2)),
-    ("#### 12.0", 12, 12),
-    ("#### 1.2.3", None, 3),
-    ("#### 0012", 12, 12),
-    ("#### 1e3", 1000, 1000),
-    ("#### 2.5e-1", F(1, 4), F(1, 4)),
-    # signs
-    ("#### -12", -12, -12),
-    ("#### +12", 12, 12),
-    ("#### −12", -12, -12),
-    ("#### -$12", -12, -12),
-    ("#### $-12", -12, -12),
-    ("5-3", None, 3),
-    ("5 - 3", None, 3),
-    ("it falls to -3", None, -3),
-    ("x=-3", None, -3),
-    ("(5)-3", None, 3),
-    # fractions
-    ("#### 3/4", F(3, 4), F(3, 4)),
-    ("#### -3 / 4", F(-3, 4), F(-3, 4)),
-    ("#### 1 1/2", F(3, 2), F(3, 2)),
-    (r"\boxed{\frac{3}{4}}", F(3, 4), F(3, 4)),
-    (r"\boxed{-\dfrac{3}{4}}", F(-3, 4), F(-3, 4)),
-    (r"\boxed{2\frac{1}{2}}", F(5, 2), F(5, 2)),
-    (r"\boxed{\frac{-3}{4}}", F(-3, 4), F(-3, 4)),
-    (r"\boxed{-\frac{-3}{4}}", F(3, 4), F(3, 4)),
-    (r"\boxed{\frac34}", F(3, 4), F(3, 4)),
-    ("#### ½", F(1, 2), F(1, 2)),
-    ("#### 2½", F(5, 2), F(5, 2)),
-    ("#### 12/0", None, None),
-    ("#### 1.5/2", F(3, 4), F(3, 4)),
-    # units, currency, percent
-    ("#### 12%", 12, 12),
-    (r"#### 12\%", 12, 12),
-    ("#### $12", 12, 12),
-    (r"#### \$12.50", F(25, 2), F(25, 2)),
-    ("#### 12 €", 12, 12),
-    ("#### €12", 12, 12),
-    ("#### Rs. 500", 500, 500),
-    ("it costs Rs.500", None, 500),
-    ("#### 12km", 12, 12),
-    ("#### 90°", 90, 90),
-    ("#### 12!", 12, 12),
-    (r"\boxed{12!}", None, 12),
-    ("#### 2 million", None, 2),
-    ("#### 2 dozen eggs", None, 2),
-    ("the area is 12 m²", None, 12),
-    ("H2O", None, None),
-    # other scripts
-    ("#### ١٢", 12, 12),
-    ("#### ١٢٫٥", F(25, 2), F(25, 2)),
-    ("#### १२", 12, 12),
-    ("#### １２", 12, 12),
-    ("＃＃＃＃ －１２．５", F(-25, 2), F(-25, 2)),
-    ("答案是12", None, 12),
-    ("m²", None, None),
-]
+
+def test_there_are_enough_cases_and_none_twice() -> None:
+    assert len({text for text, _, _ in CASES}) == len(CASES) >= 300
+    assert all(sum(case[i] is None for case in CASES) > 20 for i in (1, 2))
+    assert sum(strict != lenient for _, strict, lenient in CASES) > 100
 
 
 @pytest.mark.parametrize(("text", "strict", "lenient"), CASES, ids=[repr(case[0]) for case in CASES])
@@ -270,6 +124,9 @@ HARD = {
     "marked lines": "#### x\n" * 14_000,
     "raised": "²" * 100_000,
     "nested": "#### " + "(" * 100_000,
+    "unknowns": "answer is x " * 8_000,
+    "equations": "answer is x=1 and y=" * 5_000,
+    "headings": "## Answer\n" * 10_000,
 }
 
 
@@ -279,10 +136,41 @@ HARD = {
 def test_100_kilobytes_of_anything_take_linear_time(
     name: str, score: Callable[..., Score], gold: str
 ) -> None:
-    # About 0.1 s each on one slow core; a quadratic pattern takes minutes.
-    start = time.perf_counter()
+    # At most 0.1 s each; a quadratic pattern takes minutes.
+    start = time.process_time()
     score(HARD[name], gold)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_texts_of_up_to_100_kilobytes() -> None:
+    """Each reading: under 10 ms in the median, never over 2 s; processor time, whatever else the machine
+    does."""
+    score_answer(r"\boxed{\sqrt{16}}", "4")  # starts the process that compares expressions
+    seconds: dict[str, list[float]] = {"strict": [], "lenient": []}
+    lengths = []
+    for seed in range(10_000):
+        text = fuzzed_text(seed)
+        lengths.append(len(text))
+        for name, score in (("strict", score_answer), ("lenient", score_lenient)):
+            start = time.process_time()
+            score(text, "12")
+            seconds[name].append(time.process_time() - start)
+    assert statistics.median(lengths) > 40_000 and max(lengths) > 99_000
+    for name, values in seconds.items():
+        worst = max(range(len(values)), key=values.__getitem__)
+        assert statistics.median(values) < 0.010, name
+        assert values[worst] < 2, (name, worst)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(35))
+def test_one_line_of_a_megabyte(seed: int) -> None:
+    text = (fuzzed_text(seed).replace("\n", " ") * 1_000_000)[:1_000_000]
+    start = time.process_time()
+    score_answer(text, "12")
+    score_lenient(text, "12")
+    assert time.process_time() - start < 4
 
 
 FORMS = {

@@ -30,7 +30,7 @@ _RUN = r"(?:\d++(?:[.,]\d++)*+|(?<![\w.])\.\d++)"
 _WELL_FORMED = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d+)(?:\.\d+)?|\.\d+")
 _CURRENCY = r"(?:(?:\\?[$€£¥₹₩₽₺₦฿]|US\$|\b(?:USD|EUR|GBP|INR|Rs\.?))\s?)"
 _VALUE = re.compile(
-    rf"(?P<sign>[-+])?{_CURRENCY}?(?P<inner_sign>-)?"
+    rf"(?=[-+.\\\d$€£¥₹₩₽₺₦฿UEGIR])(?P<sign>[-+])?{_CURRENCY}?(?P<inner_sign>-)?"
     r"(?:(?:(?P<whole>\d{1,99})\s?)?\\[dtc]?frac"
     r"(?:\s?\{\s?(?P<top_sign>-)?(?P<top>\d+)\s?\}\s?\{\s?(?P<bottom>\d+)\s?\}|(?P<upper>\d)(?P<lower>\d))"
     r"|(?P<mixed>\d{1,99})\s(?P<mixed_top>\d{1,9})/(?P<mixed_bottom>\d{1,9})(?![\d/])"
@@ -38,35 +38,46 @@ _VALUE = re.compile(
 )
 
 _MARKER = re.compile(
-    r"(?P<hashes>(?<!\#)\#{4}(?!\#))"
+    r"^(?:\#{1,6}[ ]|[*_]{2})[ ]?(?:(?:the|my|final)[ ])*answer[*_:]{0,4}[ ]*(?=\n)"  # a heading
+    r"|(?P<hashes>(?<!\#)\#{4}(?!\#))"
     r"|\\boxed\s?\{|<answer>"
-    r"|\banswer(?:[ ](?:to|for)[ ](?:the|this|your)[ ](?:problem|question))?(?:[ ]\([^()\n]{0,40}\))?"
-    r"[*_ ]{0,4}(?:\b(?:is|was|are|equals|(?:should|would|will|must)[ ]be)\b|[:=])[*_ :=]{0,6}"
+    r"|(?<![^\W_])answer(?:[ ](?:to|for)[ ](?:the|this|your)[ ](?:problem|question))?"
+    r"(?:[ ]\([^()\n]{0,40}\))?"
+    r"[*_\" ]{0,4}(?:\b(?:is|was|are|equals|(?:should|would|will|must)[ ]be)\b|[:=])[*_ :=]{0,6}"
     r"|(?<!\#)\#(?=[-+]?\d[\d.,]*\s*\Z)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
 # What may stand between a marker and its number: quotes, brackets, markup, a few words ...
 _LEAD = re.compile(
-    r"(?:[\s*_`'\"“”‘’~≈:=>({\[]|\\[(\[]|\\(?:text|mathrm|mathbf|textbf)\{|\$(?=[\s$(*])"
+    r"(?:[\s*_`'\"“”‘’~≈:=>({\[]|\\(?:left)?[(\[]|\\(?:approx|sim)\b|\\(?:text|mathrm|mathbf|textbf)\{"
+    r"|\$(?=[\s$(*])"
     r"|(?:approximately|about|around|exactly|only|just|simply|therefore|thus|equal\ to|a\ total\ of)\b)*",
     re.IGNORECASE,
 )
-# ... and a sum that is worked out in place, as in "x = 5 + 8 = 13".
+# ... and a sum that is worked out in place, as in "x = 5 + 8 = 13"; "x + 5 = 13" is not worked out.
 _SUM = re.compile(
-    r"(?:(?:[ \t\d.,+*/×÷·()$€£%^{}-]|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])|\\(?:times|div|cdot|\$|,))*=)*[\s*$]*"
+    r"(?:(?:[ \t*$({]*[a-zA-Z](?=[ \t*$)}]*=))?"
+    r"(?:[ \t\d.+*/×÷·()$€£%^{}-]|,(?=\d)|(?<=[\d ])[xX](?=[ ]?\d)|\\(?:times|div|cdot|\$|,))*=)*[\s*$]*"
 )
 _REACH = 200  # characters that the two may span
-# What may not follow: more digits, an operator with an operand, a second answer ("12 or 13").
+# What may not follow: more digits, an operator with an operand, a second answer ("12 or 13", "x = 1, y = 2").
 _NO_ANSWER = re.compile(
-    r"[.,:_^/]?\{?\d|[ ]\d|\s?[-+*/×÷·^xX–][ ]?[\d({\\]|\s?(?:\\(?:times|cdot|div|pm|sqrt|pi)|[√π])"
-    r"|,?\s?(?:or|and|to)\s[^\w\n]{0,3}\d|,\s?[-+$]?\d"
+    r"[.,:_^/'’]?\{?\d|[ ]\d|[eE][-+]?\d|[⁰¹²³⁴⁵⁶⁷⁸⁹]|\*\*[\d({]"
+    r"|\$?[ ]?[-+*/×÷·^xX–][ ]?[-+/]?\\?[$€£]?[\d({\\]|[ ]?[<>≤≥][ ]?\d"
+    r"|\s?(?:\\(?:times|cdot|div|pm|sqrt|pi)|[√π])"
+    r"|,?\s?(?:\\text\{\s?)?(?:or|and|to)[\s}]\s?[^\w\n]{0,3}\d|\s?,\s?[-+$]?\d|;\d"
+    r"|\$?,?[ ]?(?:(?:or|and)\s)?\$?[a-zA-Z][ ]?="
+    r"|\s(?:plus|minus|times|over|divided by|multiplied by)\s[^\w\n]{0,3}\d|\s?\\?%\s?of\s[^\w\n]{0,3}\d"
     r"|!\s?[}$]|\s(?:hundred|thousand|million|billion|trillion|dozen)\b"
 )
-_HEADING = re.compile(r"[.)]\s+[A-Za-z]")  # "#### 2. Add them up" is a heading
+# "#### 2. Add them up" is a heading, "Answer:" above "1. 12" begins a list.
+_HEADING = re.compile(r"[.)][ \t]+[A-Za-z]")
+_ITEM = re.compile(r"[.)][ \t]+[-+$]?\d")
 # What may stand around a text that is nothing but an answer; a unit of one or two words may follow.
 _ALONE = re.compile(r"[\s*_`(\[]*(?:\\[(\[]|\$(?=\d[^$\n]{0,99}\$))?\s*")
 _ENDING = re.compile(
-    r"(?:\s?\\?%|\s?[€£¥°])?(?:\s?(?!(?:is|are|was|or|and|not|plus|minus|times)\b)[^\W\d_]{1,20}[²³]?){0,2}"
+    r"(?:\s?\\?%|\s?[€£¥°])?(?:\s?(?!(?:is|are|was|or|and|not|plus|minus|times)\b)"
+    r"[^\W\d_]{1,20}(?:/[^\W\d_]{1,9})?[²³]?){0,2}"
     r"[\s*_`.!)\]$]*+(?:\\[)\]][\s*_`.!]*+)?\Z"
 )
 # An expression in mathematics mode, or else what is left of its line.
@@ -76,6 +87,7 @@ _MATHS = re.compile(
 _LINE = re.compile(r"[ \t*_:`]*([^\n<]{1,240})")
 _SECOND = re.compile(r"[\s,]*(?:or|and)\b|[ ]*[-+*/=^×÷,$\\\d]")  # what may not follow: see _NO_ANSWER
 _UNIT = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]{0,40}\}(?:\^\{?\d\}?)?|\\?%|\^\{?\\circ\}?|°")
+_BRACE = re.compile("[{}]")
 _WORKED = re.compile(r"\\(?:sqrt|pi|sin|cos|tan|ln|log)|\^|(?<!\\)\b[A-Za-z]")  # more than a sum left undone
 
 
@@ -198,6 +210,8 @@ def _marked_number(text: str, marker: re.Match[str]) -> Number | None:
         return None
     if marker["hashes"] and _HEADING.match(text, value.end()):
         return None
+    if _ITEM.match(text, value.end()) and "\n" in text[marker.end() : value.start()]:
+        return None
     return _number(value)
 
 
@@ -234,10 +248,10 @@ def _alone(text: str, letters: str | None) -> Number | Expression | None:
 def _braces(text: str, start: int) -> str:
     # What stands between the brace before `start` and the one that closes it; nothing where none does.
     depth = 1
-    for place in range(start, min(len(text), start + MAX_LENGTH + 1)):
-        depth += (text[place] == "{") - (text[place] == "}")
+    for brace in _BRACE.finditer(text, start, start + MAX_LENGTH + 1):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[start:place]
+            return text[start : brace.start()]
     return ""
 
 
@@ -248,17 +262,14 @@ def _expression(text: str, letters: str | None) -> Expression | None:
 
 
 def _last(text: str) -> Number | None:
-    last = None
-    for value in _VALUE.finditer(text):
-        before = text[value.start() - 1] if value.start() else " "
-        inside_a_word = before.isascii() and (before.isalpha() or before == "_")
-        if not inside_a_word or value["sign"]:
-            last = value
-    if last is None:
-        return None
-    before = text[last.start() - 1] if last.start() else " "
-    is_operator = before.isalnum() or before in ")]}%"  # "5-3" ends with a 3, "= -3" and "5 -3" with a minus
-    return _number(last, signed=not is_operator, lenient=True)
+    for value in reversed(list(_VALUE.finditer(text))):
+        before = text[max(value.start() - 2, 0) : value.start()]
+        # "_12_" is marked up, "x_12" is a name; a number with a sign of its own is in no word.
+        if value["sign"] or not re.search(r"[A-Za-z]_?\Z|\d_\Z", before):
+            is_operator = before[-1:].isalnum() or before[-1:] in (*")]}%",)
+            # "5-3" ends with a 3, "= -3" and "5 -3" with a minus
+            return _number(value, signed=not is_operator, lenient=True)
+    return None
 
 
 def _number(value: re.Match[str], signed: bool = True, lenient: bool = False) -> Number | None:
@@ -299,11 +310,13 @@ def _exact(run: str, exponent: str | None = None, sign: str = "") -> Number | No
 
 def _plain(text: str) -> str:
     # Digits of all scripts, full-width signs, vulgar fractions and the minus sign as ASCII; LaTeX's spaced
-    # commas too.
+    # commas and degrees as they are written elsewhere.
     if not text.isascii():
         text = re.sub("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))", ",", text)
         text = text.translate({ord(char): _ascii(char) for char in set(text) if not char.isascii()})
-    return text.replace("{,}", ",").replace("\\,", ",").replace("\\!", "")
+    for latex, plain in (("{,}", ","), ("\\,", ","), ("\\!", ""), ("^\\circ", "°"), ("^{\\circ}", "°")):
+        text = text.replace(latex, plain)
+    return text
 
 
 def _ascii(char: str) -> str:

@@ -160,6 +160,8 @@ def _shape_powers(tokens: list[str]) -> list[str] | None:
         place += 1
         if shaped[-1] != "^":
             continue
+        if not (place > 1 and (tokens[place - 2][-1].isalnum() or tokens[place - 2] in (")", "}"))):
+            return None
         start = place
         if place < len(tokens) and tokens[place] in "+-":
             place += 1
