@@ -56,8 +56,9 @@ def groups_of(options: argparse.Namespace) -> list[tuple[list[int], list[np.ndar
 def twig_side(options: argparse.Namespace) -> dict[str, float]:
     from twig.credit import assign
     from twig.objective import Surrogate
-    from twig.pack import build_packs
+    from twig.passes import Passes, Sizes
     from twig.policy import Policy, attach
+    from twig.progress import Progress
     from twig.records import Completion, Example, Group
     from twig.settings import Algorithm
     from twig.trie import PrefixTrie
@@ -82,13 +83,13 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
             began = time.perf_counter()
             trie = PrefixTrie.build(rows, rewards)
             credit = assign(trie, algorithm, np.random.default_rng(0), 1)
-            packs = build_packs([group], [trie], [credit], options.pack_size)
-            for pack in packs:
-                policy.backward(pack, Surrogate(), boundary)
+            sizes = Sizes(0, options.pack_size, options.head_chunk, options.checkpoint_layers)
+            passes = Passes(policy, sizes, Progress(), [group], [trie], [credit], boundary)
+            passes.backward(Surrogate())
             seconds.append(time.perf_counter() - began)
         memory.append(measured())
         targets.append(int(credit.weighted.sum()))
-        run.append(sum(pack.num_tokens for pack in packs))
+        run.append(passes.num_tokens)
         gradient = {n: p.grad.clone() for n, p in policy.parameters.items() if p.grad is not None}
         for parameter in policy.parameters.values():
             parameter.grad = None
@@ -217,7 +218,7 @@ def parse() -> argparse.Namespace:
         "--recorded", action=argparse.BooleanOptionalAction, default=True, help="the trunk's output"
     )
     parser.add_argument("--checkpoint-layers", action="store_true", help="Twig: run the upper layers again")
-    parser.add_argument("--pack-size", type=int, default=PROMPT + LENGTH, help="Twig's tokens a pack")
+    parser.add_argument("--pack-size", type=int, default=LENGTH, help="Twig's tokens a pack")
     parser.add_argument("--head-chunk", type=int, default=2**22, help="Twig's logits at once")
     parser.add_argument("--micro-batch", type=int, default=1, help="TRL's completions per backward pass")
     parser.add_argument("--checkpointing", action="store_true", help="TRL: its activation checkpointing")

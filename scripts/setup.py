@@ -246,10 +246,12 @@ def run(command, root, problem):
 def target_command(target, words, root, platform, environ):
     """The command line of a target. For quickstart, it goes on from what is in the run folder."""
     python = str(venv_python(root, platform))
+    # A worker for each core; the tests of a file stay together, so that what they share is made once.
+    tests = [python, "-m", "pytest", "-n", "logical", "--maxprocesses", "8", "--dist", "loadfile"]
     if target == "test":
-        return [python, "-m", "pytest"] + words
+        return tests + words
     if target == "test-slow":
-        return [python, "-m", "pytest", "-m", "slow"] + words
+        return tests + ["-m", "slow"] + words
     folder = root / QUICKSTART_RUN
     if environ.get("FRESH", "") not in ("", "0"):
         remove_run(folder)

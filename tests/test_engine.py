@@ -1,6 +1,8 @@
 """The engine against its twins: packs, frozen trunk, head rows and sampling, in values and adapter
 gradients."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
@@ -8,9 +10,12 @@ import tiny
 import torch
 
 from twig.credit import assign
+from twig.decoder import Decoder
 from twig.noise import uniforms
 from twig.objective import Surrogate
 from twig.pack import build_packs
+from twig.passes import Passes, Sizes
+from twig.progress import Progress
 from twig.records import Group
 from twig.rollout import Request, sample
 from twig.settings import Algorithm
@@ -112,6 +117,63 @@ def test_each_algorithm_and_pack_size_gives_the_same_gradient(name):
         sizes.add(len(packs))
         assert_same(engine_gradient(policy, groups, tries, credits, Surrogate(), size), theirs)
     assert len(sizes) > 2, "the sizes must cut differently"
+
+
+@pytest.mark.parametrize("recorded", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
+def test_a_stem_shared_by_its_packs_and_a_last_layer_on_head_rows_give_the_same_gradient(
+    family, attention, recorded, monkeypatch
+):
+    policy = tiny.build_policy(family, attention, layers=[1, 3])
+    groups = groups_of(count=2)
+    tries, credits = credit_of(groups, "s-grpo", beta=0.1)
+    boundary = None
+    if recorded:
+        groups, boundary = recorded_by_hand(policy, groups)
+    few_rows, run_at = [], Decoder.run_at
+    monkeypatch.setattr(Decoder, "run_at", lambda *a, **k: few_rows.append(1) or run_at(*a, **k))
+    passes = Passes(policy, Sizes(1, 9, 2**22, False), Progress(), groups, tries, credits, boundary)
+    stems = [pack.stem.group for pack in passes.packs if pack.stem]
+    assert len(stems) > 4 and len(set(stems)) == 2, "packs must share stems"
+    with policy.base():
+        ref = passes.logps()
+    _, loss = passes.backward(Surrogate(beta=0.1), None, ref)
+    assert few_rows, "some packs must need few rows of the last layer"
+    ours = loss, {n: p.grad.clone() for n, p in policy.parameters.items()}
+    assert_same(ours, oracle_gradient(policy, groups, tries, credits, Surrogate(beta=0.1)))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "granite"])
+def test_checkpointed_layers_share_stems_too_in_float32(family):
+    groups, found = groups_of(count=2), []
+    tries, credits = credit_of(groups, "s-grpo")
+    for checkpointed in (False, True):
+        policy = tiny.build_policy(family, layers=[2], dtype=torch.float32, checkpoint_layers=checkpointed)
+        passes = Passes(policy, Sizes(1, 9, 2**22, checkpointed), Progress(), groups, tries, credits, None)
+        assert any(pack.stem for pack in passes.packs)
+        found.append((passes.backward(Surrogate())[1], {n: p.grad for n, p in policy.parameters.items()}))
+    assert_same(found[1], found[0], bound=1e-12)
+
+
+def recorded_by_hand(policy, groups):
+    """The groups with cells, and the table that they index: every text through the trunk by itself."""
+    rows, kept = [], []
+    handle = policy.decoder.layers[policy.cut].register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    for group in groups:
+        for completion in group.completions:
+            oracles.forward_logits(policy, torch.tensor([*group.prompt_ids, *completion.ids]))
+            rows.append(kept.pop()[0].detach())
+    handle.remove()
+    starts, made = np.cumsum([0, *map(len, rows)]), []
+    for group in groups:
+        number = sum(len(g.completions) for g in made)
+        first = starts[number] + np.arange(len(group.prompt_ids))
+        completions = [
+            replace(c, cells=starts[number + i] + len(first) + np.arange(len(c)))
+            for i, c in enumerate(group.completions)
+        ]
+        made.append(replace(group, completions=completions, prompt_cells=first))
+    return made, torch.cat(rows)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "granite"])

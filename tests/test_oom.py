@@ -1,5 +1,8 @@
 """Memory that runs out, wherever it does: the same tokens and the same gradient, in smaller pieces."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -25,8 +28,8 @@ MPS = RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")
 
 
 @pytest.fixture(autouse=True)
-def _float64():
-    with tiny.Float64():
+def _float64(request):
+    with nullcontext() if "float32" in request.node.name else tiny.Float64():
         yield
 
 
@@ -190,6 +193,43 @@ def test_a_single_path_is_run_with_checkpointed_layers_then_with_a_smaller_head_
         "train.head_chunk=1048576",
         "train.head_chunk=262144",
     ]
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_stem_that_cannot_be_opened_is_opened_for_smaller_packs(call, monkeypatch):
+    policy, batch = tiny.build_policy(), batch_of()
+    sizes, heard = Sizes(128, 20, 2**22, False), Heard()
+    whole, first = gradient_of(policy, batch, replace(sizes))
+    assert len({pack.stem.group for pack in first.packs if pack.stem}) == 3
+    calls = break_at(monkeypatch, policy, "open_stem", call)
+    again, _ = gradient_of(policy, batch, sizes, heard)
+    assert len(calls) > call and heard.said[0].endswith("results stay the same") and sizes.pack_size < 20
+    assert_same(again, whole, bound=1e-10)
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_stem_that_cannot_be_closed_is_closed_with_checkpointed_layers_in_float32(call, monkeypatch):
+    policy, batch = tiny.build_policy(dtype=torch.float32), batch_of()
+    sizes, heard = Sizes(128, 20, 2**22, False), Heard()
+    whole, _ = gradient_of(policy, batch, replace(sizes))
+    calls = break_at(monkeypatch, policy, "close_stem", call)
+    again, _ = gradient_of(policy, batch, sizes, heard)
+    assert len(calls) > call and len(heard.said) == 1 and sizes.checkpoint_layers
+    assert_same(again, whole, bound=1e-12)
+
+
+def test_a_stem_that_never_fits_is_refused(monkeypatch):
+    policy, batch = tiny.build_policy(), batch_of()
+    calls = []
+
+    def full(*args):
+        calls.append(1)
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(policy, "close_stem", full)
+    with pytest.raises(UserError, match=r"memory: \d+ tokens, .*rollout\.max_completion_length"):
+        gradient_of(policy, batch, Sizes(128, 9, 2**22, False))
+    assert len(calls) == 2, "once more with checkpointed layers"
 
 
 def test_halves_have_the_same_targets_once_each():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twig.credit import Credit, assign
-from twig.pack import build_packs
+from twig.pack import Pack, Targets, build_packs, head_columns
 from twig.records import Completion, Example, Group
 from twig.settings import Algorithm
 from twig.trie import PrefixTrie
@@ -46,8 +46,12 @@ def visible_cells(pack, row, column) -> list[int]:
 
 
 def texts_of(pack) -> dict[tuple[int, int], list[int]]:
-    """What each used cell has read, itself included: the token ids that it sees, at positions 0, 1, 2, ..."""
+    """What each used cell has read, itself included: the token ids that it sees, at positions 0, 1, 2, ...
+
+    A stem's tokens come first, and a stem is one of the texts of its packs.
+    """
     texts = {}
+    stem = pack.stem.ids.tolist() if pack.stem else []
     for row in range(pack.ids.shape[0]):
         for column in range(pack.ids.shape[1]):
             seen = visible_cells(pack, row, column)
@@ -55,8 +59,9 @@ def texts_of(pack) -> dict[tuple[int, int], list[int]]:
             positions = pack.positions[row, seen].tolist()
             unused = pack.ids[row, column] == 0 and len(seen) == 1 and column > 0
             if not unused:
-                assert positions == list(range(len(seen))), "one token at each position, in order"
-                texts[row, column] = pack.ids[row, seen].tolist()
+                places = list(range(len(stem), len(stem) + len(seen)))
+                assert positions == places, "one token at each position, in order"
+                texts[row, column] = stem + pack.ids[row, seen].tolist()
     return texts
 
 
@@ -85,8 +90,14 @@ def needed_texts(groups, tries, credits) -> set[tuple[int, ...]]:
 def test_each_token_sees_its_own_prefix_and_only_what_is_needed_is_run(step, size, share):
     groups, tries, credits = step
     packs = build_packs(groups, tries, credits, size, share)
-    run = Counter()
+    run, stems = Counter(), []
     for pack in packs:
+        if pack.stem and pack.stem.group not in stems:
+            stems.append(pack.stem.group)
+            stem = pack.stem.ids.tolist()
+            assert stem == groups[pack.stem.group].prompt_ids[:-1].tolist()
+            run.update(tuple(stem[: stop + 1]) for stop in range(len(stem)))
+        assert not pack.stem or (stems[-1] == pack.stem.group and share), "one stem's packs follow each other"
         texts = texts_of(pack)
         assert len(texts) == pack.num_tokens
         run.update(tuple(text) for text in texts.values())
@@ -125,8 +136,12 @@ def test_a_pack_exceeds_its_size_only_where_one_path_does(step, size):
     for pack in build_packs(*step, size):
         if pack.ids.size > size:
             assert pack.ids.shape[0] == 1
-            assert pack.positions[0].tolist() == list(range(pack.ids.shape[1])), "one path, prompt included"
+            first = len(pack.stem) if pack.stem else 0
+            path = list(range(first, first + pack.ids.shape[1]))
+            assert pack.positions[0].tolist() == path, "one path"
             assert (pack.ends == pack.ids.shape[1]).all()
+            prompt = step[0][pack.targets.group[0]].prompt_ids
+            assert first == len(prompt) - 1, "of the prompt no more than its last token"
 
 
 @given(steps().map(shifted), st.sampled_from(SIZES))
@@ -183,11 +198,27 @@ def test_a_pack_by_hand():
     credit = assign(trie, Algorithm(name="t-spmo"), np.random.default_rng(0), 1)
     (pack,) = build_packs([group], [trie], [credit], 100)
     assert pack.ids.tolist() == [[1, 2, 5]]
-    # At most 3 cells: a pack for the path 1 2 5 and one for 1 2 8; the root's row is computed in the first.
+    # At most 2 cells: a pack for the path 2 5 and one for 2 8, behind the stem 1; the root's row is computed
+    # in the first.
     credit = assign(trie, Algorithm(name="grpo"), np.random.default_rng(0), 1)
-    first, second = build_packs([group], [trie], [credit], 3)
-    assert (first.ids.tolist(), second.ids.tolist()) == ([[1, 2, 5]], [[1, 2, 8]])
+    first, second = build_packs([group], [trie], [credit], 2)
+    assert (first.ids.tolist(), second.ids.tolist()) == ([[2, 5]], [[2, 8]])
+    assert first.stem.ids.tolist() == second.stem.ids.tolist() == [1]
+    assert first.positions.tolist() == second.positions.tolist() == [[1, 2]]
     assert (sorted(first.targets.node), sorted(second.targets.node)) == ([1, 2, 3, 4], [5])
+
+
+NOBODY = Targets(*[np.empty(0, np.int64)] * 4, *[np.empty(0)] * 3)
+
+
+def test_head_columns_by_hand():
+    ids = np.zeros((3, 4), np.int64)
+    pack = Pack(
+        ids, ids, ids, None, np.array([9, 1, 3, 2]), NOBODY, 12
+    )  # row 2 column 1; row 0 columns 1, 3, 2
+    table, place = head_columns(pack)
+    assert table.tolist() == [[1, 3, 2], [0, 0, 0], [1, 0, 0]]
+    assert place.tolist() == [6, 0, 1, 2]
 
 
 def test_t_spmo_prunes_what_lies_behind_the_last_fork():

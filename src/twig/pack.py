@@ -3,7 +3,8 @@
 Only the ancestors of nodes with credit are run, each once, however many completions share them. A pack is a
 table of B rows and L columns; a row holds one or more segments, a segment is a prompt followed by part of its
 trie in depth-first order. Token q sees token k of its row when k <= q < end(k), where `end` closes k's
-subtree.
+subtree. A trie that is cut into several packs leaves all of its prompt but the last token out of them: that
+is their stem, whose keys and values are computed once for all.
 
 Numpy only: knows nothing of models. Legend: B rows, L columns, R head rows, N targets (weighted nodes).
 """
@@ -39,12 +40,25 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Stem:
+    """The first S tokens of a group's prompt, which every token of its packs sees. `cells` [S] as in
+    `Pack`."""
+
+    group: int
+    ids: np.ndarray
+    cells: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
 class Pack:
     """One pass through the model. `ids`, `positions`, `ends` are [B, L]; unused cells see only themselves.
 
     `cells` [B, L] are rows of the boundary table (None where sampling recorded none). `rows` [R] are the flat
     indices b * L + l of the tokens whose next-token distribution is needed. `num_tokens` counts the cells in
-    use.
+    use. Where the pack has a `stem`, its tokens come before the first column of every row.
     """
 
     ids: np.ndarray
@@ -54,17 +68,23 @@ class Pack:
     rows: np.ndarray
     targets: Targets
     num_tokens: int
+    stem: Stem | None = None
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """A prompt and the trie nodes `nodes` (depth-first, the root first) that follow it; `heads` are the nodes
-    among them whose children with credit this segment computes."""
+    """The last `prompt` tokens of a prompt and the trie nodes `nodes` (depth-first, the root first) that
+    follow; `heads` are the nodes among them whose children with credit this segment computes."""
 
     group: int
+    prompt: int
     nodes: np.ndarray
     heads: np.ndarray
-    length: int
+
+    @property
+    def length(self) -> int:
+        # the root is the prompt's last token
+        return self.prompt + len(self.nodes) - 1
 
 
 def build_packs(
@@ -76,15 +96,21 @@ def build_packs(
 ) -> list[Pack]:
     """Packs of at most `size` cells that compute each weighted node of each group exactly once.
 
-    A pack is never smaller than its longest path, so it may exceed `size` where one path does. With
-    `share=False` every path is a row of its own, prompt included: the plain batch, for models that cannot run
-    a trie. The cut changes the gradient by rounding only. Empty where nothing has credit.
+    A pack is never smaller than its longest path, so it may exceed `size` where one path does. The packs of
+    one stem follow each other. With `share=False` every path is a row of its own, prompt included: the plain
+    batch, for models that cannot run a trie. The cut changes the gradient by rounding only. Empty where
+    nothing has credit.
     """
-    segments = []
+    whole: list[_Segment] = []
+    bins: list[list[list[_Segment]]] = []
     for index, (group, trie, credit) in enumerate(zip(groups, tries, credits, strict=True)):
-        segments += _cut(index, len(group.prompt_ids), trie, credit.weighted, size if share else 0)
-    bins = _fill(segments, size, share)
-    return [_table(rows, groups, tries, credits) for rows in bins]
+        prompt = len(group.prompt_ids)
+        segments = _cut(index, prompt, trie, credit.weighted, size, share)
+        if any(segment.prompt < prompt for segment in segments):
+            bins += _fill(segments, size, share)
+        else:
+            whole += segments
+    return [_table(rows, groups, tries, credits) for rows in _fill(whole, size, share) + bins]
 
 
 def halves(
@@ -103,9 +129,24 @@ def halves(
     return build_packs(groups, tries, parts, max(pack.ids.size // 2, 1), share)
 
 
-def _cut(index: int, prompt_length: int, trie: PrefixTrie, weighted: np.ndarray, size: int) -> list[_Segment]:
+def head_columns(pack: Pack) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of the pack's head rows as a table [B, at most R], row by row, and where in that table
+    (flattened) each of the R head rows is. Places that are left over repeat column 0."""
+    row, column = np.divmod(pack.rows, pack.ids.shape[1])
+    order = np.argsort(row, kind="stable")
+    counts = np.bincount(row, minlength=len(pack.ids))
+    place = np.empty(len(row), np.int64)
+    place[order] = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.zeros((len(pack.ids), int(counts.max())), np.int64)
+    table[row, place] = column
+    return table, row * table.shape[1] + place
+
+
+def _cut(
+    index: int, prompt: int, trie: PrefixTrie, weighted: np.ndarray, size: int, share: bool
+) -> list[_Segment]:
     """The needed part of one trie as segments of at most `size` tokens, cut between paths; shared ancestors
-    repeat."""
+    behind the prompt repeat, and where not even the prompt is shared it does too."""
     marked = np.zeros(len(trie), bool)
     marked[trie.parent[weighted]] = True
     if not marked.any():
@@ -113,17 +154,18 @@ def _cut(index: int, prompt_length: int, trie: PrefixTrie, weighted: np.ndarray,
     below = np.concatenate([[0], np.cumsum(marked)])
     inside = below[trie.end] - below[:-1]  # marked nodes in each subtree
     needed = np.flatnonzero(inside)
-    if prompt_length + len(needed) - 1 <= size:
-        return [_Segment(index, needed, np.flatnonzero(marked), prompt_length + len(needed) - 1)]
+    if share and prompt + len(needed) - 1 <= size:
+        return [_Segment(index, prompt, needed, np.flatnonzero(marked))]
+    if share:
+        prompt = 1  # the rest is the stem
+    else:
+        size = 0
 
     leaves = np.flatnonzero(marked & (inside == 1))
-    segments, fresh, start = (
-        [],
-        0,
-        0,
-    )  # `fresh`: first node that no segment has; `start`: first leaf of this segment
+    segments: list[_Segment] = []
+    fresh, start = 0, 0  # the first node that no segment has, the first leaf of this segment
     ancestors = _ancestors(trie, int(leaves[0]))
-    length = prompt_length + len(ancestors) - 1
+    length = prompt + len(ancestors) - 1
     for i in range(1, len(leaves) + 1):
         if i < len(leaves):
             grown = length + int(np.count_nonzero((needed > leaves[i - 1]) & (needed <= leaves[i])))
@@ -133,11 +175,11 @@ def _cut(index: int, prompt_length: int, trie: PrefixTrie, weighted: np.ndarray,
         last = leaves[i - 1]
         nodes = np.union1d(ancestors, needed[(needed > leaves[start]) & (needed <= last)])
         heads = nodes[marked[nodes] & (nodes >= fresh)]
-        segments.append(_Segment(index, nodes, heads, prompt_length + len(nodes) - 1))
+        segments.append(_Segment(index, prompt, nodes, heads))
         if i < len(leaves):
             fresh, start = last + 1, i
             ancestors = _ancestors(trie, int(leaves[i]))
-            length = prompt_length + len(ancestors) - 1
+            length = prompt + len(ancestors) - 1
     return segments
 
 
@@ -186,17 +228,18 @@ def _table(
         for segment in row:
             here = slice(column, column + segment.length)
             group, trie = groups[segment.group], tries[segment.group]
-            prompt = len(group.prompt_ids)
-            ids[b, here] = np.concatenate([group.prompt_ids, trie.token[segment.nodes[1:]]])
+            prompt, whole = segment.prompt, len(group.prompt_ids)
+            tail = slice(whole - prompt, whole)
+            ids[b, here] = np.concatenate([group.prompt_ids[tail], trie.token[segment.nodes[1:]]])
             positions[b, here] = np.concatenate(
-                [np.arange(prompt), prompt - 1 + trie.depth[segment.nodes[1:]]]
+                [np.arange(whole)[tail], whole - 1 + trie.depth[segment.nodes[1:]]]
             )
             # the root is the prompt's last token: it and those before it see the whole segment below them
             close = np.searchsorted(segment.nodes, trie.end[segment.nodes]) + prompt - 1
             ends[b, here] = column + np.concatenate([np.full(prompt - 1, segment.length), close])
             if recorded:
                 cells[b, here] = np.concatenate(
-                    [group.prompt_cells, _node_cells(group, trie, segment.nodes[1:])]
+                    [group.prompt_cells[tail], _node_cells(group, trie, segment.nodes[1:])]
                 )
             at = column + prompt - 1 + np.searchsorted(segment.nodes, segment.heads)
             targets.append(_targets(segment, trie, credits[segment.group], sum(len(r) for r in head_rows)))
@@ -204,7 +247,25 @@ def _table(
             column += segment.length
     used = sum(s.length for row in rows for s in row)
     joined = Targets(*(np.concatenate(columns) for columns in zip(*targets, strict=True)))
-    return Pack(ids, positions, ends, cells if recorded else None, np.concatenate(head_rows), joined, used)
+    return Pack(
+        ids,
+        positions,
+        ends,
+        cells if recorded else None,
+        np.concatenate(head_rows),
+        joined,
+        used,
+        _stem(rows[0][0], groups, recorded),
+    )
+
+
+def _stem(segment: _Segment, groups: Sequence[Group], recorded: bool) -> Stem | None:
+    """What of the prompt is not in the segment."""
+    group = groups[segment.group]
+    left = len(group.prompt_ids) - segment.prompt
+    if left == 0:
+        return None
+    return Stem(segment.group, group.prompt_ids[:left], group.prompt_cells[:left] if recorded else None)
 
 
 def _node_cells(group: Group, trie: PrefixTrie, nodes: np.ndarray) -> np.ndarray:

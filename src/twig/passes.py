@@ -7,7 +7,7 @@ the cut changes it by rounding only. Knows nothing of prompts, rewards or optimi
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from twig.credit import Credit
 from twig.objective import Surrogate
 from twig.oom import give_back, out_of_memory
 from twig.pack import Pack, build_packs, halves
-from twig.policy import Policy
+from twig.policy import OpenStem, Policy
 from twig.progress import Progress
 from twig.records import Group, UserError
 from twig.trie import PrefixTrie
@@ -78,10 +78,20 @@ class Passes:
         self.parts = (groups, tries, credits)
         self.packs = build_packs(*self.parts, sizes.pack_size, share=not policy.plain)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens run for one gradient; a stem counts once."""
+        stems = {pack.stem.group: len(pack.stem) for pack in self.packs if pack.stem}
+        return sum(pack.num_tokens for pack in self.packs) + sum(stems.values())
+
     def logps(self) -> NodeValues:
         """The log-probs of all weighted nodes as the policy stands, without gradient."""
         found = NodeValues(self.parts[1])
-        self._each(lambda pack: self.policy.logps(pack, self.boundary), found.put)
+
+        def run(pack: Pack, opened: OpenStem | None) -> Tensor:
+            return self.policy.logps(pack, self.boundary, opened)
+
+        self._each(run, found.put, gradient=False)
         return found
 
     def backward(
@@ -90,25 +100,38 @@ class Passes:
         """Adds the gradient of the batch's loss to the adapter; returns all log-probs and the loss."""
         logps, losses = NodeValues(self.parts[1]), []
 
-        def run(pack: Pack) -> tuple[Tensor, float]:
+        def run(pack: Pack, opened: OpenStem | None) -> tuple[Tensor, float]:
             known = [None if values is None else values.of(pack) for values in (old, ref)]
-            return self.policy.backward(pack, surrogate, self.boundary, *known)
+            return self.policy.backward(pack, surrogate, self.boundary, *known, opened)
 
         def keep(pack: Pack, found: tuple[Tensor, float]) -> None:
             logps.put(pack, found[0])
             losses.append(found[1])
             self.progress.advance()
 
-        self._each(run, keep)
+        self._each(run, keep, gradient=True)
         return logps, sum(losses)
 
-    def _each(self, run: Callable[[Pack], Any], keep: Callable[[Pack, Any], None]) -> None:
-        """`keep(pack, run(pack))` for each pack; where memory runs out, for its parts."""
-        waiting, done = self.packs[::-1], []
+    def _each(
+        self,
+        run: Callable[[Pack, OpenStem | None], Any],
+        keep: Callable[[Pack, Any], None],
+        gradient: bool,
+    ) -> None:
+        """`keep(pack, run(pack))` for each pack; where memory runs out, for its parts.
+
+        Packs of one stem follow each other, so one stem at a time is open.
+        """
+        waiting, done, opened = self.packs[::-1], [], None
         while waiting:
             pack, found = waiting.pop(), None
+            if opened and (pack.stem is None or pack.stem.group != opened.stem.group):
+                self._close(opened, gradient)
+                opened = None
             try:
-                found = run(pack)
+                if pack.stem and not opened:
+                    opened = self.policy.open_stem(pack.stem, self.boundary, gradient)
+                found = run(pack, opened)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -118,7 +141,28 @@ class Passes:
             else:
                 keep(pack, found)
                 done.append(pack)
+        self._close(opened, gradient)
         self.packs = done
+
+    def _close(self, opened: OpenStem | None, gradient: bool) -> None:
+        """Sends what a stem's packs left in it through the stem, with checkpointed layers where memory asks
+        for it."""
+        while opened and gradient:
+            try:
+                self.policy.close_stem(opened, self.boundary)
+                return
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            give_back()
+            self._checkpoint(len(opened.stem))
+
+    def _checkpoint(self, tokens: int) -> None:
+        """Checkpoints layers from here on; refuses `tokens` where that was done already."""
+        if self.sizes.checkpoint_layers:
+            self._refuse(tokens)
+        self.policy.checkpoint_layers = self.sizes.checkpoint_layers = True
+        self._say("train.checkpoint_layers=true")
 
     def _smaller(self, pack: Pack) -> list[Pack]:
         """What to run in place of a pack that memory had no room for; remembered for the packs to come."""
@@ -126,17 +170,23 @@ class Passes:
         parts = halves(pack, *self.parts, share=not policy.plain)
         if len(parts) > 1:
             sizes.pack_size = min(sizes.pack_size, max(part.ids.size for part in parts))
-            what = f"train.pack_size={sizes.pack_size}"
-        elif not policy.plain and not sizes.checkpoint_layers:
-            policy.checkpoint_layers = sizes.checkpoint_layers = True
-            what = "train.checkpoint_layers=true"
-        elif not policy.plain and sizes.head_chunk > _SMALLEST_HEAD_CHUNK:
+            self._say(f"train.pack_size={sizes.pack_size}")
+        elif policy.plain:
+            self._refuse(pack.num_tokens)
+        elif not sizes.checkpoint_layers:
+            self._checkpoint(pack.num_tokens)
+        elif sizes.head_chunk > _SMALLEST_HEAD_CHUNK:
             policy.head_chunk = sizes.head_chunk = max(sizes.head_chunk // 4, _SMALLEST_HEAD_CHUNK)
-            what = f"train.head_chunk={sizes.head_chunk}"
+            self._say(f"train.head_chunk={sizes.head_chunk}")
         else:
-            raise UserError(
-                f"memory: {pack.num_tokens} tokens, prompt and completion, do not fit; write a smaller "
-                "rollout.max_completion_length, fewer lora.layers, or a smaller model"
-            )
-        self.progress.message(f"memory ran out in an update: going on with {what}; results stay the same")
+            self._refuse(pack.num_tokens)
         return parts
+
+    def _say(self, what: str) -> None:
+        self.progress.message(f"memory ran out in an update: going on with {what}; results stay the same")
+
+    def _refuse(self, tokens: int) -> NoReturn:
+        raise UserError(
+            f"memory: {tokens} tokens, prompt and completion, do not fit; write a smaller "
+            "rollout.max_completion_length, fewer lora.layers, or a smaller model"
+        )

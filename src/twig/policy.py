@@ -13,6 +13,7 @@ vocabulary.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from twig.decoder import Context, Decoder, tree_visible
+from twig.decoder import Behind, Context, Decoder, tree_visible
 from twig.objective import Surrogate, loss
-from twig.pack import Pack
+from twig.pack import Pack, Stem, head_columns
 from twig.records import UserError
+
+# The last layer runs on the head rows alone where they are at most this share of the cells: every cell's keys
+# and values are needed, and finding those first costs a little.
+_FEW_ROWS = 0.75
+
+
+@dataclass(frozen=True)
+class OpenStem:
+    """A stem that is being shared by its packs: its keys and values by layer, as leaves. The gradients of the
+    packs add up in their `grad`."""
+
+    stem: Stem
+    pairs: dict[int, tuple[Tensor, Tensor]]
+
+    def leaves(self) -> list[Tensor]:
+        return [leaf for pair in self.pairs.values() for leaf in pair if leaf.requires_grad]
 
 
 class Policy:
@@ -90,10 +107,12 @@ class Policy:
         return logits
 
     @torch.no_grad()
-    def logps(self, pack: Pack, boundary: Float[Tensor, "C D"] | None = None) -> Float[Tensor, " N"]:
+    def logps(
+        self, pack: Pack, boundary: Float[Tensor, "C D"] | None = None, opened: OpenStem | None = None
+    ) -> Float[Tensor, " N"]:
         """Log-probs of the pack's targets, without gradient. `boundary` is the table that `pack.cells`
         index."""
-        return self._target_logps(pack, boundary)
+        return self._target_logps(pack, boundary, opened)
 
     def backward(
         self,
@@ -102,21 +121,44 @@ class Policy:
         boundary: Float[Tensor, "C D"] | None = None,
         old_logp: Float[Tensor, " N"] | None = None,
         ref_logp: Float[Tensor, " N"] | None = None,
+        opened: OpenStem | None = None,
     ) -> tuple[Float[Tensor, " N"], float]:
         """Adds the gradient of the pack's loss to the adapter; returns the targets' log-probs and the loss.
 
-        The gradient is added whole or, where this raises, not at all.
+        The gradient is added whole or, where this raises, not at all. With `opened`, the pack's stem is not
+        run: what it owes to the gradient is added by `close_stem`, once for all packs.
         """
-        logps = self._target_logps(pack, boundary)
+        logps = self._target_logps(pack, boundary, opened)
         targets = pack.targets
         weights = [self._tensor(w) for w in (targets.plus, targets.minus, targets.kl)]
         value = loss(surrogate, logps, *weights, old_logp, ref_logp)
-        parameters = list(self.parameters.values())
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        leaves = [*self.parameters.values(), *(opened.leaves() if opened else [])]
+        _add(leaves, torch.autograd.grad(value, leaves, allow_unused=True))
         return logps.detach(), float(value.detach())
+
+    @torch.no_grad()
+    def open_stem(self, stem: Stem, boundary: Float[Tensor, "C D"] | None, gradient: bool) -> OpenStem:
+        """Runs a stem once for all of its packs, which are then run with it `opened`; for the adapter as it
+        stands. With `gradient` end with `close_stem`."""
+        pairs = self._stem_pairs(stem, boundary)
+        for layer, pair in pairs.items():
+            for leaf in pair:
+                leaf.requires_grad_(gradient and layer >= self.cut)
+        return OpenStem(stem, pairs)
+
+    def close_stem(self, opened: OpenStem, boundary: Float[Tensor, "C D"] | None) -> None:
+        """Adds the stem's part of the gradient to the adapter: the stem is run again and the gradients that
+        its packs left are sent through it. Whole or, where this raises, not at all."""
+        pairs = self._stem_pairs(opened.stem, boundary)
+        outputs, gradients = [], []
+        for layer, pair in pairs.items():
+            for output, leaf in zip(pair, opened.pairs[layer], strict=True):
+                if output.requires_grad and leaf.grad is not None:
+                    outputs.append(output)
+                    gradients.append(leaf.grad)
+        parameters = list(self.parameters.values())
+        if outputs:
+            _add(parameters, torch.autograd.grad(outputs, parameters, gradients, allow_unused=True))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """A numpy array on the device; floats in the precision of the loss."""
@@ -125,34 +167,69 @@ class Policy:
             tensor = tensor.to(torch.promote_types(self.model.dtype, torch.float32))
         return tensor.to(self.device)
 
-    def _target_logps(self, pack: Pack, boundary: Tensor | None) -> Float[Tensor, " N"]:
+    def _target_logps(
+        self, pack: Pack, boundary: Tensor | None, opened: OpenStem | None
+    ) -> Float[Tensor, " N"]:
         """The targets' log-probs, differentiable in the adapter."""
         row, token = self._tensor(pack.targets.row), self._tensor(pack.targets.token)
-        hidden = self._hidden(pack, boundary)
+        hidden = self._hidden(pack, boundary, opened)
         if self.plain:
             return torch.log_softmax(self.sampled_logits(hidden), -1)[row, token]
         head = self.decoder.open_head(self.temperature, self.suppressed, self.head_chunk)
         return head.logps(self.decoder.norm(hidden), row, token)
 
-    def _hidden(self, pack: Pack, boundary: Tensor | None) -> Float[Tensor, "R D"]:
+    def _hidden(self, pack: Pack, boundary: Tensor | None, opened: OpenStem | None) -> Float[Tensor, "R D"]:
         """The last layer's output at the pack's head rows (with `plain`: the model's own logits there)."""
-        rows = self._tensor(pack.rows)
-        ids = self._tensor(pack.ids)
+        rows, ids = self._tensor(pack.rows), self._tensor(pack.ids)
         if self.plain:
             return self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[rows]
-        positions = self._tensor(pack.positions)
-        visible = tree_visible(self._tensor(pack.ends))
-        context = Context(
-            self.decoder.masks(visible, positions, positions), self.decoder.rotations(positions), positions
-        )
-        if boundary is not None and pack.cells is not None:
-            hidden = boundary[self._tensor(pack.cells)]
-        else:
-            with torch.no_grad():
-                hidden = self.decoder.run(self.decoder.embed(ids), 0, self.cut, context)
-        recompute = self.checkpoint_layers and torch.is_grad_enabled()
-        hidden = self.decoder.run(hidden, self.cut, self.num_layers, context, recompute)
-        return hidden.flatten(0, 1)[rows]
+        decoder, last = self.decoder, self.num_layers - 1
+        positions, visible = self._tensor(pack.positions), tree_visible(self._tensor(pack.ends))
+        key_positions, cache = positions, None
+        if pack.stem is not None:
+            cache = Behind(opened.pairs if opened else self._stem_pairs(pack.stem, boundary))
+            before = torch.arange(len(pack.stem), device=self.device).expand(len(ids), -1)
+            key_positions = torch.cat([before, positions], 1)
+            visible = torch.cat([visible.new_ones(*ids.shape, len(pack.stem)), visible], 2)
+        masks = decoder.masks(visible, positions, key_positions)
+        context = Context(masks, decoder.rotations(positions), positions, cache)
+        hidden = self._boundary(ids, pack.cells, boundary, context)
+        hidden = decoder.run(hidden, self.cut, last, context, self._recompute)
+        columns, place = map(self._tensor, head_columns(pack))
+        if columns.numel() > _FEW_ROWS * ids.numel():
+            return decoder.run(hidden, last, last + 1, context, self._recompute).flatten(0, 1)[rows]
+        return decoder.run_at(hidden, last, context, columns, self._recompute).flatten(0, 1)[place]
+
+    def _stem_pairs(self, stem: Stem, boundary: Tensor | None) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of a stem, by layer: of the upper ones, and of the trunk's where that was run."""
+        ids, cells = self._tensor(stem.ids)[None], None if stem.cells is None else stem.cells[None]
+        positions = torch.arange(len(stem), device=self.device)[None]
+        visible = tree_visible(torch.full_like(positions, len(stem)))
+        masks = self.decoder.masks(visible, positions, positions)
+        trunk = Behind()
+        context = Context(masks, self.decoder.rotations(positions), positions, trunk)
+        hidden = self._boundary(ids, cells, boundary, context)
+        pairs = self.decoder.keys_values(hidden, self.cut, self.num_layers, context, self._recompute)
+        return trunk.found | pairs
+
+    def _boundary(
+        self, ids: Tensor, cells: np.ndarray | None, boundary: Tensor | None, context: Context
+    ) -> Float[Tensor, "B L D"]:
+        """What leaves the trunk: as recorded, else run."""
+        if boundary is not None and cells is not None:
+            return boundary[self._tensor(cells)]
+        with torch.no_grad():
+            return self.decoder.run(self.decoder.embed(ids), 0, self.cut, context)
+
+    @property
+    def _recompute(self) -> bool:
+        return self.checkpoint_layers and torch.is_grad_enabled()
+
+
+def _add(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        if gradient is not None:
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
 
 def attach(

@@ -196,7 +196,7 @@ class Trainer:
             norm = self._optimize(learning_rate, options.l2, loss)
             if iteration == 0:
                 metrics |= {"loss": loss, "grad_norm": norm, **_gaps(batch, logps, ref)}
-        metrics["tokens/nodes_run"] = sum(p.num_tokens for p in passes.packs) * options.num_iterations
+        metrics["tokens/nodes_run"] = passes.num_tokens * options.num_iterations
         return metrics
 
     def _optimize(self, learning_rate: float, l2: float, loss: float) -> float:

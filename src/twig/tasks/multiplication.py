@@ -28,7 +28,7 @@ Split = Literal["pretrain", "train", "eval"]
 TEMPLATE = "{a}*{b}="
 # The hash, as a fraction of its range, below which a problem belongs to the split.
 _UPPER = {"pretrain": 0.5, "train": 0.8, "eval": 1.0}
-_ENUMERATED = 1_000_000  # so many problems are listed in a second or two; of more, some are drawn
+_ENUMERATED = 100_000  # so many problems are listed in half a second; of more, some are drawn
 _ANSWER = re.compile(r"#(0|[1-9][0-9]{0,39})\Z")
 
 
