@@ -310,6 +310,28 @@ def test_sampling_does_not_depend_on_waves_prompt_order_compaction_or_engine(mon
     same_text(draw(policy=tiny.build_policy(plain=True)), whole)
 
 
+def test_requests_expected_to_be_long_are_sampled_first_and_waves_are_told_of():
+    policy, requests = tiny.build_policy(), requests_of(num=2)
+    whole = sample(policy, requests, end_ids=[5, 6, 7], decode=texts_of, seed=1).completions
+    requests = [replace(r, expected=e) for r, e in zip(requests, (3.0, 9.0, 3.0), strict=True)]
+    for wave_size, wanted in ((2, [[1], [0], [2]]), (4, [[1, 0], [2]]), (6, [[0, 1, 2]])):
+        waves = []
+        drawn = sample(
+            policy,
+            requests,
+            end_ids=[5, 6, 7],
+            decode=texts_of,
+            seed=1,
+            wave_size=wave_size,
+            on_wave=waves.append,
+        )
+        # of two that are expected to be as long, that with the longer prompt (4 tokens against 3) comes first
+        assert [list(dict.fromkeys(each.request for each in wave)) for wave in waves] == wanted
+        same_text(drawn.completions, whole)
+        for each in (each for wave in waves for each in wave):
+            assert drawn.completions[each.request][each.number] is each.completion
+
+
 def test_greedy_sampling_takes_the_most_probable_token():
     policy, requests = tiny.build_policy("gemma3"), requests_of(num=1)
     drawn = sample(policy, requests, end_ids=[5], decode=texts_of, greedy=True, record=False)

@@ -15,8 +15,8 @@ SOURCE = ROOT / "src" / "twig"
 
 # A module imports only from those before it. A package itself comes after its modules.
 ORDER = (
-    "records wording settings config expressions answers "
-    "tasks.base tasks.functions tasks.rewards tasks.data "
+    "records wording task_settings settings config expressions answers "
+    "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit objective pack models oom head decoder policy rollout replay progress passes measures "
     "evaluate shape workload footprint memory "
@@ -30,8 +30,8 @@ ORDER = (
 
 # These work where torch is not installed.
 WITHOUT_TORCH = (
-    "records wording settings config expressions answers "
-    "tasks.base tasks.functions tasks.rewards tasks.data "
+    "records wording task_settings settings config expressions answers "
+    "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit pack replay progress measures shape workload footprint memory "
     "machine evaluations runlog trackers signals symptoms diagnose series creditmap "

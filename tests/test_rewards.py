@@ -3,6 +3,8 @@
 import asyncio
 import functools
 import logging
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,31 @@ import pytest
 from twig.evaluate import _summarise
 from twig.records import Completion, Example, Score, UserError
 from twig.tasks.base import Task
+from twig.tasks.calls import Limit
 from twig.tasks.functions import RewardError, function_names, load_reward_file
 from twig.tasks.rewards import (
+    Rewarding,
     Rewards,
     accuracy,
     judge,
-    score,
     score_completions,
     score_last_number,
     score_number,
 )
 
 TEXTS = ["a", "bb", "ccc"]
+NO_LIMIT = Limit()
 
 
 def run(
-    *functions: Any, weights: tuple[float, ...] | None = None, prompt: Any = "p", **columns: Any
+    *functions: Any,
+    weights: tuple[float, ...] | None = None,
+    prompt: Any = "p",
+    limit: Limit = NO_LIMIT,
+    **columns: Any,
 ) -> Rewards:
     """The rewards of TEXTS, each an answer to the same prompt."""
-    task = Task("test", (), (), functions, reward_weights=weights)
+    task = Task("test", (), (), functions, reward_weights=weights, reward_limit=limit)
     examples = [
         Example(prompt, {name: values[n] for name, values in columns.items()}) for n in range(len(TEXTS))
     ]
@@ -81,7 +89,8 @@ def test_the_prompt_and_completion_columns_are_not_passed() -> None:
 
     columns = {"prompt": ["x"] * 3, "completion": ["y"] * 3, "answer": ["z"] * 3}
     task = Task("test", (), (), (only,))
-    score(task, prompts=["p"] * 3, completions=TEXTS, completion_ids=[[1]] * 3, columns=columns)
+    examples = [Example("p", {name: values[n] for name, values in columns.items()}) for n in range(3)]
+    assert score_completions(task, examples, TEXTS, [[1]] * 3).total.tolist() == [1, 1, 1]
 
 
 def test_functions_of_trl_run_unchanged() -> None:
@@ -183,6 +192,83 @@ def test_async_functions_keep_one_loop_and_work_inside_a_running_one() -> None:
     run(reward)
     asyncio.run(notebook())
     assert loops[0] is loops[1]
+
+
+def test_async_functions_begin_with_what_is_there_and_are_called_once_a_part() -> None:
+    calls: list[list[str]] = []
+    begun = threading.Event()
+
+    async def slow(
+        completions: Any, note: Any, log_extra: Any, log_metric: Any, **kwargs: Any
+    ) -> list[float]:
+        calls.append(list(completions))
+        begun.set()
+        log_extra("seen", [f"{text}:{value}" for text, value in zip(completions, note, strict=True)])
+        log_metric("calls", len(calls))
+        return [float(len(text)) for text in completions]
+
+    examples = [Example("p", {"note": n}) for n in range(4)]
+    texts, ids = ["a", "bb", "ccc", "dddd"], [[n] for n in range(4)]
+    rewarding = Rewarding(Task("test", (), (), (slow, length)))
+    for part in ([3, 1], [0, 2]):
+        rewarding.start(part, *([values[n] for n in part] for values in (examples, texts, ids)))
+        assert begun.wait(30), "it is at work before the batch is complete"
+        begun.clear()
+    result = rewarding.finish(examples, texts, ids)
+    assert calls == [["dddd", "bb"], ["a", "ccc"]]
+    assert result.per_function["slow"].tolist() == [1, 2, 3, 4] and result.total.tolist() == [2, 4, 6, 8]
+    assert list(result.per_function) == ["slow", "length"]
+    assert result.extra == {"seen": ["a:0", "bb:1", "ccc:2", "dddd:3"]}
+    assert result.metrics["calls"] == 1.5
+
+
+# ---- time limits -------------------------------------------------------------------------------------------
+
+
+def hangs(completions: Any, **kwargs: Any) -> list[float]:
+    time.sleep(20)
+    return [1.0] * 3
+
+
+async def hangs_async(completions: Any, **kwargs: Any) -> list[float]:
+    await asyncio.sleep(20)
+    return [1.0] * 3
+
+
+def times_out_itself(completions: Any, **kwargs: Any) -> list[float]:
+    raise TimeoutError("of its own")
+
+
+async def times_out_itself_async(completions: Any, **kwargs: Any) -> list[float]:
+    raise TimeoutError("of its own")
+
+
+@pytest.mark.parametrize("function", [hangs, hangs_async])
+def test_a_call_that_takes_too_long_stops_the_run_or_gets_the_chosen_score(function: Any) -> None:
+    began = time.perf_counter()
+    with pytest.raises(RewardError) as caught:
+        run(function, limit=Limit(0.05))
+    line = function.__code__.co_firstlineno
+    assert str(caught.value) == (
+        f"reward function {function.__name__!r} ({__file__}:{line}) took longer than "
+        "task.reward_timeout=0.05 seconds for 3 completions; write a larger one, or "
+        "task.reward_on_timeout=0.0 to go on with that score"
+    )
+    assert run(function, length, limit=Limit(0.05, -1.0)).total.tolist() == [0, 1, 2]
+    assert time.perf_counter() - began < 10, "nobody waits for it"
+
+
+@pytest.mark.parametrize("function", [times_out_itself, times_out_itself_async])
+def test_a_timeout_of_the_function_s_own_is_its_error(function: Any) -> None:
+    with pytest.raises(RewardError, match=f"{function.__name__}' raised at .*TimeoutError: of its own"):
+        run(function, limit=Limit(30, 0.0))
+
+
+@pytest.mark.parametrize("limit", [Limit(), Limit(30)])
+def test_in_time_a_limit_changes_nothing(limit: Limit) -> None:
+    assert run(length, limit=limit).total.tolist() == [1, 2, 3]
+    with pytest.raises(RewardError, match="'raises' raised at .*ZeroDivisionError"):
+        run(raises, limit=limit)
 
 
 # ---- logging -----------------------------------------------------------------------------------------------

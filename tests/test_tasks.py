@@ -21,7 +21,16 @@ def settings(name: str, **values: Any) -> SimpleNamespace:
         **dict.fromkeys(
             ("path", "revision", "prompt_template", "system_prompt", "train_split", "eval_split")
         ),
-        **dict.fromkeys(("train_size", "eval_size", "reward_file", "reward_weights")),
+        **dict.fromkeys(
+            (
+                "train_size",
+                "eval_size",
+                "reward_file",
+                "reward_weights",
+                "reward_timeout",
+                "reward_on_timeout",
+            )
+        ),
         **{"prompt_column": "prompt", "chat": "auto", "chat_template_kwargs": {}, "correct_at": 1.0},
     }
     return SimpleNamespace(task=SimpleNamespace(name=name, **{**task, **values}))

@@ -27,9 +27,9 @@ from twig.settings import (
     Memory,
     Model,
     Rollout,
-    TaskSettings,
     Train,
 )
+from twig.task_settings import TaskSettings
 from twig.wording import either, explain, fields_of, is_group, kind_of, nearest, rule_of, write
 
 RUN_CONFIG = "config.yaml"

@@ -31,7 +31,8 @@ class Request:
     """Completions wanted for one prompt: `num` of them, each of at most `max_tokens` tokens.
 
     `slot` is the prompt's place in the step; it names the noise. The last `prefix_length` ids of the prompt
-    are the kept part of an earlier completion: they belong to the completion's text.
+    are the kept part of an earlier completion: they belong to the completion's text. `expected` tokens are
+    likely: waves are made of requests that are likely to end together.
     """
 
     prompt_ids: np.ndarray
@@ -39,10 +40,20 @@ class Request:
     max_tokens: int
     slot: int
     prefix_length: int = 0
+    expected: float = 0.0
 
     @property
     def prefix(self) -> np.ndarray:
         return self.prompt_ids[len(self.prompt_ids) - self.prefix_length :]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Completion `number` of the request at place `request`."""
+
+    request: int
+    number: int
+    completion: Completion
 
 
 @dataclass(frozen=True)
@@ -74,15 +85,22 @@ def sample(
     record: bool = True,
     stop: Sequence[str] = (),
     on_tokens: Callable[[int], None] | None = None,
+    on_wave: Callable[[list[Drawn]], None] | None = None,
 ) -> Sampled:
     """Samples all requests, `wave_size` completions at a time. `record` keeps the boundary for the update.
 
     A completion ends with the first of `end_ids`, or with the token that completes one of the texts `stop`;
     either is part of it. Else it is cut off at its length limit. `decode` turns lists of ids into texts. With
     `greedy`, the most probable token is taken and no noise is used. `on_tokens` hears of progress: the tokens
-    sampled since the last call.
+    sampled since the last call. `on_wave` gets the completions of each wave as soon as it is done.
+
+    Where there are several waves, the requests that are expected to be long come first: a wave takes as many
+    steps as its longest row.
     """
-    rows = [(r, c) for r, request in enumerate(requests) for c in range(request.num)]
+    order = range(len(requests))
+    if sum(request.num for request in requests) > wave_size:
+        order = sorted(order, key=lambda r: (-requests[r].expected, -len(requests[r].prompt_ids)))
+    rows = [(r, c) for r in order for c in range(requests[r].num)]
     completions: list[list[Completion]] = [[] for _ in requests]
     draw = _sample_plain if policy.plain else _sample_wave
     # with adapters in the lowest layer there is no trunk to record
@@ -106,9 +124,12 @@ def sample(
             give_back()
             wave_size = len(wave) // 2
             continue
-        drawn = recorder.completions(wave, decode, table)
-        for (r, _), completion in zip(rows[start:], drawn, strict=False):
-            completions[r].append(completion)
+        found = zip(rows[start:], recorder.completions(wave, decode, table), strict=False)
+        drawn = [Drawn(*row, completion) for row, completion in found]
+        for each in drawn:
+            completions[each.request].append(each.completion)
+        if on_wave is not None:
+            on_wave(drawn)
         start += len(wave)
     if table is None:
         return Sampled(completions, [np.empty(0, np.int64) for _ in requests], None, wave_size)

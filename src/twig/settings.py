@@ -7,9 +7,10 @@ below. Names are those of TRL and transformers where the meaning is the same.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from twig.records import UserError
+from twig.task_settings import Frozen, Index, Text
 from twig.wording import check_budget
 
 S_GRPO_DEFAULTS = {"alpha": 50, "p": 0.3, "k": 100}
@@ -19,16 +20,6 @@ ALGORITHMS_WITH = {
     **dict.fromkeys(["normalise", "l2", "replay"], ("t-spmo",)),
     **dict.fromkeys(["beta", "scale_rewards"], ("grpo", "s-grpo")),
 }
-
-Text = Annotated[str, Field(min_length=1)]
-Index = Annotated[int, Field(ge=0)]
-
-
-class Frozen(BaseModel):
-    # strict: `train.max_steps=true` is a mistake, not 1 step.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class Model(Frozen):
@@ -90,86 +81,6 @@ class Lora(Frozen):
         "change, so they run once a token: fewer layers cost less time and memory.",
         examples=["last_third", [22, 23]],
     )
-
-
-class TaskSettings(Frozen):
-    """The problems, how the model is asked, and how an answer is rewarded."""
-
-    name: Literal["multiplication", "svamp", "gsm8k", "custom"] = Field(
-        description="The task. `custom` is your own data (`task.path`) with your own reward "
-        "(`task.reward_file`)."
-    )
-    path: Text | None = Field(
-        None,
-        description="Data to read in place of the task's own: a JSON, JSONL or Parquet file, a folder of "
-        "them, or (`custom`) a data set on the Hub.",
-        examples=["data/train.jsonl"],
-    )
-    revision: Text | None = Field(
-        None, description="Branch, tag or commit of a data set on the Hub.", examples=["main"]
-    )
-    prompt_template: Text | None = Field(
-        None,
-        description="Text of the prompt with the columns of a row in braces. null: the task's own.",
-        examples=["Question: {question}\nAnswer:"],
-    )
-    prompt_column: Text = Field("prompt", description="Column that holds the prompt. Used by `custom` only.")
-    system_prompt: Text | None = Field(
-        None,
-        description="Text of the system message. null: the task's own.",
-        examples=["Think step by step."],
-    )
-    chat: Literal["auto", "always", "never"] = Field(
-        "auto",
-        description="Whether prompts go through the chat template. `auto`: where the tokenizer has one.",
-    )
-    chat_template_kwargs: dict[str, Any] = Field(
-        {}, description="Passed to the chat template.", examples=["{enable_thinking: false}"]
-    )
-    train_split: Text | None = Field(
-        None, description="Split to train on. null: the task's own.", examples=["train"]
-    )
-    eval_split: Text | None = Field(
-        None, description="Split to evaluate on. null: the task's own.", examples=["test"]
-    )
-    train_size: int | None = Field(
-        None, ge=1, description="Problems to train on. null: all there are.", examples=[1000]
-    )
-    eval_size: int | None = Field(
-        None, ge=1, description="Problems kept for evaluation. null: all.", examples=[1000]
-    )
-    digits: Annotated[list[Annotated[int, Field(ge=1, le=9)]], Field(min_length=2, max_length=2)] = Field(
-        [3, 2], description="Digits of the two factors. Used by `multiplication` only."
-    )
-    reward_file: str | None = Field(
-        None,
-        description="Python file and the reward functions in it; each has TRL's signature. null: the "
-        "task's own reward.",
-        examples=["rewards.py:exact,short"],
-    )
-    reward_weights: list[float] | None = Field(
-        None,
-        min_length=1,
-        description="Weight of each reward function in the sum. null: 1 each.",
-        examples=[[1.0, 0.5]],
-    )
-    correct_at: float = Field(
-        1.0,
-        description="A completion counts as right when its weighted reward reaches this. Used only where "
-        "the task cannot tell by itself (`custom`).",
-    )
-
-    @field_validator("reward_file")
-    @classmethod
-    def _names_functions(cls, value: str | None) -> str | None:
-        if value is not None:
-            file, _, names = value.rpartition(":")
-            if not file.endswith(".py") or not all(name.strip().isidentifier() for name in names.split(",")):
-                raise UserError(
-                    f"task.reward_file: {value!r} does not name a function; write FILE.py:FUNCTION or "
-                    "FILE.py:FUNCTION,FUNCTION, such as rewards.py:exact"
-                )
-        return value
 
 
 class Rollout(Frozen):

@@ -24,11 +24,11 @@ from twig.objective import Surrogate, k3, shrink
 from twig.passes import NodeValues, Passes, Sizes
 from twig.policy import Policy
 from twig.progress import Progress
-from twig.records import Group, UserError
+from twig.records import Completion, Group, UserError
 from twig.replay import Restart, choose_restart
-from twig.rollout import Request, sample
+from twig.rollout import Drawn, Request, sample
 from twig.tasks.base import Task, encode_prompt
-from twig.tasks.rewards import Rewards, judge, score_completions
+from twig.tasks.rewards import Rewarding, Rewards, judge
 from twig.trie import PrefixTrie
 
 
@@ -78,6 +78,7 @@ class Trainer:
         )
         self.drawn_prompts = 0  # position in the data: prompts taken so far
         self.restarts: list[Restart] = []
+        self.lengths: dict[int, float] = {}  # of a prompt's completions, the last time it was sampled
         self.seconds: dict[str, float] = {}
 
     # ---- one step
@@ -103,8 +104,21 @@ class Trainer:
             prompt = self._prompt_ids(restart.prompt_index)
             left = rollout.max_completion_length - len(restart.prefix)
             ids = np.concatenate([prompt, np.array(restart.prefix, np.int64)])
-            requests.append(Request(ids, rollout.num_generations, left, slot, len(restart.prefix)))
+            expected = self._expected_length(restart.prompt_index) - len(restart.prefix)
+            request = Request(ids, rollout.num_generations, left, slot, len(restart.prefix), expected)
+            requests.append(request)
             indices.append(restart.prompt_index)
+        state = TrainerState(global_step=step - 1, max_steps=self.total_steps)
+        rewarding = Rewarding(self.task, state)
+
+        def begin_rewards(wave: list[Drawn]) -> None:
+            rewarding.start(
+                [each.request * rollout.num_generations + each.number for each in wave],
+                [self.task.train[indices[each.request]] for each in wave],
+                [each.completion.text for each in wave],
+                [_whole(requests[each.request], each.completion) for each in wave],
+            )
+
         self.progress.phase("sampling", len(requests) * rollout.num_generations)
         with self._timed("sample"):
             drawn = sample(
@@ -116,6 +130,7 @@ class Trainer:
                 step=step,
                 wave_size=self.sizes.wave_size,
                 stop=rollout.stop,
+                on_wave=begin_rewards,
             )
         if drawn.wave_size < self.sizes.wave_size:
             self.sizes.wave_size = drawn.wave_size
@@ -123,17 +138,12 @@ class Trainer:
                 f"memory ran out while sampling: going on with rollout.wave_size={drawn.wave_size}, "
                 "results stay the same"
             )
-        flat = [c for completions in drawn.completions for c in completions]
+        pairs = zip(requests, drawn.completions, strict=True)
+        flat = [(request, c) for request, completions in pairs for c in completions]
         examples = [self.task.train[i] for i in indices for _ in range(rollout.num_generations)]
         with self._timed("reward"):
-            texts = [c.text for c in flat]
-            ids = [
-                np.concatenate([request.prefix, c.ids])
-                for request, completions in zip(requests, drawn.completions, strict=True)
-                for c in completions
-            ]
-            state = TrainerState(global_step=step - 1, max_steps=self.total_steps)
-            rewards = score_completions(self.task, examples, texts, ids, state)
+            texts = [c.text for _, c in flat]
+            rewards = rewarding.finish(examples, texts, [_whole(*each) for each in flat])
             found, right = judge(self.task, examples, texts, rewards.total)
         totals = rewards.total.reshape(len(requests), -1)
         groups = [
@@ -142,6 +152,9 @@ class Trainer:
                 indices, requests, drawn.completions, totals, drawn.prompt_cells, strict=True
             )
         ]
+        for group in groups:
+            length = np.mean([group.prefix_length + len(c) for c in group.completions])
+            self.lengths[group.prompt_index] = float(length)
         return Batch(groups, drawn.boundary, rewards, found, right)
 
     def assign_credit(self, batch: Batch, step: int) -> None:
@@ -233,6 +246,13 @@ class Trainer:
     def _prompt_ids(self, index: int) -> np.ndarray:
         return encode_prompt(self.task, self.task.train[index], self.tokenizer, self.settings.task)
 
+    def _expected_length(self, index: int) -> float:
+        """Tokens that a prompt's completions are likely to have; without any the limit."""
+        if index in self.lengths:
+            return self.lengths[index]
+        known = self.lengths.values()
+        return sum(known) / len(known) if known else self.settings.rollout.max_completion_length
+
     def _queue_restarts(self, batch: Batch, step: int) -> None:
         options = self.settings.algorithm.replay
         if options.probability == 0:
@@ -296,6 +316,7 @@ class Trainer:
             "drawn_prompts": self.drawn_prompts,
             "sizes": asdict(self.sizes),
             "restarts": [r.as_dict() for r in self.restarts],
+            "lengths": list(self.lengths.items()),
         }
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -313,6 +334,12 @@ class Trainer:
         self.policy.head_chunk = self.sizes.head_chunk
         self.policy.checkpoint_layers = self.sizes.checkpoint_layers
         self.restarts = [Restart(**r) for r in state["restarts"]]
+        self.lengths = {int(index): length for index, length in state["lengths"]}
+
+
+def _whole(request: Request, completion: Completion) -> np.ndarray:
+    """The ids of a completion from its beginning, whatever of it the request's prompt holds."""
+    return np.concatenate([request.prefix, completion.ids])
 
 
 def _gaps(batch: Batch, logps: NodeValues, ref: NodeValues | None) -> dict[str, float]:

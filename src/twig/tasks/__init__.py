@@ -10,6 +10,7 @@ from typing import Any
 
 from twig.records import UserError
 from twig.tasks.base import Task, encode_prompt, fill_template, render_prompt
+from twig.tasks.calls import Limit
 from twig.tasks.functions import function_name, load_reward_file
 
 __all__ = ["TASKS", "Task", "encode_prompt", "fill_template", "load_task", "render_prompt"]
@@ -84,4 +85,6 @@ def _with_rewards(task: Task, wanted: Any, passed: Any) -> Task:
             f"task.reward_weights: {len(weights)} weights for {len(functions)} reward functions ({names}); "
             "write one weight per function"
         )
-    return replace(task, reward_funcs=functions, reward_weights=None if weights is None else tuple(weights))
+    weights = None if weights is None else tuple(weights)
+    limit = Limit(wanted.reward_timeout, wanted.reward_on_timeout)
+    return replace(task, reward_funcs=functions, reward_weights=weights, reward_limit=limit)

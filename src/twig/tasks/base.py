@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from twig.records import Example, Score, UserError
+from twig.tasks.calls import Limit
 
 Messages = list[dict[str, Any]]
 
@@ -31,7 +32,8 @@ class Task:
     reaches `correct_at`. `score_lenient` reads the last number instead of the marked answer: it tells what a
     model knows from how it writes it down, and is only reported. `prompt_template` is filled with the
     example's columns, and `{question}` or `{prompt}` with its prompt where no column has that name; None
-    leaves the prompt as it is. `eval` may be empty.
+    leaves the prompt as it is. `reward_limit` is the time that one call of a reward function may take. `eval`
+    may be empty.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Task:
     prompt_template: str | None = None
     system_prompt: str | None = None
     correct_at: float = 1.0
+    reward_limit: Limit = Limit()
 
 
 def fill_template(template: str, fields: Mapping[str, Any]) -> str:

@@ -2,18 +2,15 @@
 
 Everything goes by keyword: prompts, completions (texts, or one assistant message each where the prompt is
 chat messages), completion_ids, each column of the data as a list, trainer_state, log_extra, log_metric. Async
-functions run together. None leaves a completion out of that function's share. A function that fails stops the
-run with one line. Knows nothing about models or algorithms.
+functions run together, in the background of sampling. None leaves a completion out of that function's share.
+A function that fails stops the run with one line. Knows nothing about models or algorithms.
 """
 
-import asyncio
-import atexit
-import functools
 import logging
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,8 @@ import numpy as np
 from twig.answers import score_answer, score_lenient
 from twig.records import Example, Score
 from twig.tasks.base import Task
-from twig.tasks.functions import RewardError, check_signature, defined_at, failure, function_names, is_async
+from twig.tasks.calls import call, start
+from twig.tasks.functions import RewardError, defined_at, function_names, is_async
 
 logger = logging.getLogger(__name__)
 
@@ -53,57 +51,108 @@ def score_completions(
     completion_ids: Sequence[Any],
     trainer_state: Any = None,
 ) -> Rewards:
-    """The rewards of N completions, the n-th one an answer to the n-th example."""
-    rewards = score(
-        task,
-        prompts=[example.prompt for example in examples],
-        completions=list(texts),
-        completion_ids=completion_ids,
-        columns=columns_of(examples),
-        trainer_state=trainer_state,
-    )
-    return replace(rewards, metrics=rewards.metrics | lenient_shares(task, examples, texts))
+    """The rewards of N completions by all of the task's functions, the n-th one an answer to the n-th
+    example.
 
-
-def score(
-    task: Task,
-    *,
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    completion_ids: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-    trainer_state: Any = None,
-) -> Rewards:
-    """The rewards of N completions by all of the task's functions.
-
-    `completions` are texts; a function sees an assistant message instead where the prompt is chat messages.
-    Raises RewardError where a function raises, or returns anything but N finite numbers or Nones.
+    A function sees an assistant message in place of a text where the prompt is chat messages. Raises
+    RewardError where a function raises, takes too long, or returns anything but N finite numbers or Nones.
     """
-    count = len(prompts)
-    assert count and len(completions) == len(completion_ids) == count, (
-        "one text and one list of ids per prompt"
-    )
-    log = _Log()
-    arguments = {
-        **{name: list(values) for name, values in columns.items() if name not in ("prompt", "completion")},
-        "prompts": list(prompts),
-        "completions": [
-            _as_prompted(prompt, text) for prompt, text in zip(prompts, completions, strict=True)
-        ],
-        "completion_ids": [[int(token) for token in ids] for ids in completion_ids],
-        "trainer_state": trainer_state,
-        "log_extra": log.add_extra,
-        "log_metric": log.add_metric,
-    }
-    names = function_names(task.reward_funcs)
-    returned = _call_all(task.reward_funcs, names, arguments)
-    per_function = {
-        name: _values(function, name, values, count)
-        for function, name, values in zip(task.reward_funcs, names, returned, strict=True)
-    }
-    total = weighted_total(np.stack(list(per_function.values()), axis=1), task.reward_weights)
-    _warn_unrewarded(total, prompts, completions)
-    return Rewards(total, per_function, {**_statistics(per_function), **log.means()}, log.columns(count))
+    return Rewarding(task, trainer_state).finish(examples, texts, completion_ids)
+
+
+@dataclass(frozen=True)
+class _Part:
+    # Completions of a batch, by their numbers in it, and what the async functions will say of them.
+    numbers: np.ndarray
+    log: "_Log"
+    returned: dict[str, Future[Any]]
+
+
+class Rewarding:
+    """The rewards of one batch. Async functions can begin with those completions that are there already,
+    while others are still being sampled; then they are called once for each such part."""
+
+    def __init__(self, task: Task, trainer_state: Any = None) -> None:
+        self.task, self.trainer_state = task, trainer_state
+        names = function_names(task.reward_funcs)
+        self.functions = dict(zip(names, task.reward_funcs, strict=True))
+        self.background = {name: f for name, f in self.functions.items() if is_async(f)}
+        self.parts: list[_Part] = []
+
+    def start(
+        self,
+        numbers: Sequence[int],
+        examples: Sequence[Example],
+        texts: Sequence[str],
+        completion_ids: Sequence[Any],
+    ) -> None:
+        """Lets the async functions begin with the completions that have these numbers in the batch."""
+        if not self.background:
+            return
+        log, limit, count = _Log(), self.task.reward_limit, len(texts)
+        arguments = self._arguments(examples, texts, completion_ids, log)
+        futures = {
+            name: start(function, name, arguments, limit, count) for name, function in self.background.items()
+        }
+        self.parts.append(_Part(np.array(numbers, np.int64), log, futures))
+
+    def finish(
+        self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Any]
+    ) -> Rewards:
+        """The rewards of the whole batch, as `score_completions` has them."""
+        task, count, log = self.task, len(texts), _Log()
+        assert count == len(completion_ids) == len(examples) > 0, "one text, list of ids and example each"
+        arguments = self._arguments(examples, texts, completion_ids, log)
+        per_function = {}
+        try:
+            for name, function in self.functions.items():
+                if name not in self.background:
+                    returned = call(function, name, arguments, task.reward_limit, count)
+                    per_function[name] = _values(function, name, returned, count)
+            if not self.parts:
+                self.start(range(count), examples, texts, completion_ids)
+            assert not self.parts or sum(len(part.numbers) for part in self.parts) == count, "each once"
+            for name, function in self.background.items():
+                per_function[name] = np.empty(count)
+                for part in self.parts:
+                    returned = part.returned[name].result()
+                    per_function[name][part.numbers] = _values(function, name, returned, len(part.numbers))
+        finally:
+            for part in self.parts:
+                for future in part.returned.values():
+                    future.cancel()
+        per_function = {name: per_function[name] for name in self.functions}
+        total = weighted_total(np.stack(list(per_function.values()), axis=1), task.reward_weights)
+        _warn_unrewarded(total, [example.prompt for example in examples], texts)
+        metrics = _statistics(per_function) | _means([log, *(part.log for part in self.parts)])
+        metrics |= lenient_shares(task, examples, texts)
+        return Rewards(total, per_function, metrics, self._extra(log, count))
+
+    def _arguments(
+        self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Any], log: "_Log"
+    ) -> dict[str, Any]:
+        columns = columns_of(examples)
+        return {
+            **{name: values for name, values in columns.items() if name not in ("prompt", "completion")},
+            "prompts": [example.prompt for example in examples],
+            "completions": [
+                _as_prompted(example.prompt, text) for example, text in zip(examples, texts, strict=True)
+            ],
+            "completion_ids": [[int(token) for token in ids] for ids in completion_ids],
+            "trainer_state": self.trainer_state,
+            "log_extra": log.add_extra,
+            "log_metric": log.add_metric,
+        }
+
+    def _extra(self, log: "_Log", count: int) -> dict[str, list[Any]]:
+        """What was passed to `log_extra`, each value with the completion it belongs to."""
+        extra = log.columns(count)
+        for part in self.parts:
+            for name, values in part.log.columns(len(part.numbers)).items():
+                column = extra.setdefault(name, [None] * count)
+                for number, value in zip(part.numbers.tolist(), values, strict=True):
+                    column[number] = value
+        return extra
 
 
 def judge(
@@ -175,7 +224,7 @@ def score_last_number(text: str, example: Example) -> Score:
 
 
 class _Log:
-    # Receives what reward functions log during one call of `score`.
+    # Receives what reward functions log about some completions.
     def __init__(self) -> None:
         self.extra: dict[str, list[Any]] = {}
         self.metrics: dict[str, list[float]] = {}
@@ -186,9 +235,6 @@ class _Log:
     def add_metric(self, name: str, value: float) -> None:
         self.metrics.setdefault(name, []).append(float(value))
 
-    def means(self) -> dict[str, float]:
-        return {name: sum(values) / len(values) for name, values in self.metrics.items()}
-
     def columns(self, count: int) -> dict[str, list[Any]]:
         for name, values in self.extra.items():
             if len(values) != count:
@@ -197,6 +243,12 @@ class _Log:
                     "log one value per completion, and each column from one reward function"
                 )
         return self.extra
+
+
+def _means(logs: Sequence[_Log]) -> dict[str, float]:
+    names = dict.fromkeys(name for log in logs for name in log.metrics)
+    found = {name: [value for log in logs for value in log.metrics.get(name, [])] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _as_prompted(prompt: Any, text: str) -> Any:
@@ -224,65 +276,7 @@ def _warn_unrewarded(total: np.ndarray, prompts: Sequence[Any], completions: Seq
         )
 
 
-# ---- calling -----------------------------------------------------------------------------------------------
-
-
-def _call_all(
-    functions: Sequence[Callable[..., Any]], names: Sequence[str], arguments: dict[str, Any]
-) -> list[Any]:
-    # What each function returned. Those that are async start when the others are done, all at once.
-    for function, name in zip(functions, names, strict=True):
-        check_signature(function, name, arguments)
-    results: dict[int, Any] = {}
-    later = []
-    for index, (function, name) in enumerate(zip(functions, names, strict=True)):
-        if is_async(function):
-            later.append((index, function, name))
-            continue
-        try:
-            results[index] = function(**arguments)
-        except Exception as error:
-            raise failure(function, name, error) from error
-    if later:
-        results.update(_await_all(later, arguments))
-    return [results[index] for index in range(len(functions))]
-
-
-def _await_all(
-    functions: list[tuple[int, Callable[..., Any], str]], arguments: dict[str, Any]
-) -> dict[int, Any]:
-    async def call(index: int, function: Callable[..., Any], name: str) -> tuple[int, Any]:
-        try:
-            return index, await function(**arguments)
-        except Exception as error:
-            raise failure(function, name, error) from error
-
-    async def gather() -> list[tuple[int, Any]]:
-        return await asyncio.gather(*(call(*item) for item in functions))
-
-    future = asyncio.run_coroutine_threadsafe(gather(), _event_loop())
-    try:
-        return dict(future.result())
-    finally:
-        future.cancel()
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    # One loop for the whole process, on its own thread: clients that users keep between calls are bound to
-    # the loop they were first used on, and a notebook already runs one on the main thread.
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="twig-async-rewards", daemon=True)
-    thread.start()
-
-    def close() -> None:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=5)
-        if not loop.is_running():
-            loop.close()
-
-    atexit.register(close)
-    return loop
+# ---- what functions return ---------------------------------------------------------------------------------
 
 
 def _values(function: Callable[..., Any], name: str, returned: Any, count: int) -> np.ndarray:
