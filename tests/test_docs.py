@@ -19,7 +19,13 @@ from twig.runlog import RunLog
 
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "CHANGELOG.md", "docs/algorithms.md", "docs/architecture.md")
+    for name in (
+        "README.md",
+        "CHANGELOG.md",
+        "docs/algorithms.md",
+        "docs/architecture.md",
+        "docs/from-trl.md",
+    )
 }
 README, ALGORITHMS, ARCHITECTURE = (
     PAGES[name] for name in ("README.md", "docs/algorithms.md", "docs/architecture.md")

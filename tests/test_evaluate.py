@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from saved import save_model
 
 from twig.cli import main
@@ -125,6 +126,76 @@ def test_greedy_answers_are_those_of_a_loop_over_generate(name, tmp_path):
         right += task.score(text, example).right
     assert result.value == right / 24
     assert len({len(c) for c in completions}) > 1 or name == "random"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter for the embedded model that changes many of its answers."""
+    folder = tmp_path_factory.mktemp("adapter")
+    peft_model = attach(load_model("tiny-arithmetic")[0], r=4, alpha=8.0, target_modules=["q_proj", "v_proj"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    peft_model.peft_config["default"].base_model_name_or_path = "tiny-arithmetic"
+    peft_model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+PROBLEMS = [(a, b) for a in (7, 12, 86, 347, 905) for b in (3, 26, 71)]
+
+
+def generated(adapter, stop):
+    """The texts and numbers of tokens of a loop over `model.generate`, one problem at a time."""
+    model, tokenizer = load_model("tiny-arithmetic")
+    ends = end_ids(model, tokenizer)
+    model = PeftModel.from_pretrained(model, adapter) if adapter else model
+    found = []
+    for a, b in PROBLEMS:
+        prompt = tokenizer(f"{a}*{b}=", return_tensors="pt").input_ids
+        how = {"do_sample": False, "max_new_tokens": 48, "eos_token_id": ends, "pad_token_id": ends[0]}
+        if stop:
+            how |= {"stop_strings": [stop], "tokenizer": tokenizer}
+        with torch.no_grad():
+            ids = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **how)[0]
+        ids = ids[prompt.shape[1] :]
+        found.append((tokenizer.decode(ids, skip_special_tokens=True), len(ids)))
+    return found
+
+
+@pytest.mark.parametrize(("adapted", "stop"), [(False, ""), (True, ""), (True, "+")])
+def test_the_command_agrees_with_a_loop_over_generate_item_by_item(
+    adapted, stop, adapter, tmp_path, monkeypatch
+):
+    """Prompts of unequal lengths, some in one batch."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{a}*{b}=", "answer": a * b} for a, b in PROBLEMS]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["eval", str(adapter) if adapted else "tiny-arithmetic", "--task", "custom", "--output", "out"]
+    words += ["task.path=problems.jsonl", "task.train_split=all", "task.eval_split=all", "log.progress=quiet"]
+    words += [
+        "rollout.max_completion_length=48",
+        "eval.batch_size=4",
+        *([f"rollout.stop=['{stop}']"] * bool(stop)),
+    ]
+    assert main(words) == 0
+    found = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    wanted = generated(adapter if adapted else None, stop)
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
+    assert [(row["completion"], row["tokens"]) for row in found] == wanted
+    right = [
+        text.rpartition("#")[2] == str(a * b) for (a, b), (text, _) in zip(PROBLEMS, wanted, strict=True)
+    ]
+    assert [row["right"] for row in found] == right
+    assert read_evaluation(tmp_path / "out").greedy["value"] == sum(right) / len(right)
+    assert len({length for _, length in wanted}) > 1
+    if adapted:
+        assert wanted != generated(None, stop), "the adapter is in the answers"
+    else:
+        assert 0 < sum(right) < len(right)
+    if stop:
+        assert sum(text.endswith(stop) for text, _ in wanted) > 2, "the stop text ends some"
 
 
 def test_samples_are_summed_up_as_by_hand(tmp_path):

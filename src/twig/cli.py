@@ -204,16 +204,10 @@ def _show_task(name: str, overrides: Sequence[str]) -> None:
 
 
 def _tokenizer(settings: Settings) -> Any:
-    from transformers import AutoTokenizer
+    from twig.models import load_tokenizer
 
     quiet_libraries()
-    name = settings.model.name
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=settings.model.revision or "main")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.name: {name} has no tokenizer that can be loaded; check the name and the network"
-        ) from error
+    return load_tokenizer(settings.model)
 
 
 @app.command()

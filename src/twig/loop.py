@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from twig import checkpoint
 from twig.config import Settings, load
 from twig.evaluate import evaluate_policy
+from twig.from_peft import lora_values
 from twig.memory import PeakMemory
-from twig.models import end_ids, load_model, suppressed_ids
+from twig.models import end_ids, load_config, load_model, suppressed_ids
 from twig.policy import Policy, adapter_shape, attach
 from twig.progress import Progress
 from twig.records import UserError
@@ -62,6 +63,7 @@ def train(
     train_dataset: Any = None,
     eval_dataset: Any = None,
     *,
+    peft_config: Any = None,
     output: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -69,13 +71,16 @@ def train(
     """Trains by `settings` (a recipe's name, a dict of groups, or Settings) and returns the run.
 
     `model` and `tokenizer` take the place of `model.name`'s; reward functions (TRL's signature) and data sets
-    take the place of the task's. The run folder is `output`, by default a new one below runs/. `resume` goes
+    take the place of the task's; PEFT's `LoraConfig` takes the place of the settings `lora`, and what of it
+    has no equal here is refused. The run folder is `output`, by default a new one below runs/. `resume` goes
     on from the newest valid checkpoint in `output`, or from the beginning where there is none; a finished run
     is returned as it is. Where there is nothing to evaluate on, the accuracies are None. The first SIGINT or
     SIGTERM ends the run after the step, saved, with the status "stopped"; a second one raises
     KeyboardInterrupt. Raises UserError for what can be fixed.
     """
     settings = _settings(settings)
+    if peft_config is not None:
+        settings = _with_lora(settings, peft_config, model)
     progress = progress or Progress()
     require(settings.log.report_to)
     log, start = _open(settings, output, resume, progress)
@@ -95,6 +100,14 @@ def _settings(given: Settings | dict[str, Any] | str) -> Settings:
     if isinstance(given, Settings):
         return given
     return load(given) if isinstance(given, str) else Settings.from_dict(given)
+
+
+def _with_lora(settings: Settings, peft_config: Any, model: PreTrainedModel | None) -> Settings:
+    def family() -> str:
+        return (load_config(settings.model) if model is None else model.config).model_type
+
+    values = {**settings.model_dump(), "lora": lora_values(peft_config, family)}
+    return Settings.from_dict(values, label="peft_config")
 
 
 def _open(
