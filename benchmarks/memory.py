@@ -3,9 +3,11 @@
     python benchmarks/memory.py                          # every case; writes benchmarks/results/memory.json
     python benchmarks/memory.py --cases "grpo, 0.5b"     # some of them
 
-Random models are saved to a folder and trained for two steps as `twig train` does, on prompts of one length,
-with rewards that alternate. Measured is the largest growth of resident memory over the process before the
-model is loaded (Linux), reset for each phase. Predicted is `twig.memory.plan` for the model's config.json and
+Random models are saved to a folder, trained for two steps and evaluated as `twig train` does, on prompts of
+one length, with rewards that alternate.
+
+Measured is the largest growth of resident memory over the process before the model is loaded (Linux), reset
+for each phase. Predicted is `twig.memory.plan` for the model's config.json and
 the same settings. Completions are as long as they may be; for T-SPMO two each share all but their last token,
 the worst that the algorithm can meet.
 """
@@ -151,10 +153,11 @@ def build(model: dict[str, Any], dtype: str, folder: Path) -> None:
 
 def settings_of(case: str, folder: str) -> Any:
     from twig.config import Settings
+    from twig.memory import DEFAULT_SIZES, with_sizes
 
     values = {"model": {"name": folder, "device": "cpu"}, "task": {"name": "custom", "path": "none.jsonl"}}
     values |= {"train": {"max_steps": 2}, "eval": {"batch_size": QUESTIONS, "limit": QUESTIONS}}
-    return Settings.from_dict(values, CASES[case][3].split())
+    return with_sizes(Settings.from_dict(values, CASES[case][3].split()), DEFAULT_SIZES)
 
 
 class Peaks:
@@ -186,13 +189,13 @@ def measure(case: str, folder: str) -> dict[str, float]:
 
     from twig import loop  # noqa: F401  (with all that it imports)
     from twig.evaluate import evaluate_policy
-    from twig.memory import return_freed_memory
     from twig.models import end_ids, load_model
     from twig.policy import Policy, attach
     from twig.progress import Progress
     from twig.records import Example
     from twig.tasks import Task
     from twig.trainer import Trainer
+    from twig.usage import return_freed_memory
 
     settings, prompt = settings_of(case, folder), CASES[case][1]
     examples = [Example("a" * prompt, {}) for _ in range(64)]
@@ -213,6 +216,15 @@ def measure(case: str, folder: str) -> dict[str, float]:
     task = Task("memory", examples, examples[:QUESTIONS], (reward,))
     trainer = Trainer(settings, policy, tokenizer, task, end_ids(model, tokenizer), Progress())
     peaks.note("loading")
+    for step in (1, 2):
+        batch = trainer.sample(step)
+        peaks.note("sampling")
+        if settings.algorithm.name == "t-spmo":
+            fork_late(batch)
+        trainer.assign_credit(batch, step)
+        trainer.update(batch, 1e-4)
+        peaks.note("update")
+        del batch
     evaluate_policy(
         policy,
         tokenizer,
@@ -223,15 +235,6 @@ def measure(case: str, folder: str) -> dict[str, float]:
         batch_size=QUESTIONS,
     )
     peaks.note("evaluation")
-    for step in (1, 2):
-        batch = trainer.sample(step)
-        peaks.note("sampling")
-        if settings.algorithm.name == "t-spmo":
-            fork_late(batch)
-        trainer.assign_credit(batch, step)
-        trainer.update(batch, 1e-4)
-        peaks.note("update")
-        del batch
     assert np.isfinite(torch.cat([p.flatten() for p in policy.parameters.values()]).sum().item())
     return peaks.found
 

@@ -21,17 +21,20 @@ import twig
 from twig import checkpoint
 from twig.cli import main
 from twig.config import Settings, load
+from twig.memory import SIZES
 from twig.models import load_model
 from twig.policy import attach
 from twig.progress import Progress
 from twig.records import UserError
 from twig.runlog import read_metrics, read_summary
+from twig.sizing import choose_sizes
 from twig.tasks import load_task
 
 PROMPTS = {"12*3=": "1", "9+8=": "3", "abc?": "5", "#=": "7", "0,1,": "9"}
 TRAIN = [{"prompt": prompt, "wanted": digit} for prompt, digit in PROMPTS.items()]
 EVAL = [{"prompt": text, "wanted": "2"} for text in ("4*4=", "x?", "77+1=")]
 STEPS = 6
+MACHINE = ("seconds", "peak_memory_bytes", "predicted_peak_bytes")  # of summary.json
 ALGORITHMS = {
     "t-spmo": ["algorithm.name=t-spmo"],
     "t-spmo with replay": ["algorithm.replay.probability=0.7", "algorithm.l2=0.01", "task.correct_at=0.3"],
@@ -99,7 +102,7 @@ def record(folder):
     """All that a run leaves behind and that must not depend on where it was broken off."""
     tensors, state = checkpoint.load(checkpoint.newest_valid(folder / "checkpoints")[0])
     del state["totals"]["seconds"]
-    summary = {k: v for k, v in read_summary(folder).items() if k not in ("seconds", "peak_memory_bytes")}
+    summary = {k: v for k, v in read_summary(folder).items() if k not in MACHINE}
     return {
         "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
         "tensors": {f: {k: v.numpy().tobytes() for k, v in t.items()} for f, t in tensors.items()},
@@ -623,3 +626,71 @@ def test_the_quickstart_learns(tmp_path):
     summary = twig.train(settings, output=tmp_path / "run").summary
     assert summary["accuracy_after"]["n"] == 500
     assert summary["accuracy_after"]["value"] - summary["accuracy_before"]["value"] >= 0.25
+
+
+# The plan of memory
+
+
+def free(monkeypatch, size):
+    """What the device says is free from now on."""
+    monkeypatch.setattr("twig.sizing.free_memory", lambda *arguments: size)
+
+
+def sizes_of(folder):
+    """What a run's config.yaml and its newest checkpoint say of sizes."""
+    state = checkpoint.load(checkpoint.newest_valid(folder / "checkpoints")[0])[1]
+    return {key: load(str(folder)).flat()[key] for key in SIZES}, state["sizes"]
+
+
+def test_the_sizes_of_a_run_are_planned_and_go_with_it(run, monkeypatch, tmp_path):
+    """Chosen once, from what was free then; on a day with less memory, a run that goes on has the same."""
+    free(monkeypatch, 10**9)
+    whole = run("whole")
+    chosen, kept = sizes_of(whole.folder)
+    assert list(chosen.values()) == [8, 1024, 2**22, False, 3]
+    assert kept == {"wave_size": 8, "pack_size": 1024, "head_chunk": 2**22, "checkpoint_layers": False}
+    run("parts", progress=Heard(step=at(3, ask_to_stop)))
+    free(monkeypatch, 2**20)
+    heard = Heard()
+    run("parts", resume=True, progress=heard)
+    assert heard.heard("memory may run out") == 1
+    assert sizes_of(tmp_path / "parts") == (chosen, kept)
+    assert record(tmp_path / "parts") == record(whole.folder)
+    less = run("less", progress=Heard(step=at(1, ask_to_stop)))
+    assert list(sizes_of(less.folder)[0].values()) == [1, 7, 2**16, True, 1], "a new run takes less"
+    assert "memory may run out" in (less.folder / "warnings.txt").read_text()
+
+
+def test_the_predicted_peak_stands_beside_the_measured_one(run):
+    done = run("run")
+    rows = [row for row in read_metrics(done.folder) if "memory/peak_bytes" in row]
+    assert {row["memory/predicted_peak_bytes"] for row in rows} == {done.summary["predicted_peak_bytes"]}
+    assert done.summary["predicted_peak_bytes"] > 50 * 2**20
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(run, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("the model is not to be loaded")
+
+    monkeypatch.setattr("twig.loop.load_model", never)
+    with pytest.raises(UserError, match=r"^memory\.budget: 1MiB is too little: the run takes up to"):
+        run("run", "memory.budget=1MiB")
+    with pytest.raises(UserError, match=r"^memory\.budget: 0\.001 is too little"):
+        run("run", "memory.budget=0.001")
+
+
+def test_a_model_that_is_passed_is_planned_as_it_is(base, run, monkeypatch):
+    """In its own dtype; its weights are there already, so they do not count twice."""
+    model, tokenizer = load_model(str(base))
+    seen = []
+
+    def note(asked, config, kind, available, **options):
+        seen.append((asked.model.dtype, kind, available))
+        return choose_sizes(asked, config, kind, available, **options)
+
+    free(monkeypatch, 10**9)
+    monkeypatch.setattr("twig.sizing.choose_sizes", note)
+    done = run("run", "train.max_steps=1", model=model.double(), tokenizer=tokenizer)
+    weights = sum(p.numel() * 8 for p in model.parameters() if not p.requires_grad)
+    assert seen == [("float64", "cpu", 10**9 + weights)]
+    assert load(str(done.folder)).model.dtype == "auto"

@@ -19,7 +19,7 @@ from twig.decoder import KeyValueCache
 from twig.memory import work_of
 from twig.pack import build_packs
 from twig.shape import Shape
-from twig.workload import kept_by_pack
+from twig.workload import Table, kept_by_pack
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -76,7 +76,7 @@ def saved_bytes(policy, pack):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy._target_logps(pack, None)
+        policy._target_logps(pack, None, None)
     return sum(size for size, _ in found.values())
 
 
@@ -99,7 +99,9 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(family, atten
         f"model.attn_implementation={attention}",
     )
     work = work_of(shape_of(policy.model.config), settings, "cpu", 8)
-    predicted = kept_by_pack(work, *pack.ids.shape, len(pack.rows), len(pack.targets))
+    widest = np.bincount(pack.rows // pack.ids.shape[1]).max()
+    table = Table(*pack.ids.shape, 0, len(pack.rows), len(pack.targets), int(widest))
+    predicted = kept_by_pack(work, table)
     assert predicted == pytest.approx(saved_bytes(policy, pack), rel=0.01)
 
 

@@ -20,7 +20,7 @@ ORDER = (
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit objective pack models oom head decoder policy rollout replay progress passes measures "
     "evaluate shape workload footprint memory "
-    "checkpoint machine evaluations measure runlog trackers signals "
+    "checkpoint machine usage sizing evaluations measure runlog trackers signals "
     "symptoms diagnose series creditmap report "
     "trainer samples loop compare redact "
     "hub card export __init__ "
@@ -34,7 +34,7 @@ WITHOUT_TORCH = (
     "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit pack replay progress measures shape workload footprint memory "
-    "machine evaluations runlog trackers signals symptoms diagnose series creditmap "
+    "machine usage sizing evaluations runlog trackers signals symptoms diagnose series creditmap "
     "report redact hub card display cli_shared cli_eval cli_export cli_plan cli"
 ).split()
 

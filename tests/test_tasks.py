@@ -357,3 +357,18 @@ def test_an_empty_prompt_is_refused() -> None:
             return {"input_ids": []}
 
     assert "a prompt is empty" in one_line(lambda: text_of(make(), Example(""), Bare()))
+
+
+def test_the_longest_prompt_is_that_of_the_tokens_that_the_model_sees():
+    from saved import build_tokenizer
+
+    from twig.config import Settings
+    from twig.tasks.base import longest_prompt
+
+    settings = Settings.from_dict({"model": {"name": "x"}, "task": {"name": "custom"}}).task
+    prompts = ["12", "a b c", "12*3=", ""]
+    task = Task("t", [Example(text) for text in prompts[:3]], [], ())
+    tokenizer = build_tokenizer()
+    expected = max(len(encode_prompt(task, example, tokenizer, settings)) for example in task.train)
+    assert longest_prompt(task, task.train, tokenizer, settings) == expected == 5
+    assert longest_prompt(task, [], tokenizer, settings) == 0

@@ -20,11 +20,12 @@ from rich.text import Text
 from twig import __version__
 from twig.cli_eval import eval_command
 from twig.cli_export import export_command
-from twig.cli_plan import plan_command
+from twig.cli_plan import plan_as_comment, plan_command
 from twig.cli_shared import Overrides, quiet_libraries, result_console, show_row
 from twig.config import Settings, load, recipe_names, recipe_text
 from twig.display import clean, one_line, quoted, show_run, showing
 from twig.machine import device_words, environment, gpu_warning, has_nvidia_gpu
+from twig.memory import with_sizes
 from twig.records import UserError
 from twig.runlog import RunLog, is_run, new_folder, newest_folder, read_summary
 from twig.tasks import TASKS, load_task, render_prompt
@@ -61,15 +62,17 @@ def train(
         Path | None, typer.Option(metavar="DIR", help="The run folder. Without it: runs/RECIPE-N.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the settings and the plan of memory, and stop.")
+    ] = False,
 ) -> None:
     """Train a model, and show its accuracy before and after."""
     settings = load(_recipe(source), overrides or ())
     if dry_run:
-        sys.stdout.write(settings.to_yaml())
+        sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
         return
     folder = _folder_to_resume(source, output) if resume else output
-    if resume and RunLog.open(folder).settings == settings and _is_finished(folder):
+    if resume and _as_it_began(settings, folder) == RunLog.open(folder).settings and _is_finished(folder):
         show_run(result_console(), folder, read_summary(folder))
         return
     folder = folder or new_folder(_run_name(source))
@@ -114,6 +117,11 @@ def _folder_to_resume(source: str, output: Path | None) -> Path:
             f"--resume: there is no run runs/{name}-N; write --output DIR, or leave --resume out to start"
         )
     return found
+
+
+def _as_it_began(settings: Settings, folder: Path) -> Settings:
+    """The settings with the sizes that the run in the folder chose."""
+    return with_sizes(settings, RunLog.open(folder).settings.flat())
 
 
 def _is_finished(folder: Path) -> bool:

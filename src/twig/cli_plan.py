@@ -1,23 +1,29 @@
 """The command `twig plan`: what a run needs of memory, item by item, or what fits devices of given sizes."""
 
+import io
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from twig.cli_shared import Overrides, result_console
 from twig.config import Settings, load
 from twig.machine import device_kind, free_memory
-from twig.memory import PROMPT_TOKENS, Plan, budget_bytes, plan, with_free_sizes
+from twig.memory import PROMPT_TOKENS, SIZES, Plan, budget_bytes, plan, with_free_sizes
 from twig.records import UserError
 from twig.shape import find_file, read_config
 from twig.tasks import load_task, render_prompt
-from twig.wording import format_size, parse_size
+from twig.wording import format_size, parse_size, write
 
 _DEVICES = {"cpu": "a CPU", "cuda": "a CUDA GPU", "mps": "an Apple GPU"}
+_GIB = 2**30
+_SMALL = 0.005  # of the peak: smaller items share a row
 _PROBLEMS = 2000  # whose prompts are counted
+_ASSUMED = {"svamp": 180, "gsm8k": 320}  # where their data is on the Hub: counted with Qwen2's tokenizer
 _CHAT_TOKENS = 64  # at most, that a chat template puts around a prompt
 _LETTERS = 2.5  # a token has more in nearly every text
 
@@ -38,27 +44,69 @@ def plan_command(
 ) -> None:
     """Show how much memory a run needs, and what to change where it does not fit."""
     settings = load(source, overrides or ())
-    config = read_config(settings.model.name, settings.model.revision)
-    known = prompt_tokens or longest_prompt(settings)
-    options: dict[str, Any] = {"prompt_tokens": known or PROMPT_TOKENS}
-    wanted = settings.model.device
-    kind = "cuda" if sizes is not None and wanted == "auto" else device_kind(wanted)
-    length = f"prompts of up to {options['prompt_tokens']} tokens{'' if known else ' (assumed)'}"
-    lines = [f"{settings.model.name} on {_DEVICES.get(kind, kind)}, {length}"]
-    console = result_console()
     if sizes is None:
-        found = plan(
-            config, settings, budget_bytes(settings.memory.budget, free_memory(kind)), kind, **options
-        )
-        table, plans = phases_table(found), {"this machine": found}
+        show_plan(result_console(), settings, prompt_tokens)
     else:
-        free = with_free_sizes(settings, {word.partition("=")[0] for word in overrides or ()})
-        plans = {name: plan(config, free, size, kind, **options) for name, size in _sizes(sizes).items()}
-        table, found = sizes_table(plans), next(iter(plans.values()))
-    console.print(Text("\n".join([*lines, *found.notes, ""])), soft_wrap=True)
-    console.print(table)
+        written = {word.partition("=")[0] for word in overrides or ()}
+        show_devices(result_console(), settings, _sizes(sizes), written, prompt_tokens)
+
+
+def plan_as_comment(settings: Settings) -> str:
+    """The plan of this machine as lines of YAML comment, or why there is none."""
+    text = io.StringIO()
+    try:
+        show_plan(Console(file=text, width=108, highlight=False, color_system=None), settings)
+    except UserError as error:
+        text.write(f"memory is not planned: {error}")
+    return "".join(f"# {line}".rstrip() + "\n" for line in text.getvalue().strip().splitlines())
+
+
+def show_plan(console: Console, settings: Settings, prompt_tokens: int | None = None) -> None:
+    """Prints what each phase holds on this machine, and the sizes that were chosen, or what to change."""
+    config, kind, longest, words = _asked(settings, device_kind(settings.model.device), prompt_tokens)
+    budget = budget_bytes(settings.memory.budget, free_memory(_named_device(settings, kind)))
+    found = plan(config, settings, budget, kind, prompt_tokens=longest)
+    _say(console, words, *found.notes, "")
+    console.print(phases_table(found))
+    if found.fits:
+        _say(
+            console,
+            "",
+            f"Fits: {format_size(found.peak)} of {format_size(budget)}. The quickest sizes that do:",
+        )
+        console.print(chosen_table(found, settings))
+    else:
+        show_advice(console, "this machine", found)
+
+
+def show_devices(
+    console: Console,
+    settings: Settings,
+    sizes: dict[str, int],
+    written: Collection[str],
+    prompt_tokens: int | None = None,
+) -> None:
+    """Prints what fits devices of these `sizes` (name to bytes), and what to change where nothing does.
+
+    Each is planned for anew, whatever the settings say but for the keys `written` on the command line.
+    """
+    wanted = settings.model.device
+    kind = "cuda" if wanted == "auto" else device_kind(wanted)
+    config, kind, longest, words = _asked(settings, kind, prompt_tokens)
+    free = with_free_sizes(settings, written)
+    plans = {name: plan(config, free, size, kind, prompt_tokens=longest) for name, size in sizes.items()}
+    _say(console, words, *next(iter(plans.values())).notes, "")
+    console.print(devices_table(plans))
     for name, each in plans.items():
-        console.print(Text("\n" + verdict(name, each)), soft_wrap=True)
+        if not each.fits:
+            show_advice(console, name, each)
+    if any(each.fits for each in plans.values()):
+        _say(console, "", "A run chooses these sizes itself, from what its device has free.")
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
 
 
 def _sizes(text: str) -> dict[str, int]:
@@ -69,63 +117,105 @@ def _sizes(text: str) -> dict[str, int]:
     return {word: size for word, size in found.items() if size is not None}
 
 
+def _asked(settings: Settings, kind: str, prompt_tokens: int | None) -> tuple[dict[str, Any], str, int, str]:
+    """The model's config, the kind of device, the longest prompt, and these in words."""
+    config = read_config(settings.model.name, settings.model.revision)
+    known = prompt_tokens or longest_prompt(settings)
+    longest = known or assumed_prompt(settings)
+    assumed = "" if known else " (assumed; write --prompt-tokens N)"
+    words = f"{settings.model.name} on {_DEVICES.get(kind, kind)}, prompts of up to {longest} tokens{assumed}"
+    return config, kind, longest, words
+
+
+def _named_device(settings: Settings, kind: str) -> str:
+    return kind if settings.model.device == "auto" else settings.model.device
+
+
+# ---- tables ----------------------------------------------------------------------------------------------
+
+
 def phases_table(found: Plan) -> Table:
-    """What each phase holds at its peak: a row for each item, the largest first."""
+    """What each phase holds at its peak: a row for each item, the largest first, the small ones together."""
+    unit, name = (_GIB, "GiB") if found.peak >= _GIB else (2**20, "MiB")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("at the peak of")
+    table.add_column(f"{name} at the peak of")
     for phase in found.phases:
         table.add_column(phase.name, justify="right")
     columns = [{item.name: item.size for item in phase.items} for phase in found.phases]
-    names = {name: max(column.get(name, 0) for column in columns) for column in columns for name in column}
-    for name in sorted(names, key=lambda name: -names[name]):
-        table.add_row(name, *(format_size(column[name]) if name in column else "" for column in columns))
-    table.add_row("together", *(format_size(phase.peak) for phase in found.phases), style="bold")
+    largest = {key: max(column.get(key, 0) for column in columns) for column in columns for key in column}
+    small = {key for key, size in largest.items() if size < _SMALL * found.peak}
+    for column in columns:
+        column["the rest"] = sum(column.pop(key, 0) for key in small)
+
+    def number(size: int) -> str:
+        text = f"{size / unit:.{2 if unit == _GIB else 0}f}"
+        return text if float(text) else ""
+
+    for key in sorted(set(largest) - small, key=lambda key: -largest[key]):
+        table.add_row(key, *(number(column.get(key, 0)) for column in columns))
+    if small:
+        table.add_row("the rest", *(number(column["the rest"]) for column in columns))
+    highest = found.peak
+    sums = (Text(number(p.peak), style="bold" if p.peak == highest else "") for p in found.phases)
+    table.add_row(Text("together", style="bold"), *sums)
     return table
 
 
-def sizes_table(plans: dict[str, Plan]) -> Table:
-    """What fits where: the peak of each phase, and what was chosen: completions sampled at once, tokens of a
-    pack, logits of a head chunk, and whether layers run twice."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("peak, GiB")
-    phases = [phase.name for phase in next(iter(plans.values())).phases]
-    for name in (*phases, "fits", "wave", "pack", "chunk", "twice"):
-        table.add_column(name, justify="right")
+def chosen_table(found: Plan, settings: Settings) -> Table:
+    """The sizes of a plan by their keys, and which of them the settings had set."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    flat = settings.flat()
+    for key in SIZES:
+        table.add_row(f"  {key}", write(found.sizes[key]), "" if flat[key] is None else "as set")
+    return table
+
+
+def devices_table(plans: dict[str, Plan]) -> Table:
+    """What fits where: the peak of each phase, whether that fits, and the sizes that were chosen."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column("\npeak, GiB")
+    for phase in next(iter(plans.values())).phases:
+        table.add_column(f"\n{phase.name}", justify="right", no_wrap=True)
+    table.add_column("\nfits", justify="right")
+    for title in ("sampled\nat once", "tokens\na pack", "layers\nrun"):
+        table.add_column(title, justify="right")
     for name, found in plans.items():
-        peaks = (f"{phase.peak / 2**30:.2f}" for phase in found.phases)
-        chosen = map(str, (found.wave_size, found.pack_size, f"{found.head_chunk // 1024}k"))
-        words = ("yes" if yes else "no" for yes in (found.fits, found.checkpoint_layers))
-        table.add_row(Text(name), *peaks, next(words), *chosen, *words)
+        peaks = (
+            Text(f"{phase.peak / _GIB:.2f}", style="bold" if phase.peak == found.peak else "")
+            for phase in found.phases
+        )
+        fits = Text("yes", style="green") if found.fits else Text("no", style="bold red")
+        again = "twice" if found.checkpoint_layers else "once"
+        table.add_row(Text(name), *peaks, fits, str(found.wave_size), str(found.pack_size), again)
     return table
 
 
-def verdict(name: str, found: Plan) -> str:
-    """Whether it fits and with what settings, or what to change."""
-    have = f"{format_size(found.budget)}, a twentieth of which is left free"
-    need = format_size(found.peak)
-    if found.fits:
-        chosen = {
-            "rollout.wave_size": found.wave_size,
-            "train.pack_size": found.pack_size,
-            "train.head_chunk": found.head_chunk,
-            "train.checkpoint_layers": str(found.checkpoint_layers).lower(),
-            "eval.batch_size": found.eval_batch_size,
-        }
-        words = " ".join(f"{key}={value}" for key, value in chosen.items())
-        return f"{name}: fits, {need} of {have}, with\n  {words}"
-    lines = [
-        f"{name}: does not fit, {need} of {have}. Change, the cheapest first, each with those before it:"
-    ]
-    lines += [
-        f"  {advice.changes:<44} {format_size(advice.peak)}{', fits' if advice.fits else ''}"
-        for advice in found.advice
-    ]
+def show_advice(console: Console, name: str, found: Plan) -> None:
+    """Prints what a plan that does not fit lacks, and what to change: a row a change, each on top of those
+    above it."""
+    lacks = format_size(found.peak - found.usable)
+    _say(
+        console,
+        "",
+        f"{name}: {lacks} too little. Change, the cheapest first, each with those above:",
+    )
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for each in found.advice:
+        table.add_row(Text(f"  {each.changes}"), format_size(each.peak), "fits" if each.fits else "")
     if not found.advice or not found.advice[-1].fits:
-        lines.append("  and a smaller model")
-    return "\n".join(lines)
+        table.add_row("  a smaller model", "", "")
+    console.print(table)
 
 
 # ---- how long prompts are --------------------------------------------------------------------------------
+
+
+def assumed_prompt(settings: Settings) -> int:
+    """Tokens of the longest prompt where the data is not at hand."""
+    return _ASSUMED.get(settings.task.name, PROMPT_TOKENS)
 
 
 def longest_prompt(settings: Settings) -> int | None:
@@ -137,6 +227,8 @@ def longest_prompt(settings: Settings) -> int | None:
         return None  # on the Hub
     if settings.task.path is not None and not Path(settings.task.path).exists():
         return None
+    if settings.task.name == "multiplication":  # all are as long as each other, or nearly
+        settings = _fewer_problems(settings)
     task = load_task(settings)
     texts = []
     for example in [*task.train[:_PROBLEMS], *task.eval[:_PROBLEMS]]:
@@ -151,6 +243,11 @@ def longest_prompt(settings: Settings) -> int | None:
 
     encoded = Tokenizer.from_file(str(path)).encode_batch(texts)
     return around + max((len(each.ids) for each in encoded), default=0)
+
+
+def _fewer_problems(settings: Settings) -> Settings:
+    sizes = {key: min(getattr(settings.task, key) or 500, 500) for key in ("train_size", "eval_size")}
+    return settings.model_copy(update={"task": settings.task.model_copy(update=sizes)})
 
 
 def _has_no_template(settings: Settings) -> bool:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from twig.workload import (
     Sizes,
+    Table,
     Work,
     backward_moment,
-    head_rows,
     kept_by_layer,
+    last_queries,
     layer_moment,
     pack_table,
 )
@@ -139,37 +140,41 @@ class Footprint:
             self._plain_wave(ledger, min(rows, work.generations))
         else:
             exact, rest = divmod(rows, work.generations)
-            self._wave(ledger, rows, min(work.prompts, exact + 2 * (rest > 0) - (exact == 0)))
+            # A restart's prompt has all but one token of a completion, beside a prompt with none of it.
+            width = work.path if work.restarts else work.prompt
+            self._wave(ledger, rows, min(work.prompts, exact + 2 * (rest > 0) - (exact == 0)), width)
         return ledger.phase("sampling")
 
     def evaluation(self) -> Phase:
-        """One greedy answer a problem; between steps the last batch is still there."""
+        """One greedy answer a problem, after training; between steps the last batch is still there."""
         work = self.work
-        ledger = self._trained() if work.evaluated_between else Ledger(self.base)
+        ledger = self._trained()
         if work.evaluated_between:
             self._boundary(ledger)
+        rows = min(self.sizes.eval_batch_size, work.questions)
         if work.plain:
-            self._plain_wave(ledger, 1)
+            self._plain_wave(ledger, min(rows, 1))
         else:
-            self._wave(ledger, self.sizes.eval_batch_size, self.sizes.eval_batch_size)
+            self._wave(ledger, rows, rows, work.prompt)
         return ledger.phase("evaluation")
 
-    def _wave(self, ledger: Ledger, rows: int, prompts: int) -> None:
+    def _wave(self, ledger: Ledger, rows: int, prompts: int, width: int) -> None:
+        """`rows` completions of `prompts` prompts of up to `width` tokens."""
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
-        slots = work.prompt + work.length
+        slots = width + work.length
         row = shape.layers * 2 * shape.key * e  # keys and values of a token
-        hidden, prompt_tokens = shape.hidden * e, prompts * work.prompt
+        hidden, prompt_tokens = shape.hidden * e, prompts * width
         ledger.take("sampled tokens", rows * work.length * (3 * wide + 2 * _INT))
 
-        masks = self._masks(ledger, prompts, work.prompt, set(shape.windows))
+        masks = self._masks(ledger, prompts, width, set(shape.windows))
         ledger.take("key-value cache", prompt_tokens * row)
         ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and what goes on
-        ledger.moment("activations", layer_moment(work, prompts, work.prompt))
+        ledger.moment("activations", layer_moment(work, prompts, width))
         ledger.drop("masks", masks)
         ledger.take("logits", (2 * prompts + rows) * shape.vocabulary * wide)
         ledger.drop("logits", 2 * prompts * shape.vocabulary * wide)
         # The buffers of the whole wave are made at once; a CPU gives their pages as they are written to.
-        first = work.prompt if work.kind == "cpu" else slots
+        first = width if work.kind == "cpu" else slots
         ledger.take("key-value cache", rows * first * row)
         ledger.drop("key-value cache", prompt_tokens * row)
         ledger.take("key-value cache", rows * (slots - first) * row)
@@ -185,10 +190,12 @@ class Footprint:
         ledger.moment("activations", layer_moment(work, rows, 1, slots))
         ledger.moment("logits", rows * shape.vocabulary * (2 * wide if e == wide else wide + e))
 
-    def _masks(self, ledger: Ledger, rows: int, columns: int, windows: set[int | None]) -> float:
+    def _masks(
+        self, ledger: Ledger, rows: int, columns: int, windows: set[int | None], keys: int | None = None
+    ) -> float:
         """Takes the masks and rotary embeddings of a table; returns their bytes."""
         shape, e = self.work.shape, self.work.element
-        cells = rows * columns**2
+        cells = rows * columns * (columns if keys is None else keys)
         if any(window is not None for window in windows):
             ledger.moment("masks", cells * (_INT + 2 * _BOOL))
         rotary = 2 * rows * columns * shape.head_dim * e * (2 if shape.per_type_rotary else 1)
@@ -199,58 +206,98 @@ class Footprint:
 
     def update(self) -> Phase:
         """The packs of one batch, forward and backward, and the optimizer's step."""
-        work = self.work
+        work, shape = self.work, self.work.shape
         ledger = self._trained()
         self._boundary(ledger)
         ledger.take("sampled tokens", work.prompts * work.generations * work.length * (36 + 4 * _INT))
-        rows, columns = pack_table(work, self.sizes.pack_size)
-        head, targets = head_rows(work, rows, columns)
+        table = pack_table(work, self.sizes.pack_size)
         if work.plain:
-            self._plain_pack(ledger, rows, columns, head)
+            self._plain_pack(ledger, table)
         else:
-            self._pack(ledger, rows, columns, head, targets)
+            stem = 2 * table.stem * shape.key * work.element  # keys and values of a layer
+            ledger.take("prompt's keys and values", (shape.layers - work.cut * work.recorded) * stem)
+            self._pack(ledger, table)
+            ledger.take("prompt's keys and values", (shape.layers - work.cut) * stem)  # their gradients
+            if table.stem:
+                self._stem(ledger, Table(1, table.stem, 0, 0, 0))
         ledger.take("gradients", work.adapter_bytes)  # the pack's, before they are added to the batch's
         ledger.drop("gradients", work.adapter_bytes)
         return ledger.phase("update")
 
-    def _pack(self, ledger: Ledger, rows: int, columns: int, head: int, targets: int) -> None:
+    def _pack(self, ledger: Ledger, table: Table) -> None:
         work, shape, e = self.work, self.work.shape, self.work.element
-        hidden = shape.hidden * e
-        tokens, cells = rows * columns, rows * columns**2
-        ledger.take("masks", 2 * cells * _BOOL + columns**2 * _BOOL)
-        ledger.drop("masks", cells * _BOOL + columns**2 * _BOOL)
-        masks = self._masks(ledger, rows, columns, set(shape.windows))
+        hidden, tokens, top = shape.hidden * e, table.tokens, shape.layers - 1
+        rows, columns, queries = table.rows, table.columns, last_queries(work, table)
+        cells, square = tokens * table.keys, columns**2 * _BOOL
+        ledger.take("masks", (1 + (table.stem == 0)) * cells * _BOOL + square)
+        ledger.drop("masks", (table.stem == 0) * cells * _BOOL + square)
+        masks = self._masks(ledger, rows, columns, set(shape.windows), table.keys)
         ledger.take("activations", tokens * hidden)  # the trunk's output
         if not work.recorded and work.cut > 0:
-            ledger.moment("activations", layer_moment(work, rows, columns))
+            ledger.moment("activations", layer_moment(work, rows, columns, table.keys))
 
-        upper = range(work.cut, shape.layers)
-        kept = {i: kept_by_layer(work, rows, columns, i > work.cut) for i in upper}
-        inputs = tokens * hidden
-        padded = cells * e if work.kind == "cuda" and not work.eager and columns % 8 else 0
-        for i in upper:
+        kept = {
+            i: kept_by_layer(work, table, i > work.cut, queries if i == top else None)
+            for i in range(work.cut, shape.layers)
+        }
+        padded = cells * e if work.kind == "cuda" and not work.eager and table.keys % 8 else 0
+        own = 2 * tokens * shape.key * e * (table.stem > 0)  # keys and values before the stem's join them
+        for i, halves in kept.items():
+            run = tokens if i < top or queries is None else rows * queries
+            inner = layer_moment(work, 1, run, table.keys)
+            ledger.take("activations", own)
             if self.sizes.checkpoint_layers:
-                ledger.moment("activations", layer_moment(work, rows, columns))
-                ledger.take("kept for backward", inputs * (i > work.cut))
+                ledger.moment("activations", inner)
+                ledger.take("kept for backward", tokens * hidden * (i > work.cut))
             else:
-                ledger.take("kept for backward", sum(kept[i]))
+                ledger.take("kept for backward", sum(halves))
                 ledger.take("masks", padded)
-                ledger.moment("activations", tokens * (3 * hidden + shape.intermediate * e))
+                ledger.moment("activations", run * (3 * hidden + shape.intermediate * e))
+        ledger.drop("activations", own * len(kept))
         ledger.drop("masks", cells * _BOOL + (masks if work.eager else 0))
         if not self.sizes.checkpoint_layers:
-            ledger.drop("activations", inputs)
+            ledger.drop("activations", tokens * hidden)
 
-        self._head(ledger, head, targets)
+        self._head(ledger, table.head, table.targets)
         ledger.take("activations", tokens * hidden)  # the gradient that comes down
-        top = shape.layers - 1
-        attention, mlp = backward_moment(work, rows, columns)
+        numbers = [top] if queries is None or top == work.cut else [top, top - 1]
+        for i in numbers:  # the last layer may run at few columns; the one below it then needs more
+            at = queries if i == top else None
+            self._layer_backward(ledger, table, kept[i], at, padded)
+        for name in ("activations", "masks", "kept for backward"):
+            ledger.drop(name)
+
+    def _layer_backward(
+        self, ledger: Ledger, table: Table, kept: tuple[float, float], queries: int | None, padded: float
+    ) -> None:
+        work = self.work
+        attention, mlp = backward_moment(work, table, queries)
         if self.sizes.checkpoint_layers:
-            ledger.moment("activations", layer_moment(work, rows, columns))
-            ledger.take("kept for backward", sum(kept[top]))
+            run = table.tokens if queries is None else table.rows * queries
+            ledger.moment("activations", layer_moment(work, 1, run, table.keys))
+            ledger.take("kept for backward", sum(kept))
             ledger.take("masks", padded)
         ledger.moment("activations", mlp)
-        ledger.drop("kept for backward", kept[top][1])
+        ledger.drop("kept for backward", kept[1])
         ledger.moment("activations", attention)
+        ledger.drop("kept for backward", kept[0])
+        if self.sizes.checkpoint_layers:
+            ledger.drop("masks", padded)
+
+    def _stem(self, ledger: Ledger, table: Table) -> None:
+        """A prompt is run again once its packs are done, and their gradients are sent through it."""
+        work, shape, e = self.work, self.work.shape, self.work.element
+        inputs, below = table.tokens * shape.hidden * e, range(work.cut, shape.layers - 1)
+        self._masks(ledger, table.rows, table.columns, set(shape.windows))
+        ledger.take("activations", inputs)
+        kept = {i: kept_by_layer(work, table, i > work.cut) for i in below}
+        for i, halves in kept.items():
+            ledger.take(
+                "kept for backward", inputs * (i > work.cut) if self.sizes.checkpoint_layers else sum(halves)
+            )
+        ledger.moment("activations", layer_moment(work, table.rows, table.columns))
+        if kept:
+            self._layer_backward(ledger, table, kept[max(kept)], None, 0)
         for name in ("activations", "masks", "kept for backward"):
             ledger.drop(name)
 
@@ -287,16 +334,16 @@ class Footprint:
         ledger.moment("key-value cache", rows * (work.prompt + work.length) * row / shape.layers)
         ledger.moment("logits", rows * shape.vocabulary * (4 * wide + e))
 
-    def _plain_pack(self, ledger: Ledger, rows: int, columns: int, head: int) -> None:
+    def _plain_pack(self, ledger: Ledger, table: Table) -> None:
         """Whole rows through the whole model, logits of every token among them."""
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
-        tokens = rows * columns
-        ledger.take("masks", rows * columns**2 * _BOOL)
+        tokens, head = table.tokens, table.head
+        ledger.take("masks", tokens * table.columns * _BOOL)
         ledger.take("activations", tokens * shape.hidden * e)
         for i in range(work.cut, shape.layers):
-            ledger.take("kept for backward", sum(kept_by_layer(work, rows, columns, i > work.cut)))
+            ledger.take("kept for backward", sum(kept_by_layer(work, table, i > work.cut)))
         ledger.take("logits", tokens * shape.vocabulary * e)
         ledger.take("logits", head * shape.vocabulary * wide * (1 + (e != wide)))
         ledger.moment("logits", (head * wide + tokens * e) * shape.vocabulary)
         ledger.drop("logits")
-        ledger.moment("activations", max(backward_moment(work, rows, columns)))
+        ledger.moment("activations", max(backward_moment(work, table)))

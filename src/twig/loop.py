@@ -23,8 +23,8 @@ from twig import checkpoint
 from twig.config import Settings, load
 from twig.evaluate import evaluate_policy
 from twig.from_peft import lora_values
-from twig.memory import PeakMemory
-from twig.models import end_ids, load_config, load_model, suppressed_ids
+from twig.memory import with_sizes
+from twig.models import end_ids, load_config, load_model, load_tokenizer, pick_device, suppressed_ids
 from twig.policy import Policy, adapter_shape, attach
 from twig.progress import Progress
 from twig.records import UserError
@@ -32,10 +32,12 @@ from twig.runlog import RunLog
 from twig.samples import completion_rows
 from twig.settings import Lora
 from twig.signals import Stop, stoppable
+from twig.sizing import size_run
 from twig.tasks import Task, load_task
 from twig.tasks.rewards import RewardError
 from twig.trackers import Report, reporting, require
 from twig.trainer import Trainer
+from twig.usage import PeakMemory
 
 SCHEMA_VERSION = 1
 CHECKPOINTS = "checkpoints"
@@ -84,10 +86,12 @@ def train(
     progress = progress or Progress()
     require(settings.log.report_to)
     log, start = _open(settings, output, resume, progress)
+    settings = with_sizes(settings, log.settings.flat())
+    device = pick_device(settings.model.device) if model is None else model.device
     try:
-        with PeakMemory() as memory:
+        with PeakMemory(str(device)) as memory:
             session = _Session(settings, log, progress, memory)
-            session.prepare(model, tokenizer, reward_funcs, train_dataset, eval_dataset)
+            session.prepare(start is None, model, tokenizer, reward_funcs, train_dataset, eval_dataset)
             return session.run(start)
     except Exception as error:
         if isinstance(error, RewardError) and error.traceback_text:
@@ -138,7 +142,7 @@ def _is_finished(summary: dict[str, Any] | None) -> bool:
 
 
 def _refuse_changes(before: Settings, now: Settings) -> None:
-    old, new = before.flat(), now.flat()
+    old, new = before.flat(), with_sizes(now, before.flat()).flat()
     changed = [k for k in new if new[k] != old[k] and not k.startswith(_HARMLESS)]
     if changed:
         key = changed[0]
@@ -162,19 +166,18 @@ class _Session:
         self.best: dict[str, Any] | None = None
 
     def prepare(
-        self, model: Any, tokenizer: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any
+        self, begins: bool, model: Any, tokenizer: Any, reward_funcs: Any, train_dataset: Any, eval_data: Any
     ) -> None:
         """Loads everything that can fail before anything is computed."""
         settings = self.settings
         given = {"model": model, "tokenizer": tokenizer, "reward_funcs": reward_funcs}
-        given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        given |= {"train_dataset": train_dataset, "eval_dataset": eval_data}
         self.passed = ", ".join(name for name, value in given.items() if value is not None)
         self.progress.phase("loading")
-        self.task: Task = load_task(settings, train_dataset, eval_dataset, reward_funcs)
+        self.task: Task = load_task(settings, train_dataset, eval_data, reward_funcs)
         loaded = model is None
         if loaded:
-            model, own_tokenizer = load_model(settings.model)
-            tokenizer = tokenizer or own_tokenizer
+            tokenizer = tokenizer or load_tokenizer(settings.model)
         elif tokenizer is None:
             raise UserError("tokenizer: a model was passed without its tokenizer; pass tokenizer=")
         elif any(isinstance(module, LoraLayer) for module in model.modules()):
@@ -183,6 +186,13 @@ class _Session:
                 "pass run.model.unload(), or load it anew"
             )
         self.tokenizer = tokenizer
+        self.sized = size_run(settings, self.task, tokenizer, model, self.memory, begins=begins)
+        self.settings = settings = self.sized.settings
+        if self.sized.warning is not None:
+            self.progress.message(self.sized.warning)
+            self.log.warn(self.sized.warning)
+        if loaded:
+            model, _ = load_model(settings.model, tokenizer)
         lora = settings.lora
         peft_model = attach(
             model,
@@ -264,7 +274,8 @@ class _Session:
             ("nodes_run", "nodes_run"),
         ):
             self.totals[key] += metrics[f"tokens/{name}"]
-        metrics |= {"time/step": seconds, "memory/peak_bytes": self.memory.peak()}
+        memory = {"peak_bytes": self.memory.peak(), "predicted_peak_bytes": self.sized.peak}
+        metrics |= {"time/step": seconds, **{f"memory/{name}": value for name, value in memory.items()}}
         self._log(metrics)
         self.progress.step(self.step, total, metrics)
         every = self.settings.log.completions_steps
@@ -324,7 +335,7 @@ class _Session:
             "accuracy_best": self.best,
             **{k: self.totals[k] for k in ("tokens_sampled", "tokens_selected", "nodes_run")},
             "peak_memory_bytes": self.memory.peak(),
-            "predicted_peak_bytes": None,
+            "predicted_peak_bytes": self.sized.peak,
             "seconds": self.totals["seconds"],
         }
         self.log.save_summary(summary)

@@ -70,19 +70,22 @@ def device_kind(wanted: str, torch: Any = None) -> str:
     return "cuda" if built_for_gpu and has_nvidia_gpu() else "cpu"
 
 
-def free_memory(kind: str, torch: Any = None) -> int:
-    """Bytes that a process may still take on a device of the kind; `torch`, the module, where it is loaded.
+def free_memory(device: str, torch: Any = None) -> int:
+    """Bytes that a process may still take on a device, such as cpu or cuda:1; `torch`, the module, where it
+    is loaded.
 
     A CPU's is what the machine has available or, if less, what the container may still take. Raises UserError
     where a GPU does not say.
     """
+    kind, _, number = device.partition(":")
     if kind == "cuda":
         if torch is not None:
-            return int(torch.cuda.mem_get_info()[0])
+            return int(torch.cuda.mem_get_info(device)[0])
         found = _run("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
-        if found is None:
+        free = (found or "").split()
+        if int(number or 0) >= len(free):
             raise UserError("memory.budget: the GPU does not say what is free; write a size, such as 6GiB")
-        return int(found.split()[0]) * 2**20
+        return int(free[int(number or 0)]) * 2**20
     import psutil
 
     return min(psutil.virtual_memory().available, _left_in_container())

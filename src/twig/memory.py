@@ -1,11 +1,9 @@
 """How much memory a run needs, before it starts: what fits a budget, and what to change where nothing does.
 
-`plan` is a function of a model's config.json, the settings and a number of bytes. `PeakMemory` measures what
-was used. Nothing here imports torch: a device is asked only where torch is there already.
+`plan` is a function of a model's config.json, the settings and a number of bytes. No torch: knows nothing of
+devices but their kind, nor of what was used in the end (`usage.py`).
 """
 
-import ctypes
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 from twig.config import Settings
 from twig.footprint import Footprint, Phase
 from twig.records import UserError
-from twig.shape import Shape, read_config
+from twig.shape import Shape, Unplannable, read_config
 from twig.wording import parse_size, write
 from twig.workload import Sizes, Work
 
@@ -25,13 +23,14 @@ SIZES = (
     "train.checkpoint_layers",
     "eval.batch_size",
 )
+# Where there is no plan: the quickest ones that it would choose.
+DEFAULT_SIZES = dict(zip(SIZES, (128, 1024, 2**22, False, 128), strict=True))
 PROMPT_TOKENS = 256  # assumed where nobody knows the prompts
 # The sizes that are tried, the quickest first. More completions at once than these are hardly faster; a
 # larger pack's dense mask costs more than it shares.
 _MOST_COMPLETIONS, _MOST_QUESTIONS, _PACK = 256, 128, 1024
 _HEAD_CHUNKS = (2**22, 2**20, 2**18, 2**16)
 _USED = 0.95  # of the budget
-_M_MMAP_THRESHOLD, _RETURNED_FROM = -3, 2**18  # malloc.h; bytes
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -68,9 +67,20 @@ class Plan:
         return max(phase.peak for phase in self.phases)
 
     @property
+    def usable(self) -> int:
+        """The bytes that are planned with: all but a twentieth, for no prediction was further off."""
+        return int(self.budget * _USED)
+
+    @property
     def fits(self) -> bool:
-        """Whether the peak leaves a twentieth of the budget free: no prediction was further off."""
-        return self.peak <= self.budget * _USED
+        """Whether the peak is within what can be planned with."""
+        return self.peak <= self.usable
+
+    @property
+    def sizes(self) -> dict[str, int | bool]:
+        """What was chosen, by the settings' keys."""
+        own = (self.wave_size, self.pack_size, self.head_chunk, self.checkpoint_layers, self.eval_batch_size)
+        return dict(zip(SIZES, own, strict=True))
 
     @property
     def tight(self) -> bool:
@@ -91,20 +101,22 @@ def plan(
     device_kind: str,
     *,
     prompt_tokens: int = PROMPT_TOKENS,
+    questions: int | None = None,
     quantised: str | None = None,
 ) -> Plan:
     """The plan of a run: sizes that are None in `settings` are chosen so that all phases fit `budget` bytes.
 
     `config` is a model's config.json, as a mapping, a path or the model's name. `device_kind` is cpu, cuda or
-    mps. `prompt_tokens` is the length of the longest prompt. `quantised`: nf4 or int8, of the matrices of the
-    layers. Raises UserError for a model whose memory cannot be told from its config.
+    mps. `prompt_tokens` is the length of the longest prompt, `questions` the number of problems that an
+    evaluation answers (None: as many as the settings allow). `quantised`: nf4 or int8, of the matrices of the
+    layers. Raises Unplannable for a model whose memory cannot be told from its config.
     """
     if not isinstance(config, Mapping):
         config = read_config(str(config), settings.model.revision)
     shape = Shape.from_config(config)
 
     def chosen(changed: Settings) -> Plan:
-        work = work_of(shape, changed, device_kind, prompt_tokens, quantised)
+        work = work_of(shape, changed, device_kind, prompt_tokens, questions, quantised)
         return _choose(work, changed, budget)
 
     found = chosen(settings)
@@ -121,10 +133,21 @@ def budget_bytes(budget: str | float, free: int) -> int:
 
 def with_free_sizes(settings: Settings, fixed: Collection[str] = ()) -> Settings:
     """The settings with all sizes left to the plan, but for the `fixed` keys."""
-    return _changed(settings, {key: None for key in SIZES if key not in fixed})
+    return with_values(settings, {key: None for key in SIZES if key not in fixed})
 
 
-def _changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
+def open_sizes(settings: Settings) -> list[str]:
+    """The keys of the sizes that are left to the plan."""
+    flat = settings.flat()
+    return [key for key in SIZES if flat[key] is None]
+
+
+def with_sizes(settings: Settings, sizes: Mapping[str, Any]) -> Settings:
+    """The settings with those of `sizes`, by key, that they leave open."""
+    return with_values(settings, {key: sizes[key] for key in open_sizes(settings)})
+
+
+def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
     """The settings with other values, which are not checked: None leaves a size to the plan."""
     for key, value in values.items():
         group, _, name = key.partition(".")
@@ -134,15 +157,25 @@ def _changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
 
 
 def work_of(
-    shape: Shape, settings: Settings, device_kind: str, prompt_tokens: int, quantised: str | None = None
+    shape: Shape,
+    settings: Settings,
+    device_kind: str,
+    prompt_tokens: int,
+    questions: int | None = None,
+    quantised: str | None = None,
 ) -> Work:
-    """What the settings ask of a model of that shape. Raises UserError for modules and layers it lacks."""
+    """What the settings ask of a model of that shape. Raises Unplannable for modules that are no linear ones
+    of its layers, UserError for layers it lacks."""
     lora, rollout, algorithm = settings.lora, settings.rollout, settings.algorithm
     element = _BYTES.get(settings.model.dtype) or (4 if device_kind == "cpu" else 2)
     if unknown := sorted(set(lora.target_modules) - set(shape.linear())):
-        raise UserError(
-            f"lora.target_modules: {unknown[0]} cannot be planned; write some of {', '.join(shape.linear())}"
+        raise Unplannable(
+            f"lora.target_modules: the memory of an adapter on {unknown[0]} cannot be planned; write some of "
+            f"{', '.join(shape.linear())}, or all sizes yourself: {', '.join(SIZES)}"
         )
+    if questions is None:
+        asked = [n for n in (settings.eval.limit, settings.task.eval_size) if n is not None]
+        questions = min(asked, default=_MOST_QUESTIONS)
     return Work(
         shape=shape,
         kind=device_kind,
@@ -162,6 +195,8 @@ def work_of(
         length=rollout.max_completion_length,
         generations=rollout.num_generations,
         prompts=rollout.prompts_per_step,
+        restarts=algorithm.replay.probability > 0,
+        questions=questions,
         evaluated_between=settings.eval.steps > 0,
     )
 
@@ -191,8 +226,8 @@ def _choose(work: Work, settings: Settings, available: int) -> Plan:
         (replace(sizes, wave_size=n) for n in waves), lambda s: Footprint(work, s).sampling(), budget
     )
     sizes, update = _first(_update_sizes(work, train, sizes), lambda s: Footprint(work, s).update(), budget)
-    questions = min(settings.eval.limit or _MOST_QUESTIONS, settings.task.eval_size or _MOST_QUESTIONS)
-    batches = _halved(min(questions, _MOST_QUESTIONS), 1, settings.eval.batch_size)
+    questions = max(min(work.questions, _MOST_QUESTIONS), 1)
+    batches = _halved(questions, 1, settings.eval.batch_size)
     sizes, evaluation = _first(
         (replace(sizes, eval_batch_size=n) for n in batches),
         lambda s: Footprint(work, s).evaluation(),
@@ -232,7 +267,8 @@ def _halved(start: int, last: int, fixed: int | None) -> list[int]:
 
 def _update_sizes(work: Work, train: Any, sizes: Sizes) -> Iterator[Sizes]:
     """Sizes of an update in order of cost: smaller packs, a smaller head chunk, then layers run twice."""
-    packs = _halved(max(_PACK, work.path), work.path, train.pack_size)
+    least = work.path if work.plain else work.length  # a cut trie's prompt is run by itself
+    packs = _halved(max(_PACK, least), least, train.pack_size)
     chunks = [train.head_chunk] if train.head_chunk is not None else list(_HEAD_CHUNKS)
     for checkpointed in [False, True] if train.checkpoint_layers is None else [train.checkpoint_layers]:
         for number, chunk in enumerate(chunks):
@@ -251,43 +287,35 @@ def _advise(
     One that lowers the peak by less than a hundredth is left out, or a twentieth where it changes results.
     """
     advice: dict[str, Advice] = {}
-    for key, value in _cheapest_first(settings, shape):
-        changed = _changed(settings, {key: value})
+    for changes in _cheapest_first(settings, shape):
+        changed = with_values(settings, changes)
         after = chosen(changed)
-        if after.peak > (0.99 if key in SIZES else 0.95) * found.peak:
+        if after.peak > (0.99 if changes.keys() <= set(SIZES) else 0.95) * found.peak and not after.fits:
             continue
         settings, found = changed, after
-        advice[key] = Advice(f"{key}={write(value).replace(' ', '')}", after.peak, after.fits)
+        words = " ".join(f"{key}={write(value).replace(' ', '')}" for key, value in changes.items())
+        advice[" ".join(changes)] = Advice(words, after.peak, after.fits)
         if after.fits:
             break
     return tuple(advice.values())
 
 
-def _cheapest_first(settings: Settings, shape: Shape) -> Iterator[tuple[str, Any]]:
+def _cheapest_first(settings: Settings, shape: Shape) -> Iterator[dict[str, Any]]:
     """What can be changed: first what leaves the results as they are, last what makes it another run."""
-    rollout, train = settings.rollout, settings.train
-    for key, size, last in (
-        ("rollout.wave_size", rollout.wave_size, 1),
-        ("eval.batch_size", settings.eval.batch_size, 1),
-        ("train.pack_size", train.pack_size, 64),
-    ):
-        if size is not None:
-            yield from ((key, smaller) for smaller in _halved(size, last, None)[1:])
-    if train.head_chunk is not None:
-        yield from (("train.head_chunk", chunk) for chunk in _HEAD_CHUNKS if chunk < train.head_chunk)
-    if train.checkpoint_layers is False:
-        yield "train.checkpoint_layers", True
+    rollout = settings.rollout
+    if fixed := set(SIZES) - set(open_sizes(settings)):
+        yield {key: None for key in SIZES if key in fixed}
     if settings.model.dtype in ("auto", "float32", "float64"):
-        yield "model.dtype", "bfloat16"
+        yield {"model.dtype": "bfloat16"}
     layers = _adapted(settings.lora.layers, shape.layers)
     if len(layers) > 2:
-        yield "lora.layers", list(layers[len(layers) // 2 :])
+        yield {"lora.layers": list(layers[len(layers) // 2 :])}
     if rollout.prompts_per_step > 1:
-        yield "rollout.prompts_per_step", rollout.prompts_per_step // 2
+        yield {"rollout.prompts_per_step": rollout.prompts_per_step // 2}
     lengths = _halved(rollout.max_completion_length, 64, None)[1:]
-    yield from (("rollout.max_completion_length", length) for length in lengths)
+    yield from ({"rollout.max_completion_length": length} for length in lengths)
     if rollout.num_generations > 4:
-        yield "rollout.num_generations", rollout.num_generations // 2
+        yield {"rollout.num_generations": rollout.num_generations // 2}
 
 
 def _notes(shape: Shape, settings: Settings, kind: str) -> Iterator[str]:
@@ -297,70 +325,3 @@ def _notes(shape: Shape, settings: Settings, kind: str) -> Iterator[str]:
         yield "not measured: what the device's own libraries take"
     if settings.model.engine == "plain":
         yield "model.engine=plain is predicted roughly: a model's own forward may hold more"
-
-
-# ---- measuring -------------------------------------------------------------------------------------------
-
-
-class PeakMemory:
-    """Measures the peak from `__enter__` on: allocated bytes on a CUDA device, else the process's resident
-    memory."""
-
-    def __init__(self) -> None:
-        self.before = 0
-
-    def __enter__(self) -> "PeakMemory":
-        if (cuda := _cuda()) is not None:
-            cuda.reset_peak_memory_stats()
-            self.before = int(cuda.memory_allocated())
-        else:
-            self.before = _resident()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def peak(self) -> int:
-        """The peak so far, in bytes. Resident memory counts from the start of the process."""
-        if (cuda := _cuda()) is not None:
-            return int(cuda.max_memory_allocated())
-        return _resident_peak()
-
-    def growth(self) -> int:
-        """The peak so far above what was there at `__enter__`, in bytes: what a plan predicts."""
-        return max(self.peak() - self.before, 0)
-
-
-def return_freed_memory() -> None:
-    """Has the C library give freed blocks of 256 KiB and more back to the system at once, from now on.
-
-    glibc raises that size by itself, up to 32 MiB. Tensors are then cut out of a heap, which keeps up to half
-    as much again as was ever alive. Giving back costs a tenth of the time or less. Nothing happens where the
-    C library is another one.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "gnu_get_libc_version"):
-            libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED_FROM)
-
-
-def _cuda() -> Any:
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_available() else None
-
-
-def _resident() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def _resident_peak() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -18,11 +18,11 @@ from twig.settings import Model
 EMBEDDED = ("tiny-arithmetic",)
 
 
-def load_model(wanted: Model | str) -> tuple[PreTrainedModel, Any]:
+def load_model(wanted: Model | str, tokenizer: Any = None) -> tuple[PreTrainedModel, Any]:
     """The model (eval mode, on its device, in its dtype) and the tokenizer that `wanted` names.
 
-    A text is `model.name`, with the defaults of every other setting. Sets torch's number of threads for the
-    whole process where `wanted.num_threads` says so.
+    A text is `model.name`, with the defaults of every other setting; a `tokenizer` that is there already is
+    not loaded again. Sets torch's number of threads for the whole process where `wanted.num_threads` says so.
 
     Raises UserError, one line, where it is missing, not a causal language model, or not stored as
     safetensors.
@@ -32,7 +32,7 @@ def load_model(wanted: Model | str) -> tuple[PreTrainedModel, Any]:
         torch.set_num_threads(wanted.num_threads)
     device = pick_device(wanted.device)
     dtype = pick_dtype(wanted.dtype, device)
-    config, tokenizer = load_config(wanted), load_tokenizer(wanted)
+    config, tokenizer = load_config(wanted), tokenizer or load_tokenizer(wanted)
     options = {}
     if wanted.attn_implementation != "auto":
         options["attn_implementation"] = wanted.attn_implementation

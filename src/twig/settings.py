@@ -21,6 +21,8 @@ ALGORITHMS_WITH = {
     **dict.fromkeys(["beta", "scale_rewards"], ("grpo", "s-grpo")),
 }
 
+_PLANNED = "Changes memory and speed, not results. null: planned, see `memory.budget`."
+
 
 class Model(Frozen):
     """The language model that is trained, and how it is held."""
@@ -94,8 +96,8 @@ class Rollout(Frozen):
         gt=0,
         description="Sampling temperature while training. Log-probabilities are those at this temperature.",
     )
-    wave_size: int = Field(
-        128, ge=1, description="Completions sampled at once. Changes memory and speed, not results."
+    wave_size: int | None = Field(
+        None, ge=1, description=f"Completions sampled at once. {_PLANNED}", examples=[128]
     )
     suppress_tokens: list[Index] = Field(
         [], description="Token ids that are never sampled.", examples=[[0, 1]]
@@ -262,20 +264,16 @@ class Train(Frozen):
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the order of the data, the sampling and the adapter."
     )
-    pack_size: int = Field(
-        4096,
-        ge=1,
-        description="Most tokens in one forward and backward pass. Changes memory and speed, not results.",
+    pack_size: int | None = Field(
+        None, ge=1, description=f"Most tokens in one forward and backward pass. {_PLANNED}", examples=[1024]
     )
-    head_chunk: int = Field(
-        2**22,
-        ge=1,
-        description="Logits computed at once in the update. Changes memory and speed, not results.",
+    head_chunk: int | None = Field(
+        None, ge=1, description=f"Logits computed at once in the update. {_PLANNED}", examples=[2**22]
     )
-    checkpoint_layers: bool = Field(
-        False,
-        description="Keep only the inputs of the upper layers and run these again in the backward pass: a "
-        "third slower, and much less memory. Results stay the same.",
+    checkpoint_layers: bool | None = Field(
+        None,
+        description=f"Run the upper layers again in the backward pass, a third slower. {_PLANNED}",
+        examples=[True],
     )
 
     @model_validator(mode="after")
@@ -298,17 +296,22 @@ class Eval(Frozen):
         None, ge=1, description="Problems per evaluation. null: all of the task's.", examples=[500]
     )
     batch_size: int | None = Field(
-        None, ge=1, description="Problems answered at once. null: chosen.", examples=[64]
+        None, ge=1, description=f"Problems answered at once. {_PLANNED}", examples=[64]
     )
     before: bool = Field(True, description="Evaluate before training too.")
 
 
 class Memory(Frozen):
-    """How much memory a run may take."""
+    """How much memory a run may take.
+
+    Before a run loads its model, sizes that are null become the quickest ones that fit; they are kept in
+    `config.yaml`. Where none fit, the run says what to change and ends; with `auto`, it begins.
+    """
 
     budget: Annotated[str, AfterValidator(check_budget)] | Annotated[float, Field(gt=0, le=1)] = Field(
         "auto",
-        description="`auto`: what is free on the device. Else a size, or a share of what is free.",
+        description="`auto`: what is free on the device at the beginning. Else a size, or a share of that. A "
+        "twentieth of it is not planned with.",
         examples=["6GiB"],
     )
 

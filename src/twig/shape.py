@@ -34,6 +34,10 @@ _DENSE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
+class Unplannable(UserError):
+    """A model whose memory cannot be told from its config."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A decoder of equal layers. Widths in numbers; `windows` has the sliding window of each layer or None.
@@ -131,7 +135,7 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Shape":
-        """The shape that a config.json describes. Raises UserError where it is no decoder of equal layers."""
+        """The shape that a config.json describes; raises Unplannable for any but decoders of equal layers."""
         config = {**config, **config.get("text_config", {})}
         family = str(config.get("model_type", "?"))
         if missing := [key for key in _DENSE if not isinstance(config.get(key), int)]:
@@ -184,7 +188,7 @@ def _windows(config: Mapping[str, Any], traits: Mapping[str, Any]) -> tuple[int 
 
 
 def _refuse(family: str, why: str) -> None:
-    raise UserError(
+    raise Unplannable(
         f"model.name: the memory of model type '{family}' cannot be planned: {why}; "
         "write rollout.wave_size, train.pack_size and train.head_chunk yourself"
     )
@@ -217,17 +221,33 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     found = path if path.is_file() else find_file(name, "config.json", revision)
     if found is None and (path.is_dir() or _is_path(name)):
         raise UserError(f"model.name: {name} has no config.json; write the folder of a model, or a Hub id")
-    if found is None:
-        from huggingface_hub import hf_hub_download
+    return _parse(found or _download(name, revision))
 
-        try:
-            found = Path(hf_hub_download(name, "config.json", revision=revision))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.name: the config.json of {name} is neither here nor reachable on the Hub; check the "
-                "name and the network, or write the path of a folder or a config.json"
-            ) from error
-    return _parse(found)
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, hf_hub_download
+
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            _refuse_without_network(constants.ENDPOINT)
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.name: the config.json of {name} is neither here nor reachable on the Hub; check the "
+            "name and the network, or write the path of a folder or a config.json"
+        ) from error
+
+
+def _refuse_without_network(endpoint: str) -> None:
+    """Raises OSError where the Hub is out of reach: its library would try for half a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    place = urlsplit(endpoint)
+    if not getproxies() and place.hostname:
+        port = place.port or (443 if place.scheme == "https" else 80)
+        socket.create_connection((place.hostname, port), timeout=3).close()
 
 
 def _is_path(name: str) -> bool:

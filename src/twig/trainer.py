@@ -19,6 +19,7 @@ from transformers import TrainerState, get_scheduler
 
 from twig.config import Settings
 from twig.credit import Credit, assign
+from twig.memory import DEFAULT_SIZES, with_sizes
 from twig.noise import CREDIT, DATA, REPLAY, generator
 from twig.objective import Surrogate, k3, shrink
 from twig.passes import NodeValues, Passes, Sizes
@@ -73,8 +74,12 @@ class Trainer:
         self.parameters = list(policy.parameters.values())
         self.optimizer = _optimizer(settings, self.parameters)
         self.rate_at = _schedule(settings, self.optimizer, self.total_steps)
+        sized = with_sizes(settings, DEFAULT_SIZES)  # for who calls this without a plan
         self.sizes = Sizes(
-            settings.rollout.wave_size, train.pack_size, train.head_chunk, train.checkpoint_layers
+            sized.rollout.wave_size,
+            sized.train.pack_size,
+            sized.train.head_chunk,
+            sized.train.checkpoint_layers,
         )
         self.drawn_prompts = 0  # position in the data: prompts taken so far
         self.restarts: list[Restart] = []

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from twig.shape import Shape
 
+_FEW_ROWS = 0.75  # as in policy.py, which needs torch
+
 
 @dataclass(frozen=True)
 class Work:
@@ -17,7 +19,8 @@ class Work:
     base on disk, and of adapter, log-probs and loss. `quantised`: nf4, int8 or None. `adapted`: numbers of
     the layers with adapters on `modules`. `moments`: numbers that the optimizer keeps for each of the
     adapter. `kept_tokens`: most tokens with credit in a completion (None: all). `prompt`: tokens of the
-    longest prompt.
+    longest prompt. `restarts`: whether a prompt may go on with a part of a completion. `questions`: problems
+    of an evaluation.
     """
 
     shape: Shape
@@ -38,6 +41,8 @@ class Work:
     length: int
     generations: int
     prompts: int
+    restarts: bool
+    questions: int
     evaluated_between: bool
 
     @property
@@ -72,18 +77,49 @@ class Sizes:
     eval_batch_size: int
 
 
+@dataclass(frozen=True)
+class Table:
+    """One pass of an update: `rows` of `columns` tokens behind a stem of `stem` more, which is run before.
+
+    `head` tokens have their next-token distribution computed, for `targets` tokens that may follow. `widest`
+    is the most of `head` in a row (None: they are even).
+    """
+
+    rows: int
+    columns: int
+    stem: int
+    head: int
+    targets: int
+    widest: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Cells of the table."""
+        return self.rows * self.columns
+
+    @property
+    def keys(self) -> int:
+        """What a token can see at most."""
+        return self.stem + self.columns
+
+
 # ---- one layer -------------------------------------------------------------------------------------------
 
 
-def kept_by_layer(work: Work, rows: int, columns: int, with_input: bool) -> tuple[float, float]:
+def kept_by_layer(
+    work: Work, table: Table, with_input: bool, queries: int | None = None
+) -> tuple[float, float]:
     """Bytes that the backward pass needs of one adapted layer: (attention's half, the MLP's half).
 
-    `with_input`: whether a gradient goes to the layer's input; not so in the lowest one. The mask and the
-    rotary embeddings are shared by all layers and not in here. The base's weights have no gradient, so a
-    linear layer keeps its input only for its own adapter, and in the adapter's precision.
+    `with_input`: whether a gradient goes to the layer's input; not so in the lowest one. `queries`: columns
+    of each row that the layer is run at, where it is not all; keys and values are made of every column. The
+    mask and the rotary embeddings are shared by all layers and not in here. The base's weights have no
+    gradient, so a linear layer keeps its input only for its own adapter, and in the adapter's precision.
     """
     shape, e, adapted = work.shape, work.element, work.modules
-    tokens, scores = rows * columns, 4 * shape.heads * rows * columns**2
+    few, at = queries is not None, table.columns if queries is None else queries
+    tokens, run, keys = table.tokens, table.rows * at, table.rows * table.keys
+    scores = 4 * shape.heads * run * table.keys
     norm = 4 * shape.hidden + 4  # in float32, whatever the model is; and one factor a token
 
     def inputs(names: str, width: int, there: bool = False) -> float:
@@ -93,36 +129,39 @@ def kept_by_layer(work: Work, rows: int, columns: int, with_input: bool) -> tupl
 
     query, key, value = (with_input or f"{name}_proj" in adapted for name in "qkv")
     attends = query or key or value
-    token = inputs("q k v", shape.hidden) + with_input * norm
+    half = tokens * (inputs("k v" if few else "q k v", shape.hidden) + with_input * norm)
+    token = few * (inputs("q", shape.hidden) + with_input * norm)
     if shape.qk_norm:
-        token += query * 4 * (shape.query + shape.heads) + key * 4 * (shape.key + shape.kv_heads)
-    half = 0.0
+        token += query * 4 * (shape.query + shape.heads)
+        half += tokens * key * 4 * (shape.key + shape.kv_heads)
     if work.eager:
         scored = query or key
-        token += e * shape.query * (key + query + scored)  # a factor is kept for the other one's gradient
+        token += e * shape.query * key  # a factor is kept for the other one's gradient
+        half += keys * e * shape.query * (query + scored)
         half += scores * (scored + shape.attention_softcap * scored * e / 4)
         half += scores * e / 4 * (value and (e != 4 or not scored))
         token += inputs("o", shape.query)
     else:
-        token += attends * (4 * e * shape.query + work.wide * shape.heads)  # q, k, v, output, normaliser
+        token += attends * (2 * e * shape.query + work.wide * shape.heads)  # q, output, normaliser
+        half += keys * attends * 2 * e * shape.query
         token += inputs("o", shape.query, there=attends)
     attends = attends or "o_proj" in adapted
     token += norm * (shape.norms == 4 and attends)
-    half += tokens * token
+    half += run * token
 
     inner = with_input or attends
     gate, up = inner or "gate_proj" in adapted, inner or "up_proj" in adapted
     token = norm * inner + inputs("gate up", shape.hidden) + inputs("down", shape.intermediate)
     token += e * shape.intermediate * (2 * gate + up)
     token += norm * (shape.norms == 4 and (gate or up or "down_proj" in adapted))
-    return half, tokens * token
+    return half, run * token
 
 
-def shared_by_layers(work: Work, rows: int, columns: int, windows: set[int | None]) -> float:
-    """Bytes of a table's masks, one a window, and of its rotary embeddings."""
+def shared_by_layers(work: Work, table: Table, windows: set[int | None], queries: int | None = None) -> float:
+    """Bytes of a table's masks, one a window, and of its rotary embeddings; at `queries` columns a row."""
     kinds = 2 if work.shape.per_type_rotary else 1
-    masks = len(windows) * rows * columns**2
-    return work.element * (masks + kinds * 2 * rows * columns * work.shape.head_dim)
+    run = table.rows * (table.columns if queries is None else queries)
+    return work.element * run * (len(windows) * table.keys + kinds * 2 * work.shape.head_dim)
 
 
 def kept_by_head(work: Work, rows: int, targets: int) -> float:
@@ -131,16 +170,32 @@ def kept_by_head(work: Work, rows: int, targets: int) -> float:
     return rows * (work.shape.hidden * (4 + work.wide) + 4) + work.wide * targets
 
 
-def kept_by_pack(work: Work, rows: int, columns: int, head: int, targets: int) -> float:
-    """Bytes that the backward pass needs of a table, with `head` rows of it predicting `targets` tokens."""
-    upper = range(work.cut, work.shape.layers)
-    layers = sum(sum(kept_by_layer(work, rows, columns, i > work.cut)) for i in upper)
+def last_queries(work: Work, table: Table) -> int | None:
+    """The columns a row that the last layer is run at, None where it is all: see `policy.Policy`."""
+    widest = min(-(-table.head // table.rows), table.columns) if table.widest is None else table.widest
+    return widest if not work.plain and widest <= _FEW_ROWS * table.columns else None
+
+
+def kept_by_pack(work: Work, table: Table) -> float:
+    """Bytes that the backward pass needs of a table, the keys and values of its stem among them not."""
+    top, queries = work.shape.layers - 1, last_queries(work, table)
+    layers = sum(
+        sum(kept_by_layer(work, table, i > work.cut, queries if i == top else None))
+        for i in range(work.cut, work.shape.layers)
+    )
     attends = not work.modules.isdisjoint({"q_proj", "k_proj", "v_proj"})
-    windows = {work.shape.windows[i] for i in upper if attends or i > work.cut}
-    if work.eager:  # it adds its mask, and keeps the softmax of the sum
-        windows = set()
-    shared = shared_by_layers(work, rows, columns, windows)
-    return layers + shared + kept_by_head(work, head, targets)
+
+    def masks(numbers: range) -> set[int | None]:
+        # eager attention adds its mask, and keeps the softmax of the sum
+        seen = {work.shape.windows[i] for i in numbers if attends or i > work.cut}
+        return set() if work.eager else seen
+
+    if queries is None:
+        shared = shared_by_layers(work, table, masks(range(work.cut, top + 1)))
+    else:
+        shared = shared_by_layers(work, table, masks(range(work.cut, top)))
+        shared += shared_by_layers(work, table, masks(range(top, top + 1)), queries)
+    return layers + shared + kept_by_head(work, table.head, table.targets)
 
 
 def layer_moment(work: Work, rows: int, columns: int, keys: int | None = None) -> float:
@@ -163,37 +218,44 @@ def layer_moment(work: Work, rows: int, columns: int, keys: int | None = None) -
     return rows * columns * found
 
 
-def backward_moment(work: Work, rows: int, columns: int) -> tuple[float, float]:
+def backward_moment(work: Work, table: Table, queries: int | None = None) -> tuple[float, float]:
     """Bytes of gradients alive within one layer's backward pass: (in attention, in the MLP)."""
     shape, e = work.shape, work.element
-    tokens = rows * columns
+    tokens = table.rows * (table.columns if queries is None else queries)
     inner = max(3 * e, (work.wide + 2 * e) if "down_proj" in work.modules else 0)
     mlp = tokens * (2 * e * shape.hidden + inner * shape.intermediate)
-    attention = tokens * e * (2 * shape.hidden + 5 * shape.query)
+    # queries, the output, and of keys and values those of every head
+    attention = (
+        tokens * e * (2 * shape.hidden + 3 * shape.query) + table.rows * table.keys * 2 * e * shape.query
+    )
     if work.eager:
-        attention += shape.heads * rows * columns**2 * (8 if e == 4 else 8 + e)
+        attention += shape.heads * tokens * table.keys * (8 if e == 4 else 8 + e)
     return attention, mlp
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
-def pack_table(work: Work, pack_size: int) -> tuple[int, int]:
-    """(rows, columns) of the largest pack: full length, nothing shared but the prompt.
+def pack_table(work: Work, pack_size: int) -> Table:
+    """The largest pack: full length, nothing shared but the prompt.
 
     For T-SPMO two completions each share all but their last token: the most that can need running.
     """
     if work.plain:
-        return max(min(pack_size // work.path, work.prompts * work.generations), 1), work.path
+        rows = max(min(pack_size // work.path, work.prompts * work.generations), 1)
+        return Table(rows, work.path, 0, *_heads(work, rows, work.path - work.prompt + 1))
     branches = work.generations // 2 if work.algorithm == "t-spmo" else work.generations
-    trie = work.prompt + branches * (work.length - 1)
-    columns = min(trie, max(pack_size, work.path))
-    return max(min(pack_size // columns, work.prompts if columns == trie else 1), 1), columns
+    behind = branches * (work.length - 1)
+    if work.prompt + behind <= pack_size:
+        rows = max(min(pack_size // (work.prompt + behind), work.prompts), 1)
+        return Table(rows, work.prompt + behind, 0, *_heads(work, rows, behind + 1))
+    columns = min(1 + behind, max(pack_size, work.length))
+    return Table(1, columns, work.prompt - 1, *_heads(work, 1, columns))
 
 
-def head_rows(work: Work, rows: int, columns: int) -> tuple[int, int]:
-    """(tokens whose next-token distribution a pack needs, weighted tokens that it predicts) at most."""
-    inside = max(columns - work.prompt + 1, 1)
+def _heads(work: Work, rows: int, inside: int) -> tuple[int, int]:
+    """Of tables with `inside` tokens of a trie a row: tokens whose next-token distribution is needed, and
+    weighted tokens that they predict, at most."""
     if work.algorithm == "t-spmo":
         forks = rows * min(inside, work.generations - 1)
         return forks, 2 * forks

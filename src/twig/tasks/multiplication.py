@@ -17,6 +17,7 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 from twig.records import Example, Score, UserError
@@ -27,7 +28,7 @@ Split = Literal["pretrain", "train", "eval"]
 
 TEMPLATE = "{a}*{b}="
 # The hash, as a fraction of its range, below which a problem belongs to the split.
-_UPPER = {"pretrain": 0.5, "train": 0.8, "eval": 1.0}
+_UPPER: dict[Split, float] = {"pretrain": 0.5, "train": 0.8, "eval": 1.0}
 _ENUMERATED = 100_000  # so many problems are listed in half a second; of more, some are drawn
 _ANSWER = re.compile(r"#(0|[1-9][0-9]{0,39})\Z")
 
@@ -38,9 +39,12 @@ def split_of(a: int, b: int) -> Split:
     >>> split_of(347, 26) == split_of(26, 347)
     True
     """
-    digest = hashlib.sha256(f"{min(a, b)}*{max(a, b)}".encode()).digest()
+    digest = hashlib.sha256(b"%d*%d" % ((a, b) if a < b else (b, a))).digest()
     fraction = int.from_bytes(digest[:8], "big") / 2**64
-    return next(split for split, upper in _UPPER.items() if fraction < upper)
+    for split, upper in _UPPER.items():
+        if fraction < upper:
+            return split
+    return "eval"  # a fraction that was rounded to 1
 
 
 def prompt_text(a: int, b: int) -> str:
@@ -96,7 +100,7 @@ def problems(
     space = len(ranges[0]) * len(ranges[1])
     if space > _ENUMERATED:
         return _drawn(split, ranges, generator, size)
-    found = [(a, b) for a in ranges[0] for b in ranges[1] if split_of(a, b) == split]
+    found = list(_listed(*ranges)[split])
     if size is not None and size > len(found):
         raise UserError(
             f"task.{split}_size: {size}, but there are only {len(found)} {split} problems of "
@@ -104,6 +108,16 @@ def problems(
         )
     generator.shuffle(found)
     return found[:size]
+
+
+@lru_cache(maxsize=1)
+def _listed(first: range, second: range) -> dict[Split, list[tuple[int, int]]]:
+    """All problems by split."""
+    found: dict[Split, list[tuple[int, int]]] = {split: [] for split in _UPPER}
+    for a in first:
+        for b in second:
+            found[split_of(a, b)].append((a, b))
+    return found
 
 
 def _drawn(

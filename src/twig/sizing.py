@@ -1,0 +1,119 @@
+"""How much a run computes at once: what its settings leave open is chosen by the plan, before it begins.
+
+Knows the settings, the model's config, the prompts and the bytes that are free. No torch until a run begins.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from twig.config import Settings
+from twig.machine import free_memory
+from twig.memory import DEFAULT_SIZES, Plan, budget_bytes, open_sizes, plan, with_sizes, with_values
+from twig.records import UserError
+from twig.shape import Unplannable
+from twig.tasks import Task
+from twig.tasks.base import longest_prompt
+from twig.usage import PeakMemory, return_freed_memory
+from twig.wording import format_size
+
+
+@dataclass(frozen=True)
+class Sized:
+    """`settings` without an open size, the plan that they came from (None: there is none), and a warning.
+
+    `peak` is what `usage.PeakMemory` will have measured in the end if the plan is right: every byte of the
+    process on a CPU, torch's own on a CUDA device.
+    """
+
+    settings: Settings
+    plan: Plan | None
+    warning: str | None = None
+    peak: int | None = None
+
+
+def size_run(
+    settings: Settings, task: Task, tokenizer: Any, model: Any, memory: PeakMemory, *, begins: bool
+) -> Sized:
+    """The sizes of a run on the device of `memory`, before its model is loaded, or with one that is passed.
+
+    Looks at the true prompts, and has freed memory returned where the plan needs that. `begins`: as
+    `choose_sizes`, whose errors are raised.
+    """
+    import torch
+
+    from twig.models import load_config
+
+    asked, questions = settings, task.eval[: settings.eval.limit]
+    kind, free = memory.device.partition(":")[0], free_memory(memory.device, torch)
+    if model is None:
+        config = load_config(settings.model).to_dict()
+    else:  # its weights are in the plan, and there already
+        config = model.config.to_dict()
+        free += sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        held = {"dtype": str(model.dtype).removeprefix("torch."), "device": memory.device}
+        held["attn_implementation"] = model.config._attn_implementation
+        asked = with_values(settings, {f"model.{name}": value for name, value in held.items()})
+    prompt = longest_prompt(task, [*task.train, *questions], tokenizer, settings.task)
+    options = {"prompt_tokens": prompt, "questions": len(questions), "begins": begins}
+    found = choose_sizes(asked, config, kind, free, **options)
+    if found.plan is None:
+        peak = None
+    else:
+        peak = memory.before + (found.plan.tensors_peak if kind == "cuda" else found.plan.peak)
+        if kind == "cpu" and found.plan.tight:
+            return_freed_memory()
+    return replace(found, settings=with_sizes(settings, found.settings.flat()), peak=peak)
+
+
+def choose_sizes(
+    settings: Settings,
+    config: Mapping[str, Any],
+    device_kind: str,
+    free: int,
+    *,
+    prompt_tokens: int,
+    questions: int | None = None,
+    begins: bool = True,
+) -> Sized:
+    """The settings with their open sizes chosen, so that the run fits `memory.budget` of `free` bytes.
+
+    `config` is the model's config.json, the other arguments are those of `memory.plan`. Where nothing fits, a
+    budget that somebody wrote is kept: UserError, one line, says what to change, the cheapest first. With
+    `auto`, or for a run that goes on (`begins` False), the same words are a warning. A model whose memory
+    cannot be planned gets `memory.DEFAULT_SIZES`, and a warning too.
+    """
+    budget = settings.memory.budget
+    try:
+        found = plan(
+            config,
+            settings,
+            budget_bytes(budget, free),
+            device_kind,
+            prompt_tokens=prompt_tokens,
+            questions=questions,
+        )
+    except Unplannable as error:
+        if budget != "auto" and begins:
+            raise UserError(f"memory.budget: {budget} cannot be promised; leave it out ({error})") from None
+        chosen = with_sizes(settings, DEFAULT_SIZES)
+        taken = " ".join(f"{key}={DEFAULT_SIZES[key]}".lower() for key in open_sizes(settings))
+        return Sized(chosen, None, f"{error} (now {taken})" if taken else None)
+    warning = None
+    if not found.fits:
+        if budget != "auto" and begins:
+            raise UserError(f"memory.budget: {budget} is too little: {too_little(found)}")
+        warning = f"memory may run out: {too_little(found)}"
+    return Sized(with_sizes(settings, found.sizes), found, warning)
+
+
+def too_little(found: Plan) -> str:
+    """What a plan that does not fit lacks, and what to change, on one line."""
+    words = (
+        f"the run takes up to {format_size(found.peak)}, and {format_size(found.usable)} can be planned with"
+    )
+    steps = [f"{each.changes} ({format_size(each.peak)})" for each in found.advice]
+    if not steps:
+        return f"{words}; choose a smaller model"
+    enough = "" if found.advice[-1].fits else ", and a smaller model"
+    return f"{words}; change, the cheapest first: {', then '.join(steps)}{enough}"
