@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import signal
+import threading
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,7 @@ from saved import build_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
 import twig
-from twig import checkpoint
+from twig import checkpoint, rollout
 from twig.cli import main
 from twig.config import Settings, load
 from twig.memory import SIZES
@@ -463,6 +464,36 @@ def test_an_async_reward_gives_the_same_run(run):
 
     later.__name__ = "digits"
     assert record(run("later", reward_funcs=later).folder) == record(run("now").folder)
+
+
+def test_an_async_reward_works_while_the_next_wave_is_sampled(run, monkeypatch):
+    """A step of two waves: the second does not begin before the first one's reward does."""
+    begun, waves, real, in_step = threading.Event(), [], rollout._sample_wave, digits
+
+    async def later(completions, **kwargs):
+        begun.set()
+        return in_step(completions)
+
+    def sampling(*args):
+        waves.append(len(args[1]))
+        if len(waves) % 2 == 0:
+            assert begun.wait(20), "no reward began while there was more to sample"
+            begun.clear()
+        return real(*args)
+
+    later.__name__ = "digits"
+    words = (
+        "train.max_steps=2",
+        "rollout.wave_size=4",
+        "eval.before=false",
+        "eval.steps=0",
+        "train.save_steps=0",
+    )
+    now = run("now", *words, eval_dataset=None).folder
+    monkeypatch.setattr(rollout, "_sample_wave", sampling)
+    overlapped = run("later", *words, eval_dataset=None, reward_funcs=later).folder
+    assert waves == [4, 4] * 2
+    assert completions_of(overlapped, 2) == completions_of(now, 2) and rows_of(overlapped) == rows_of(now)
 
 
 def test_a_group_without_rewards_is_left_out(run):
