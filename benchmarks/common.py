@@ -22,14 +22,15 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "numpy")
 def alternate(script: str, sides: dict[str, list[str]], rounds: int) -> dict[str, list[dict]]:
     """Runs `script --side SIDE ARGUMENTS` in a fresh process, `rounds` times a side, the sides in turn.
 
-    `sides` has the arguments of each side. Each process prints one JSON object on its last line. Raises
-    RuntimeError with its stderr where one fails.
+    `sides` has the arguments of each side; where they name a --side themselves, the key is only a name. Each
+    process prints one JSON object on its last line. Raises RuntimeError with its stderr where one fails.
     """
     found: dict[str, list[dict]] = {side: [] for side in sides}
     for number in range(rounds):
         # every other round backwards, so that neither side is always the one after a pause
         for side in list(sides) if number % 2 == 0 else list(sides)[::-1]:
-            command = [sys.executable, os.path.abspath(script), "--side", side, *sides[side]]
+            words = sides[side] if "--side" in sides[side] else ["--side", side, *sides[side]]
+            command = [sys.executable, os.path.abspath(script), *words]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")

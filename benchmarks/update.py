@@ -1,7 +1,8 @@
 """One update, Twig against TRL, at equal gradients: seconds and memory, fresh processes in turn.
 
     python benchmarks/update.py                        # every case; writes benchmarks/results/update.json
-    python benchmarks/update.py --cases grpo t-spmo    # some of them
+    python benchmarks/update.py --frontier             # seconds against memory; writes frontier.json
+    python benchmarks/update.py --shape 0.1b           # a smaller model; writes update-0.1b.json
     python benchmarks/update.py --side twig --algorithm t-spmo     # one side, one process, one JSON line
 
 A random Qwen2 of the 0.5B shape in float32, G = 8, prompt of 80 tokens, completions of 200, LoRA r=16 on
@@ -27,16 +28,38 @@ from safetensors.torch import load_file, save_file
 from shapes import ALPHA, LORA, SHAPES, build, completions, early_forks, last_third, randomise, recorded_forks
 
 PROMPT, LENGTH, GENERATIONS = 80, 200, 8
-# case: (forks, Twig's options, TRL's options)
-CASES: dict[str, tuple[list[str], list[str]]] = {
-    "grpo": ([], ["--micro-batch", "1"]),
-    "grpo, trunk run again": (["--no-recorded"], ["--micro-batch", "1"]),
-    "grpo, layers checkpointed": (["--checkpoint-layers"], ["--micro-batch", "1"]),
-    "s-grpo": (["--algorithm", "s-grpo"], ["--micro-batch", "1"]),
-    "t-spmo": (
-        ["--algorithm", "t-spmo", "--forks", "recorded"],
-        ["--micro-batch", "1", "--forks", "recorded"],
-    ),
+CHECKPOINTED = "--checkpoint-layers"
+T_SPMO = ["--algorithm", "t-spmo", "--forks", "recorded"]
+SMALL = ["--head-chunk", str(2**18)]
+# Twig's cases by name. What TRL does is the same for all: it runs every token of every completion.
+CASES: dict[str, list[str]] = {
+    "GRPO": [],
+    "GRPO, trunk run again": ["--no-recorded"],
+    "GRPO, layers checkpointed": [CHECKPOINTED, *SMALL],
+    "S-GRPO, 30 % of the tokens": ["--algorithm", "s-grpo"],
+    "S-GRPO, layers checkpointed": ["--algorithm", "s-grpo", CHECKPOINTED, *SMALL],
+    "T-SPMO": T_SPMO,
+    "T-SPMO, layers checkpointed": [*T_SPMO, CHECKPOINTED, *SMALL],
+}
+TRL = {"TRL": ["--micro-batch", "1"], "TRL, checkpointing": ["--micro-batch", "1", "--checkpointing"]}
+# What each side can trade between seconds and memory.
+FRONTIER = {
+    **{
+        f"TRL, {size} at once{', checkpointing' * again}": [
+            *("--side", "trl", "--micro-batch", str(size)),
+            *["--checkpointing"] * again,
+        ]
+        for again in (False, True)
+        for size in (8, 4, 2, 1)
+    },
+    **{
+        f"Twig, packs of {paths} paths{', checkpointed' * again}": [
+            *("--side", "twig", "--pack-size", str(paths * 200)),
+            *(["--checkpoint-layers", *SMALL] if again else []),
+        ]
+        for again in (False, True)
+        for paths in (8, 4, 2, 1)
+    },
 }
 S_GRPO = {"alpha": 0, "p": 0.3, "k": LENGTH}  # 30 % of the tokens, wherever they are
 
@@ -207,6 +230,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Seconds and memory of one update: Twig against TRL.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--rounds", type=int, default=3, help="processes a side")
+    parser.add_argument("--frontier", action="store_true", help="each side at each of its sizes")
     parser.add_argument("--side", choices=("twig", "trl"), help="run one side in this process")
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument(
@@ -226,12 +250,53 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def gap(folder: Path) -> float:
-    """The largest difference of the two gradients, relative to the largest entry."""
-    ours, theirs = (load_file(folder / f"{side}.safetensors") for side in ("twig", "trl"))
+def gap(*files: Path) -> float:
+    """The largest difference of two gradients, relative to the largest entry of the second."""
+    ours, theirs = map(load_file, files)
     assert ours.keys() == theirs.keys()
     largest = max(float(g.abs().max()) for g in theirs.values())
     return max(float((ours[n] - g).abs().max()) for n, g in theirs.items()) / largest
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Every case of Twig's against TRL's best seconds and TRL's smallest memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {}
+        for name, words in {**TRL, **{case: CASES[case] for case in options.cases}}.items():
+            side = "trl" if name in TRL else "twig"
+            sides[name] = ["--side", side, "--shape", options.shape, *words]
+            if "--algorithm" not in words:  # both compute the same gradient
+                sides[name] += ["--gradient", str(Path(folder) / f"{name}.safetensors")]
+        found = alternate(__file__, sides, options.rounds)
+        gaps = {
+            name: gap(Path(folder) / f"{name}.safetensors", Path(folder) / "TRL.safetensors")
+            for name, words in sides.items()
+            if "--gradient" in words and name not in TRL
+        }
+    middle = {name: medians(rows) for name, rows in found.items()}
+    fastest = min(TRL, key=lambda name: middle[name]["seconds"])
+    smallest = min(TRL, key=lambda name: middle[name]["mib"])
+    return {
+        "medians": middle,
+        "trl_fastest": fastest,
+        "trl_smallest": smallest,
+        "trl_over_twig": {
+            name: {
+                "seconds": ratio(found[name], found[fastest], "seconds"),
+                "mib": ratio(found[name], found[smallest], "mib"),
+            }
+            for name in options.cases
+        },
+        "gradient_gaps": gaps,
+        "processes": found,
+    }
+
+
+def frontier(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and memory of each side at each of its sizes."""
+    sides = {name: [*words, "--shape", options.shape] for name, words in FRONTIER.items()}
+    found = alternate(__file__, sides, options.rounds)
+    return {"medians": {name: medians(rows) for name, rows in found.items()}, "processes": found}
 
 
 def main() -> None:
@@ -241,28 +306,13 @@ def main() -> None:
         stdout, sys.stdout = sys.stdout, sys.stderr
         print(json.dumps((twig_side if options.side == "twig" else trl_side)(options)), file=stdout)
         return
-    results: dict[str, Any] = {}
-    for case in options.cases:
-        print(case, file=sys.stderr)
-        with tempfile.TemporaryDirectory() as folder:
-            common = ["--shape", options.shape]
-            own = {
-                side: [*common, *words, "--gradient", str(Path(folder) / f"{side}.safetensors")]
-                for side, words in zip(("twig", "trl"), CASES[case], strict=True)
-            }
-            found = alternate(__file__, own, options.rounds)
-            same = "--algorithm" not in CASES[case][0]
-            results[case] = {
-                "options": dict(zip(("twig", "trl"), CASES[case], strict=True)),
-                "medians": {side: medians(rows) for side, rows in found.items()},
-                "trl_over_twig": {key: ratio(found["twig"], found["trl"], key) for key in ("seconds", "mib")},
-                "gradient_gap": gap(Path(folder)) if same else None,
-                "processes": found,
-            }
-        more = results[case]["trl_over_twig"]
-        print(f"{case}: TRL takes {more['seconds']['median']:.2f} times as long", end=", ")
+    result = (frontier if options.frontier else compare)(options)
+    for name, more in result.get("trl_over_twig", {}).items():
+        print(f"{name}: TRL takes {more['seconds']['median']:.2f} times as long", end=", ")
         print(f"{more['mib']['median']:.2f} times the memory")
-    print(f"written to {write('update', {'cases': results})}")
+    name = "frontier" if options.frontier else "update"
+    name += "" if options.shape == "0.5b" else f"-{options.shape}"
+    print(f"written to {write(name, {'shape': options.shape, **result})}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""Sampling, Twig against transformers' generate: tokens per second, fresh processes in turn.
+
+    python benchmarks/sampling.py                # writes benchmarks/results/sampling.json
+    python benchmarks/sampling.py --side twig    # one side, one process, one JSON line
+
+The embedded model with a LoRA adapter r=16 on q_proj and v_proj of its last third, in float32, answers 8
+prompts 16 times each, at temperature 1 from the whole distribution, with at most 64 tokens. Counted are the
+tokens up to and with the end token. Twig records log-probs, entropies and the trunk's output on the way;
+generate records nothing. A random model of the 0.1B shape, which has a real vocabulary and never ends, is the
+second case: 4 prompts of 80 tokens, 8 times each, 64 tokens.
+"""
+
+import argparse
+import json
+import sys
+import time
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from common import alternate, medians, ratio, write
+from shapes import ALPHA, LORA, SHAPES, build
+
+# case: (shape, prompts, completions each, tokens)
+CASES = {"embedded": ("embedded", 8, 16, 64), "0.1b": ("0.1b", 4, 8, 64)}
+
+
+def prepare(case: str) -> tuple[Any, list[list[int]], list[int]]:
+    """(model with adapter, prompts, end tokens) of a case."""
+    from twig.models import end_ids, load_model
+    from twig.policy import attach
+    from twig.settings import Model
+    from twig.tasks.multiplication import problems, prompt_text
+
+    shape, count, _, _ = CASES[case]
+    if shape == "embedded":
+        model, tokenizer = load_model(Model(name="tiny-arithmetic"))
+        asked = problems("train", (3, 2), 0, count)
+        prompts = [tokenizer(prompt_text(a, b)).input_ids for a, b in asked]
+        return attach(model, alpha=ALPHA, **LORA), prompts, end_ids(model, tokenizer)
+    draw = np.random.default_rng(0)
+    prompts = draw.integers(2, SHAPES[shape]["vocab_size"], (count, 80)).tolist()
+    return attach(build(shape), alpha=ALPHA, **LORA), prompts, [1]
+
+
+def twig_side(case: str, repeats: int) -> dict[str, float]:
+    from twig.policy import Policy
+    from twig.rollout import Request, sample
+
+    _, _, each, limit = CASES[case]
+    model, prompts, ends = prepare(case)
+    policy = Policy(model)
+    requests = [Request(np.array(ids), each, limit, slot) for slot, ids in enumerate(prompts)]
+
+    def run(step: int) -> int:
+        drawn = sample(
+            policy, requests, end_ids=ends, decode=lambda rows: [""] * len(rows), step=step, wave_size=256
+        )
+        return sum(len(c) for completions in drawn.completions for c in completions)
+
+    return timed(run, repeats)
+
+
+def generate_side(case: str, repeats: int) -> dict[str, float]:
+    _, _, each, limit = CASES[case]
+    model, prompts, ends = prepare(case)
+    ids = torch.tensor(prompts).repeat_interleave(each, 0)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+
+    @torch.inference_mode()
+    def run(step: int) -> int:
+        torch.manual_seed(step)
+        rows = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            eos_token_id=ends,
+            **options,
+        )[:, ids.shape[1] :]
+        ended = torch.isin(rows, torch.tensor(ends))
+        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, rows.shape[1])
+        return int(lengths.sum())
+
+    return timed(run, repeats)
+
+
+def timed(run: Any, repeats: int) -> dict[str, float]:
+    """The median over `repeats` calls, after one that warms up."""
+    run(0)
+    speeds, tokens = [], []
+    for step in range(1, repeats + 1):
+        began = time.perf_counter()
+        tokens.append(run(step))
+        speeds.append(tokens[-1] / (time.perf_counter() - began))
+    return {"tokens_per_second": round(median(speeds), 1), "tokens": round(float(np.mean(tokens)), 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sampled tokens per second: Twig against generate.")
+    parser.add_argument("--side", choices=("twig", "generate"), help="run one side in this process")
+    parser.add_argument("--case", choices=CASES, default="embedded")
+    parser.add_argument("--repeats", type=int, default=5, help="calls in a process")
+    parser.add_argument("--rounds", type=int, default=5, help="processes a side")
+    options = parser.parse_args()
+    if options.side:
+        side = twig_side if options.side == "twig" else generate_side
+        print(json.dumps(side(options.case, options.repeats)))
+        return
+    results: dict[str, Any] = {}
+    for case in CASES:
+        words = ["--case", case, "--repeats", str(options.repeats)]
+        found = alternate(__file__, {"twig": words, "generate": words}, options.rounds)
+        results[case] = {
+            "medians": {side: medians(rows) for side, rows in found.items()},
+            "twig_over_generate": ratio(found["generate"], found["twig"], "tokens_per_second"),
+            "processes": found,
+        }
+        more = results[case]["twig_over_generate"]
+        print(f"{case}: Twig samples {more['median']:.2f} times as many tokens a second", file=sys.stderr)
+    print(f"written to {write('sampling', {'cases': results})}")
+
+
+if __name__ == "__main__":
+    main()
