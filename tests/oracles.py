@@ -67,6 +67,24 @@ def node_loss(policy, groups, tries, credits, surrogate: Surrogate, old=None) ->
     return total
 
 
+def path_loss(policy, groups, tries, credits) -> tuple[torch.Tensor, list[dict[int, torch.Tensor]]]:
+    """The unclipped loss with the model's own forward over each whole completion, and the nodes' log-probs.
+
+    Faster than `node_loss`, and as far from a trie: nothing is shared.
+    """
+    total, found = torch.zeros((), dtype=torch.float64), []
+    for group, trie, credit in zip(groups, tries, credits, strict=True):
+        logp: dict[int, torch.Tensor] = {}
+        for completion, path in zip(group.completions, trie.paths, strict=True):
+            ours = completion_logps(policy, group.prompt_ids, completion.ids)
+            logp |= {int(node): value for node, value in zip(path, ours, strict=True)}
+        for node in np.flatnonzero(credit.weighted):
+            weight = float(credit.plus[node]) + float(credit.minus[node])
+            total = total - weight * (logp[int(node)] - logp[int(node)].detach()).exp()
+        found.append({node: value.detach() for node, value in logp.items()})
+    return total, found
+
+
 @torch.no_grad()
 def sample_one(policy, prompt, limit, end_ids, uniform=None) -> tuple[list[int], list[float], list[float]]:
     """One completion token by token, the whole text run again for each; greedy without `uniform`."""

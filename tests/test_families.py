@@ -1,6 +1,8 @@
-"""Families that the trie engine cannot serve: refused by name, and trained by the plain engine."""
+"""Each family is either served by the trie engine exactly as its own forward would, or refused by name and
+trained by the plain engine. `docs/models.md` is made from the lists here and in `tiny.py`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -24,6 +26,7 @@ from twig.cli import main
 from twig.decoder import Decoder
 from twig.noise import uniforms
 from twig.objective import Surrogate
+from twig.pack import build_packs
 from twig.policy import Policy, attach
 from twig.records import UserError
 from twig.rollout import sample
@@ -109,6 +112,23 @@ FAMILIES = {
         },
     ),
 }
+# Split in four places, the adapters' modules and their layers by number.
+CUTS = {"lowest": [0, 2], "second": [1], "third": [2, 3], "last": [3]}
+MODULES = {"phi3": ["qkv_proj", "down_proj"], "phi3-window": ["qkv_proj", "o_proj"]}
+SERVED = [
+    pytest.param(
+        family,
+        attention,
+        cut,
+        marks=()
+        if family in tiny.MORE_FAMILIES and (attention, cut) == ("sdpa", "third")
+        else pytest.mark.slow,
+    )
+    for family in tiny.FAMILIES | tiny.MORE_FAMILIES
+    for attention in ("sdpa", "eager")
+    if attention == "eager" or tiny.has_sdpa(family)
+    for cut in CUTS
+]
 TYPES = {"gemma3n": "gemma3n_text", "llama with dynamic rope": "llama", "phi3 with longrope": "phi3"}
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -128,6 +148,43 @@ def plain_policy(name, dtype=torch.float64):
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.2)
     return policy
+
+
+def test_the_page_of_models_is_current():
+    import models_page  # reads the lists above
+
+    written = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    assert written == models_page.page(), "run: python tests/models_page.py > docs/models.md"
+
+
+@pytest.mark.parametrize(("family", "attention", "cut"), SERVED)
+def test_tree_mask_and_trunk_give_the_values_and_gradients_of_the_own_forward(family, attention, cut):
+    with tiny.Float64():
+        modules = MODULES.get(family, ["q_proj", "v_proj"])
+        policy = tiny.build_policy(
+            family, attention, layers=CUTS[cut], target_modules=modules, temperature=0.8
+        )
+        assert policy.cut == CUTS[cut][0]
+        groups = groups_of(count=2)
+        tries, credits = credit_of(groups)
+        own, logps = oracles.path_loss(policy, groups, tries, credits)
+        own.backward()
+        theirs = float(own.detach()), {n: p.grad.clone() for n, p in policy.parameters.items()}
+        assert_same(engine_gradient(policy, groups, tries, credits, Surrogate()), theirs)
+        for pack in build_packs(groups, tries, credits, 30):
+            values = policy.logps(pack).tolist()
+            for g, n, value in zip(pack.targets.group, pack.targets.node, values, strict=True):
+                assert value == pytest.approx(float(logps[g][n]), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", tiny.MORE_FAMILIES)
+def test_its_cache_samples_as_a_loop_over_whole_texts(family, attention):
+    with tiny.Float64():
+        modules = MODULES.get(family, ["q_proj", "v_proj"])
+        policy = tiny.build_policy(family, attention, target_modules=modules, suppress_tokens=[0, 20])
+        assert_sampled_as_a_loop(policy)
 
 
 @every_family
@@ -158,21 +215,25 @@ def test_the_plain_engine_gives_the_gradient_of_a_forward_over_each_prefix(name)
 def test_the_plain_engine_samples_as_a_loop_over_whole_texts(name):
     """Each family's own cache, with rows that end at different times."""
     with tiny.Float64():
-        policy, end_ids, lengths = plain_policy(name), [5, 6, 7, 8], set()
-        requests = requests_of(num=3)
-        drawn = sample(policy, requests, end_ids=end_ids, decode=texts_of, seed=3, step=2)
-        assert drawn.boundary is None
-        for request, completions in zip(requests, drawn.completions, strict=True):
-            for c, completion in enumerate(completions):
-                noise = uniforms(3, 2, request.slot, c, request.max_tokens)
-                ids, logps, entropies = oracles.sample_one(
-                    policy, request.prompt_ids, request.max_tokens, end_ids, noise
-                )
-                assert completion.ids.tolist() == ids
-                np.testing.assert_allclose(completion.logps, logps, atol=1e-9)
-                np.testing.assert_allclose(completion.entropies, entropies, atol=1e-9)
-                lengths.add(len(ids))
-        assert len(lengths) > 2, "completions must end at different steps"
+        assert assert_sampled_as_a_loop(plain_policy(name)).boundary is None
+
+
+def assert_sampled_as_a_loop(policy):
+    """Returns what was sampled."""
+    end_ids, lengths, requests = [5, 6, 7, 8], set(), requests_of(num=3)
+    drawn = sample(policy, requests, end_ids=end_ids, decode=texts_of, seed=3, step=2)
+    for request, completions in zip(requests, drawn.completions, strict=True):
+        for c, completion in enumerate(completions):
+            noise = uniforms(3, 2, request.slot, c, request.max_tokens)
+            ids, logps, entropies = oracles.sample_one(
+                policy, request.prompt_ids, request.max_tokens, end_ids, noise
+            )
+            assert completion.ids.tolist() == ids
+            np.testing.assert_allclose(completion.logps, logps, atol=1e-9)
+            np.testing.assert_allclose(completion.entropies, entropies, atol=1e-9)
+            lengths.add(len(ids))
+    assert len(lengths) > 2, "completions must end at different steps"
+    return drawn
 
 
 def test_a_layer_without_linear_modules_is_named():

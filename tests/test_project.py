@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "twig"
 
 # A module imports only from those before it. A package itself comes after its modules.
 ORDER = (
-    "records wording task_settings settings config from_peft expressions answers "
+    "records reach wording task_settings settings config from_peft expressions answers "
     "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit objective pack models oom head decoder policy rollout replay progress passes measures "
@@ -30,7 +30,7 @@ ORDER = (
 
 # These work where torch is not installed.
 WITHOUT_TORCH = (
-    "records wording task_settings settings config from_peft expressions answers "
+    "records reach wording task_settings settings config from_peft expressions answers "
     "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit pack replay progress measures shape workload footprint memory "

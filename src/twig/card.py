@@ -295,7 +295,7 @@ def _training(subject: Subject) -> str:
     alpha = f"{adapter.get('lora_alpha')}".removesuffix(".0")
     layers = "all layers" if layers is None else f"layers {', '.join(map(str, layers))}"
     versions = environment.get("versions") or {}
-    commit = environment.get("model_revision")
+    commit, held = environment.get("model_revision"), environment.get("quantization")
     facts = {
         "method": METHODS[subject.settings.algorithm.name][0],
         "base": code(subject.base.hub_id or subject.base.name)
@@ -304,7 +304,9 @@ def _training(subject: Subject) -> str:
         "adapter": code(f"rank {adapter.get('r')}, alpha {alpha}, {modules} of {layers}"),
         "steps": f"{int(summary['steps']):,}, in {float(summary['seconds']):,.0f} seconds",
         "tokens": f"{sampled:,} sampled, {selected:,} of them with credit{share}",
-        "numbers": f"base in {code(environment.get('dtype'))}, adapter and loss in float32 or wider",
+        "numbers": f"base in {code(environment.get('dtype'))}"
+        + (f", layers quantised to {code(held)}" if held else "")
+        + ", adapter and loss in float32 or wider",
         "device": code(environment.get("device_name") or environment.get("device")),
         "versions": ", ".join(
             f"{name} {code(versions.get(name))}" for name in ("twig-rl", "torch", "transformers", "peft")
@@ -354,10 +356,15 @@ def _merging(subject: Subject) -> str:
         return ""
     wide = "float64" if merge.dtype == "float64" else "float32"
     rounded = "" if merge.dtype == wide else f" and rounded once to {merge.dtype}"
+    held = subject.environment.get("quantization")
+    other = (
+        f" In training, the base had its layers quantised to {code(held)}; here they are not, so answers may "
+        "differ from those of the evaluations."
+    )
     return (
         f"## Merging\n\nEach adapted weight was added up in {wide}{rounded}. Between these files and base + "
         f"adapter, both in {merge.dtype}, the logits differ by at most {merge.difference:.2g} on one text "
-        f"({merge.tokens} tokens; the largest logit there is {merge.largest:.3g})."
+        f"({merge.tokens} tokens; the largest logit there is {merge.largest:.3g}).{other if held else ''}"
     )
 
 

@@ -24,7 +24,15 @@ from twig.config import Settings, load
 from twig.evaluate import evaluate_policy
 from twig.from_peft import lora_values
 from twig.memory import with_sizes
-from twig.models import end_ids, load_config, load_model, load_tokenizer, pick_device, suppressed_ids
+from twig.models import (
+    end_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    quantization_of,
+    suppressed_ids,
+)
 from twig.policy import Policy, adapter_shape, attach
 from twig.progress import Progress
 from twig.records import UserError
@@ -377,6 +385,7 @@ class _Session:
             device=str(device),
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             dtype=str(model.dtype),
+            quantization=quantization_of(model.config),
             model_revision=getattr(model.config, "_commit_hash", None),  # None: not from the Hub
             data_revision=_data_revision(self.task),
             passed=self.passed or None,

@@ -184,7 +184,7 @@ def work_of(
         wide=max(element, 4),
         eager=settings.model.attn_implementation == "eager" or shape.attention_softcap,
         plain=settings.model.engine == "plain",
-        quantised=quantised,
+        quantised=quantised or settings.model.quantization,
         rank=lora.r,
         modules=frozenset(lora.target_modules),
         adapted=_adapted(lora.layers, shape.layers),

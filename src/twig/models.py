@@ -5,13 +5,23 @@ safetensors weights are read. Knows nothing of adapters or training.
 """
 
 from importlib.resources import files
+from importlib.util import find_spec
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
+from twig.reach import hub_or_cache, refusal
 from twig.records import UserError
 from twig.settings import Model
 
@@ -23,9 +33,11 @@ def load_model(wanted: Model | str, tokenizer: Any = None) -> tuple[PreTrainedMo
 
     A text is `model.name`, with the defaults of every other setting; a `tokenizer` that is there already is
     not loaded again. Sets torch's number of threads for the whole process where `wanted.num_threads` says so.
+    With `wanted.quantization`, the matrices of the layers are quantised while they are read; embeddings,
+    norms and head are not.
 
-    Raises UserError, one line, where it is missing, not a causal language model, or not stored as
-    safetensors.
+    Raises UserError, one line, where it is missing, not a causal language model, not stored as safetensors,
+    or cannot be quantised here.
     """
     wanted = Model(name=wanted) if isinstance(wanted, str) else wanted
     if wanted.num_threads is not None:
@@ -33,11 +45,18 @@ def load_model(wanted: Model | str, tokenizer: Any = None) -> tuple[PreTrainedMo
     device = pick_device(wanted.device)
     dtype = pick_dtype(wanted.dtype, device)
     config, tokenizer = load_config(wanted), tokenizer or load_tokenizer(wanted)
-    options = {}
+    options = _quantised(wanted, config, device, dtype)
     if wanted.attn_implementation != "auto":
         options["attn_implementation"] = wanted.attn_implementation
     model = _read(AutoModelForCausalLM, wanted, config=config, dtype=dtype, use_safetensors=True, **options)
-    return model.to(device).eval(), tokenizer
+    if "device_map" not in options:  # a quantised model is on its device, and may not be moved
+        model = model.to(device)
+    for module in model.modules():
+        # NOTE: else 4-bit layers in eval mode pack their weights anew on some processors, and their output
+        # has no gradient from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
 
 
 def load_config(wanted: Model) -> PreTrainedConfig:
@@ -50,15 +69,73 @@ def load_tokenizer(wanted: Model) -> Any:
     return _read(AutoTokenizer, wanted)
 
 
+def quantization_of(config: PreTrainedConfig) -> str | None:
+    """How a model's layers are held, out of its config: nf4, int8, another method's name, or None."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    if values.get("load_in_8bit"):
+        return "int8"
+    if values.get("load_in_4bit"):
+        return str(values.get("bnb_4bit_quant_type", "fp4"))
+    method = values.get("quant_method", "unknown")
+    return str(getattr(method, "value", method))
+
+
+def _quantised(
+    wanted: Model, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What loading needs to be told where the base is quantised, now or in its files; raises UserError."""
+    stored = quantization_of(config)
+    if wanted.quantization is None and stored is None:
+        return {}
+    if wanted.quantization is None:
+        return {"device_map": {"": device}}
+    what = f"model.quantization: {wanted.quantization}"
+    if stored is not None:
+        raise UserError(
+            f"model.quantization: {wanted.name} is quantised already ({stored}); leave model.quantization out"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"{what} does not run on {device.type}; leave it out, or write model.device=cpu")
+    if dtype == torch.float64:
+        raise UserError(f"{what} has no float64; write model.dtype=float32")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{what} needs bitsandbytes, which is not installed; run: pip install 'twig-rl[quantization]'"
+        )
+    # It says at every call of an 8-bit layer that this computes in float16, and what it would like installed.
+    getLogger("bitsandbytes").setLevel(ERROR)
+    if wanted.quantization == "int8":
+        chosen = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        chosen = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": chosen, "device_map": {"": device}}
+
+
 def _read(kind: Any, wanted: Model, **options: Any) -> Any:
     place = place_of(wanted.name)
     if wanted.revision:
         options["revision"] = wanted.revision
+    kinds = (OSError, ValueError, KeyError, ImportError)
+    if "quantization_config" in options:  # a library that does not work on this machine
+        kinds = (*kinds, RuntimeError)
     try:
         logging.disable_progress_bar()  # one line of ours is enough
-        return kind.from_pretrained(place, trust_remote_code=wanted.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_missing(wanted.name, error)) from error
+        if Path(place).is_dir():
+            return kind.from_pretrained(place, trust_remote_code=wanted.trust_remote_code, **options)
+        with hub_or_cache():
+            return kind.from_pretrained(place, trust_remote_code=wanted.trust_remote_code, **options)
+    except kinds as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(_missing(wanted, error)) from error
     finally:
         logging.enable_progress_bar()
 
@@ -79,30 +156,42 @@ def place_of(name: str) -> str:
     return name
 
 
-def _missing(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+def _missing(wanted: Model, error: Exception) -> str:
+    name, reason = wanted.name, " ".join(str(error).split())
     lowered = reason.lower()
-    if "gated" in lowered or "401" in lowered or "403" in lowered:
-        return (
-            f"model.name: {name} needs its licence accepted: open https://huggingface.co/{name}, "
-            "then `hf auth login`"
-        )
     if isinstance(error, ValueError) and "attention implementation" in lowered:
         return (
             f"model.attn_implementation: {name} has no such attention; write model.attn_implementation=eager"
         )
-    if "safetensors" in lowered:
+    why = None if Path(place_of(name)).is_dir() else refusal(error)
+    if why == "gated":
         return (
-            f"model.name: {name} has no safetensors weights, and no other format is loaded; "
-            "choose a model that has them"
+            f"model.name: {name} needs its licence accepted: open https://huggingface.co/{name}, "
+            "then `hf auth login`"
         )
-    if any(
-        words in lowered
-        for words in ("offline", "connect", "couldn't find", "not a local folder", "internet")
-    ):
+    if why == "revision":
+        return f"model.revision: {name} has no revision {wanted.revision}; write a branch, a tag or a commit"
+    if why == "missing":
+        return (
+            f"model.name: {name} is not on the Hub, or private; check the name, `hf auth login` where it is "
+            "yours, or write the folder of a saved model"
+        )
+    if why == "offline":
         return (
             f"model.name: {name} is neither a local folder nor reachable on the Hub; check the name and the "
             f"network, or write the folder of a saved model ('{EMBEDDED[0]}' needs no network)"
+        )
+    if "safetensors" in lowered:
+        pickled = sorted(path.name for path in Path(place_of(name)).glob("*.bin"))
+        has = f" (it has {pickled[0]})" if pickled else ""
+        return (
+            f"model.name: {name} has no safetensors weights{has}, and no other format is loaded; "
+            "choose a model that has them"
+        )
+    if wanted.quantization is not None:
+        return (
+            f"model.quantization: {wanted.quantization} does not work here ({reason[:200]}); "
+            "leave model.quantization out"
         )
     return f"model.name: {name} does not load ({reason[:300]}); choose a causal language model"
 

@@ -11,6 +11,7 @@ Knows nothing of tries, rewards or algorithms. Legend: B rows, L columns, R head
 vocabulary.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,11 @@ from transformers.pytorch_utils import Conv1D
 from twig.decoder import Behind, Context, Decoder, tree_visible
 from twig.objective import Surrogate, loss
 from twig.pack import Pack, Stem, head_columns
+from twig.reach import hub_or_cache, refusal
 from twig.records import UserError
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 # The last layer runs on the head rows alone where they are at most this share of the cells: every cell's keys
 # and values are needed, and finding those first costs a little.
@@ -278,13 +283,22 @@ def attach(
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = False) -> PeftModel:
-    """`model` with the LoRA adapter saved in `adapter`. Raises UserError where there is none that fits."""
+    """`model` with the LoRA adapter saved in `adapter`, a folder or an id on the Hub.
+
+    Raises UserError where there is none that fits, or none stored as safetensors.
+    """
+    folder = _adapter_folder(adapter)
     try:
-        config = LoraConfig.from_pretrained(adapter)
+        config = LoraConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"model.adapter: {adapter} holds no LoRA adapter ({_short(error)}); write the folder of one"
         ) from error
+    if not (folder / _ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            f"model.adapter: {adapter} has no {_ADAPTER_WEIGHTS}, and no other format is loaded; "
+            "write the folder of an adapter that has it"
+        )
     for name in ("lora_dropout", "modules_to_save", "trainable_token_indices"):
         if getattr(config, name, None):
             raise UserError(
@@ -295,12 +309,40 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = 
             f"model.adapter: bias='{config.bias}' in {adapter} is not supported: train one with bias='none'"
         )
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.adapter: {adapter} does not fit the model ({_short(error)}); write the model.name that "
             "it was trained on"
         ) from error
+
+
+def _adapter_folder(adapter: str | Path) -> Path:
+    """Where an adapter lies on this machine; one on the Hub is fetched, its two files only."""
+    folder, name = Path(adapter).expanduser(), str(adapter)
+    if folder.is_dir() or not _HUB_ID.fullmatch(name):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        with hub_or_cache():
+            return Path(snapshot_download(name, allow_patterns=["adapter_config.json", _ADAPTER_WEIGHTS]))
+    except Exception as error:  # the library and those below it raise dozens of kinds; each ends in one line
+        raise UserError(f"model.adapter: {name} {_not_fetched(name, error)}") from error
+
+
+def _not_fetched(name: str, error: Exception) -> str:
+    login, folder = "`hf auth login`", "write the folder of an adapter"
+    match refusal(error):
+        case "gated":
+            return f"needs its licence accepted: open https://huggingface.co/{name}, then {login}"
+        case "missing":
+            return f"is no folder, and not on the Hub, or private; check the name, {login}, or {folder}"
+        case "offline":
+            return (
+                f"is neither a folder nor reachable on the Hub; check the name and the network, or {folder}"
+            )
+    return f"does not load ({_short(error)}); {folder}"
 
 
 def adapter_shape(peft_model: PeftModel) -> dict[str, Any]:

@@ -22,7 +22,7 @@ COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt
 TRACKERS = ("tensorboard", "wandb")  # folders that trackers make
 RUNS = Path("runs")
 # All that `save_environment` takes from its caller: nothing else about a machine ends up in a run folder.
-FACTS = ("device", "device_name", "dtype", "model_revision", "data_revision", "passed")
+FACTS = ("device", "device_name", "dtype", "quantization", "model_revision", "data_revision", "passed")
 # A folder with nothing but these holds a run that never began: nothing is lost by starting over in it.
 _BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK, *TRACKERS}
 _COLUMNS = {

@@ -38,6 +38,13 @@ class Model(Frozen):
         description="Number type of the base model. `auto`: float32 on a CPU; on a GPU bfloat16 where it has "
         "it, else float16. Adapter, log-probabilities and loss are float32 (or wider) whatever is set here.",
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Holds the matrices of the base's layers in 4 bits (`nf4`) or 8 (`int8`) through "
+        "bitsandbytes, on a CPU or a CUDA GPU: `pip install 'twig-rl[quantization]'`. Embeddings, norms and "
+        "head keep `dtype`, the adapter stays float32.",
+        examples=["nf4"],
+    )
     device: Text = Field(
         "auto",
         description="`auto` takes a GPU if there is one; else as torch writes it: `cpu`, `cuda`, "
@@ -45,8 +52,8 @@ class Model(Frozen):
     )
     adapter: Text | None = Field(
         None,
-        description="Path of a PEFT adapter to continue from. It keeps its rank, alpha, modules and layers, "
-        "whatever the defaults of `lora` are.",
+        description="Path, or id on the Hub, of a PEFT LoRA adapter to continue from. It keeps its rank, "
+        "alpha, modules and layers, whatever the defaults of `lora` are.",
         examples=["runs/quickstart/adapter"],
     )
     attn_implementation: Literal["auto", "sdpa", "eager"] = Field(

@@ -8,10 +8,12 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from twig.reach import hub_or_cache, refusal
 from twig.records import UserError
 
 logger = logging.getLogger(__name__)
@@ -89,16 +91,40 @@ def _hub(name: str, config: str | None, wanted: Any) -> Splits:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, config, revision=wanted.revision)
-    except (
-        Exception
-    ) as error:  # the library and those below it raise dozens of kinds; each ends in this one line
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"task {wanted.name}: data set {name} cannot be read from the Hub "
-            f"({type(error).__name__}: {reason}); with a copy on disk write task.path=FOLDER"
-        ) from error
+        with hub_or_cache(), _as_offline_as_the_hub(datasets.config):
+            data = datasets.load_dataset(name, config, revision=wanted.revision)
+    except Exception as error:  # the libraries raise dozens of kinds; each ends in one line
+        raise UserError(f"task {wanted.name}: {_refused(name, wanted, error)}") from error
     return {split: data[split].to_list for split in data}
+
+
+@contextmanager
+def _as_offline_as_the_hub(config: Any) -> Iterator[None]:
+    """Inside, `datasets` looks into its cache where the Hub cannot be reached: it reads the switch once."""
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or constants.HF_HUB_OFFLINE
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def _refused(name: str, wanted: Any, error: Exception) -> str:
+    copy = "with a copy on disk write task.path=FOLDER"
+    why = refusal(error)
+    if why == "gated":
+        page = f"https://huggingface.co/datasets/{name}"
+        return f"data set {name} needs its licence accepted: open {page}, then `hf auth login`"
+    if why == "revision":
+        return f"data set {name} has no revision {wanted.revision}; write task.revision=BRANCH, tag or commit"
+    if why == "missing":
+        return f"data set {name} is not on the Hub, or private; check the name, `hf auth login`, or {copy}"
+    if why == "offline":
+        return f"data set {name} is not on this machine and the Hub is not reachable; {copy}"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"data set {name} cannot be read from the Hub ({reason}); {copy}"
 
 
 def _folder(path: Path) -> Splits:
