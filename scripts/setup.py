@@ -1,4 +1,4 @@
-"""Makes `.venv`, installs Twig into it once, and runs one target: install, quickstart, test or test-slow.
+"""Makes `.venv`, installs Twig into it once, and runs one target: install, quickstart, test, test-slow, bench.
 
     python3 scripts/setup.py quickstart            (Windows: py scripts/setup.py quickstart)
     python3 scripts/setup.py test -k trie          (words after the target go to its command)
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 PYTHON_NAMES = ("python3.13", "python3.12", "python3.11", "python3", "python")
-TARGETS = ("install", "quickstart", "test", "test-slow")
+TARGETS = ("install", "quickstart", "test", "test-slow", "bench")
 QUICKSTART_RUN = os.path.join("runs", "quickstart")
 TORCH_PAGE = "https://pytorch.org/get-started/locally/"
 
@@ -252,6 +252,8 @@ def target_command(target, words, root, platform, environ):
         return tests + words
     if target == "test-slow":
         return tests + ["-m", "slow"] + words
+    if target == "bench":
+        return [python, str(root / "benchmarks" / "run.py")] + words
     folder = root / QUICKSTART_RUN
     if environ.get("FRESH", "") not in ("", "0"):
         remove_run(folder)

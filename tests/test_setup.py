@@ -243,6 +243,7 @@ QUICKSTART = ["-m", "twig", "train", "quickstart", "--output", setup.QUICKSTART_
 def test_words_after_the_target_go_to_its_command(tmp_path):
     tests = ["-m", "pytest", "-n", "logical", "--maxprocesses", "8", "--dist", "loadfile"]
     assert _command("test", ["-k", "trie"], tmp_path) == [*tests, "-k", "trie"]
+    assert _command("bench", [], tmp_path) == [str(tmp_path / "benchmarks" / "run.py")]
     assert _command("test-slow", ["-x"], tmp_path) == [*tests, "-m", "slow", "-x"]
     assert _command("quickstart", ["train.seed=1"], tmp_path) == [*QUICKSTART, "train.seed=1"]
 

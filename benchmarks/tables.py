@@ -1,0 +1,234 @@
+"""Tables and plots of docs/benchmarks.md, made from the files in benchmarks/results/.
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is the file's; the line above it says
+which command, commit and device gave it. A page without a name's marks does not show that file.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from common import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+IMAGES = ROOT / "docs" / "images"
+COLOURS = {"grpo": "#0072b2", "s-grpo": "#009e73", "t-spmo": "#d55e00", "TRL": "#666666", "Twig": "#d55e00"}
+
+
+def refresh() -> None:
+    """Puts every result into the page, and draws the plots."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, made in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        mark = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+        if not path.is_file() or not mark.search(page):
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        lines = [source(record), "", *made(record)]
+        page = mark.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], page)  # noqa: B023
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def source(record: dict[str, Any]) -> str:
+    """Where the figures are from."""
+    versions = record["versions"]
+    packages = f"torch {versions['torch']}, transformers {versions['transformers']}, TRL {versions['trl']}"
+    return f"`{record['command']}`, commit {record['commit']}, {record['device']}, {packages}."
+
+
+def rows(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *map(list, body)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def spread(figure: dict[str, float]) -> str:
+    """A ratio: the median, and the range where it has one."""
+    text = f"**{figure['median']:.2f}**"
+    if figure["low"] < figure["high"]:
+        text += f" ({figure['low']:.2f} to {figure['high']:.2f})"
+    return text
+
+
+def step(record: dict[str, Any]) -> list[str]:
+    body = [
+        [
+            {"twig": "Twig", "trl": "TRL"}[side],
+            f"{row['seconds_per_step']:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['above_loaded_mib']:.0f} MiB",
+        ]
+        for side, row in record["medians"].items()
+    ]
+    twig, trl = record["medians"]["twig"], record["medians"]["trl"]
+    body.append(
+        [
+            "TRL / Twig",
+            spread(record["trl_over_twig_seconds"]),
+            f"{trl['tokens_per_second'] / twig['tokens_per_second']:.2f}",
+            f"{trl['above_loaded_mib'] / twig['above_loaded_mib']:.1f}",
+        ]
+    )
+    return rows(["", "seconds per step", "sampled tokens per second", "memory above the loaded model"], body)
+
+
+def sampling(record: dict[str, Any]) -> list[str]:
+    body = [
+        [
+            case,
+            f"{found['medians']['twig']['tokens_per_second']:,.0f}",
+            f"{found['medians']['generate']['tokens_per_second']:,.0f}",
+            spread(found["twig_over_generate"]),
+        ]
+        for case, found in record["cases"].items()
+    ]
+    return rows(["model", "Twig, tokens per second", "generate", "Twig / generate"], body)
+
+
+def update(record: dict[str, Any]) -> list[str]:
+    middle, body = record["medians"], []
+    for name, row in middle.items():
+        ratios = record["trl_over_twig"].get(name)
+        more = [spread(ratios["seconds"]), spread(ratios["mib"])] if ratios else ["", ""]
+        body.append([name, f"{row['seconds']:.2f} s", f"{row['mib']:.0f} MiB", *more])
+    lines = rows(["", "seconds", "memory", "TRL / Twig: seconds", "memory"], body)
+    gaps = max(record["gradient_gaps"].values(), default=0.0)
+    lines += [
+        "",
+        f"Seconds against {record['trl_fastest']}, memory against {record['trl_smallest']}. The gradients of "
+        f"the GRPO rows differ from TRL's by at most {gaps:.1e} of their largest entry.",
+    ]
+    return lines
+
+
+def frontier(record: dict[str, Any]) -> list[str]:
+    body = [
+        [name, f"{row['seconds']:.2f} s", f"{row['mib']:.0f} MiB"] for name, row in record["medians"].items()
+    ]
+    name = "frontier" if record["shape"] == "0.5b" else f"frontier-{record['shape']}"
+    draw_frontier(name, record["medians"])
+    worse = beaten(record["medians"])
+    said = "Every point of TRL's has one of Twig's that is both faster and smaller."
+    if worse:
+        said = f"No point of Twig's is both faster and smaller than: {'; '.join(worse)}."
+    return [
+        *rows(["", "seconds", "memory"], body),
+        "",
+        said,
+        "",
+        f"![Seconds against memory](images/{name}.svg)",
+    ]
+
+
+def beaten(points: dict[str, dict[str, float]]) -> list[str]:
+    """TRL's points that no point of Twig's beats in seconds and in memory."""
+    ours = [row for name, row in points.items() if name.startswith("Twig")]
+    return [
+        name
+        for name, row in points.items()
+        if name.startswith("TRL")
+        and not any(our["seconds"] < row["seconds"] and our["mib"] < row["mib"] for our in ours)
+    ]
+
+
+def scaling(record: dict[str, Any]) -> list[str]:
+    draw_scaling(record["curves"])
+    body = [
+        [name, *(f"{figures[algorithm]:.1f}" for algorithm in ("grpo", "s-grpo", "t-spmo"))]
+        for name, figures in record["from_8_to_128"].items()
+    ]
+    return [
+        *rows(["times the seconds, from G = 8 to G = 128", "GRPO", "S-GRPO", "T-SPMO"], body),
+        "",
+        "![Seconds of an update as one size grows](images/scaling.svg)",
+    ]
+
+
+def memory(record: dict[str, Any]) -> list[str]:
+    body = []
+    for case, found in record["cases"].items():
+        phase = max(found["measured"], key=found["measured"].get)
+        measured, predicted = found["measured"][phase], found["predicted"][phase]
+        worst = max(map(abs, found["off_percent"].values()))
+        body.append(
+            [case, phase, f"{measured:.0f}", f"{predicted:.0f}", f"{100 * (predicted / measured - 1):+.1f} %"]
+            + [f"{worst:.1f} %"]
+        )
+    return rows(["case", "peak in", "measured, MiB", "predicted", "off", "worst phase off"], body)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "step": step,
+    "step-one-thread": step,
+    "sampling": sampling,
+    "update": update,
+    "update-0.1b": update,
+    "frontier": frontier,
+    "frontier-0.1b": frontier,
+    "scaling": scaling,
+    "memory": memory,
+}
+
+
+# ---- plots -------------------------------------------------------------------------------------------------
+
+
+def draw_frontier(name: str, points: dict[str, dict[str, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4))
+    for side in ("TRL", "Twig"):
+        for again, style in ((False, "-"), (True, "--")):
+            mine = [
+                (row["mib"], row["seconds"])
+                for case, row in points.items()
+                if case.startswith(side) and ("checkpoint" in case) == again
+            ]
+            label = side + (", layers run twice" if again else "")
+            axes.plot(*zip(*mine, strict=True), style, marker="o", color=COLOURS[side], label=label)
+    axes.set(xscale="log", xlabel="memory above the weights, MiB", ylabel="seconds", ylim=(0, None))
+    finish(figure, axes, name)
+
+
+def draw_scaling(curves: dict[str, dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(2, 4, figsize=(12, 5.4), constrained_layout=True)
+    for axes, (name, found) in zip(grid.flat, curves.items(), strict=False):
+        for algorithm in ("grpo", "s-grpo", "t-spmo"):
+            line = [(point["value"], point[algorithm]["seconds"]) for point in found["points"]]
+            axes.plot(
+                *zip(*line, strict=True), marker="o", ms=3, color=COLOURS[algorithm], label=algorithm.upper()
+            )
+        axes.set(xscale="log", yscale="log", title=name)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid.flat[0].set_ylabel("seconds")
+    for axes in grid.flat[len(curves) :]:
+        axes.axis("off")
+    grid.flat[len(curves)].legend(*grid.flat[0].get_legend_handles_labels(), loc="center", frameon=False)
+    save(figure, "scaling")
+
+
+def finish(figure: Any, axes: Any, name: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    save(figure, name)
+
+
+def save(figure: Any, name: str) -> None:
+    from matplotlib import pyplot
+
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    # without a date and with fixed ids, so that the same figures give the same file
+    with pyplot.rc_context({"svg.hashsalt": "twig"}):
+        figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
+    pyplot.close(figure)
