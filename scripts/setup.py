@@ -1,4 +1,4 @@
-"""Makes `.venv`, installs Twig into it once, and runs one target: install, quickstart, test, test-slow, bench.
+"""Makes `.venv`, installs Twig into it once, and runs one target: install, quickstart, test(-slow) or bench.
 
     python3 scripts/setup.py quickstart            (Windows: py scripts/setup.py quickstart)
     python3 scripts/setup.py test -k trie          (words after the target go to its command)
