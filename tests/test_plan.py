@@ -324,6 +324,7 @@ def test_a_dry_run_without_a_config_at_hand_says_so(capsys):
 
 def test_without_a_network_a_plan_ends_at_once(monkeypatch, capsys):
     import huggingface_hub
+    from huggingface_hub import constants
 
     def refuse(*arguments, **options):
         raise OSError("unreachable")
@@ -331,7 +332,7 @@ def test_without_a_network_a_plan_ends_at_once(monkeypatch, capsys):
     def never(*arguments, **options):
         raise AssertionError("its retries take half a minute")
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", never)
     monkeypatch.setattr("socket.create_connection", refuse)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
