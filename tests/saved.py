@@ -9,14 +9,14 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 CHARACTERS = "0123456789*=+,:#abcdefghijklmnopqrstuvwxyz .?"
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
+def save_model(folder: Path, seed: int = 0, layers: int = 3, width: int = 16) -> Path:
     """Writes the model and its tokenizer to `folder` and returns it."""
     tokenizer = build_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=24,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=256,

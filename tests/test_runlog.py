@@ -3,6 +3,10 @@
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -40,7 +44,8 @@ def snapshot(folder):
 
 
 def test_a_new_run_holds_its_settings_and_environment(log):
-    assert {path.name for path in log.folder.iterdir()} == {"config.yaml", "environment.json"}
+    assert {path.name for path in log.folder.iterdir()} == {"config.yaml", "environment.json", ".lock"}
+    log.close()
     assert RunLog.open(log.folder).settings == load("quickstart")
 
 
@@ -80,9 +85,44 @@ def test_another_run_is_never_replaced(log, began_with):
 
 def test_a_run_that_never_began_may_be_started_over(log):
     log.save_traceback("of a reward function, at the first evaluation")
-    RunLog.create(log.folder, load("quickstart", ["train.seed=1"]))
+    log.close()
+    RunLog.create(log.folder, load("quickstart", ["train.seed=1"])).close()
     assert not (log.folder / "traceback.txt").exists()
     assert RunLog.open(log.folder).settings.train.seed == 1
+
+
+def test_a_folder_that_another_process_has_is_refused_until_that_ends(log, tmp_path):
+    """Whatever the process leaves behind: the lock ends with it."""
+    log.close()
+    code = "import sys, time; from pathlib import Path; from twig.files import FolderLock\n"
+    code += "print(FolderLock(Path(sys.argv[1])).take(), flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code, log.folder], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "True\n"
+    for enter in (lambda: RunLog.open(log.folder), lambda: RunLog.create(log.folder, load("quickstart"))):
+        with pytest.raises(UserError, match="another process is training there") as refused:
+            enter()
+        assert "\n" not in str(refused.value)
+    log.discard()
+    assert is_run(log.folder), "a folder that is another's is not removed"
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    RunLog.open(log.folder).close()
+
+
+def test_a_forked_process_does_not_keep_the_folder(log):
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+        os._exit(0)
+    try:
+        log.close()  # as when the parent is killed: only the child could still hold it
+        RunLog.open(log.folder).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):

@@ -72,7 +72,7 @@ def train(
         sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
         return
     folder = _folder_to_resume(source, output) if resume else output
-    if resume and _as_it_began(settings, folder) == RunLog.open(folder).settings and _is_finished(folder):
+    if resume and _is_finished(folder, settings):
         show_run(result_console(), folder, read_summary(folder))
         return
     folder = folder or new_folder(_run_name(source))
@@ -86,6 +86,7 @@ def train(
 def _train(settings: Settings, folder: Path, resume: bool) -> dict[str, Any]:
     # The folder is taken, or refused, before the slow imports; a run that fails before its start leaves none.
     log = RunLog.open(folder) if resume else RunLog.create(folder, settings)
+    log.close()  # the run takes it itself
     try:
         from twig.loop import train as run
 
@@ -119,13 +120,11 @@ def _folder_to_resume(source: str, output: Path | None) -> Path:
     return found
 
 
-def _as_it_began(settings: Settings, folder: Path) -> Settings:
-    """The settings with the sizes that the run in the folder chose."""
-    return with_sizes(settings, RunLog.open(folder).settings.flat())
-
-
-def _is_finished(folder: Path) -> bool:
-    return (read_summary(folder) or {}).get("status") == "finished"
+def _is_finished(folder: Path, settings: Settings) -> bool:
+    log = RunLog.open(folder)
+    log.close()
+    as_it_began = with_sizes(settings, log.settings.flat())  # with the sizes that the run chose
+    return log.settings == as_it_began and (log.summary() or {}).get("status") == "finished"
 
 
 def _how_to_go_on(folder: Path) -> str:

@@ -16,7 +16,7 @@ from twig.policy import Policy
 from twig.progress import Progress
 from twig.records import Completion, Example
 from twig.rollout import Request, sample
-from twig.tasks.base import Task, encode_prompt
+from twig.tasks.base import Task, encode_prompt, refuse_too_long
 from twig.tasks.rewards import judge, score_completions
 
 
@@ -162,6 +162,7 @@ def _answers(
     progress = progress or Progress()
     progress.phase("evaluating", len(examples))
     prompts = [encode_prompt(task, example, tokenizer, task_settings) for example in examples]
+    refuse_too_long(task, max(map(len, prompts)), max_completion_length, policy.context_length)
     order = np.argsort([len(p) for p in prompts], kind="stable")  # like lengths together: less padding
     size = batch_size or 128
     found: list[list[Completion]] = [[] for _ in examples]

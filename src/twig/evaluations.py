@@ -4,13 +4,13 @@ Needs no torch. Knows nothing of how answers are made.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from twig.files import write_whole
 from twig.records import UserError
 
 SCHEMA_VERSION = 1
@@ -40,8 +40,8 @@ def write_evaluation(folder: Path, record: dict[str, Any], rows: list[dict[str, 
     """Writes both files, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=True) for row in rows]
-    _replace(folder / COMPLETIONS, "\n".join(lines) + "\n")
-    _replace(folder / RESULT, json.dumps({"schema_version": SCHEMA_VERSION} | record, indent=2) + "\n")
+    write_whole(folder / COMPLETIONS, "\n".join(lines) + "\n")
+    write_whole(folder / RESULT, json.dumps({"schema_version": SCHEMA_VERSION} | record, indent=2) + "\n")
 
 
 def read_evaluation(folder: Path) -> Written:
@@ -60,9 +60,3 @@ def read_evaluation(folder: Path) -> Written:
         raise UserError(
             f"--against: {folder} cannot be read as an evaluation ({error}); make it anew"
         ) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

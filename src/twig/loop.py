@@ -6,10 +6,9 @@ and crashes leave a run folder that `resume=True` goes on from.
 
 import hashlib
 import json
-import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from twig import checkpoint
 from twig.config import Settings, load
 from twig.evaluate import evaluate_policy
 from twig.from_peft import lora_values
-from twig.memory import with_sizes
+from twig.memory import SIZES, with_sizes
 from twig.models import (
     end_ids,
     load_config,
@@ -35,23 +34,24 @@ from twig.models import (
 )
 from twig.policy import Policy, adapter_shape, attach
 from twig.progress import Progress
+from twig.randomness import random_states, restore_random_states, seed_all
 from twig.records import UserError
-from twig.runlog import RunLog
+from twig.resume import CHECKPOINTS, Start, decided_model, decisions, is_finished, open_run
 from twig.samples import completion_rows
 from twig.settings import Lora
-from twig.signals import Stop, stoppable
+from twig.signals import Clock, Stop, stoppable
 from twig.sizing import size_run
+from twig.standing import TOTALS, Standing
 from twig.tasks import Task, load_task
+from twig.tasks.base import refuse_too_long
 from twig.tasks.rewards import RewardError
 from twig.trackers import Report, reporting, require
-from twig.trainer import Trainer
+from twig.trainer import Batch, Trainer
 from twig.usage import PeakMemory
+from twig.watch import Watch
 
 SCHEMA_VERSION = 1
-CHECKPOINTS = "checkpoints"
-# Settings that may differ between a run and its continuation: they change what is shown and saved, not what
-# is learned.
-_HARMLESS = ("train.max_steps", "train.save_steps", "train.save_total_limit", "eval.", "log.")
+NOT_FINITE = "nonfinite"  # the folder of batches whose gradient was not
 
 
 @dataclass
@@ -93,19 +93,23 @@ def train(
         settings = _with_lora(settings, peft_config, model)
     progress = progress or Progress()
     require(settings.log.report_to)
-    log, start = _open(settings, output, resume, progress)
-    settings = with_sizes(settings, log.settings.flat())
-    device = pick_device(settings.model.device) if model is None else model.device
+    clock = Clock(settings.train.max_time)
+    start = open_run(settings, output, resume, progress)
+    log = start.log
     try:
+        settings = with_sizes(settings, log.settings.flat())
+        device = pick_device(decided_model(settings.model, start).device) if model is None else model.device
         with PeakMemory(str(device)) as memory:
-            session = _Session(settings, log, progress, memory)
-            session.prepare(start is None, model, tokenizer, reward_funcs, train_dataset, eval_dataset)
-            return session.run(start)
+            session = _Session(settings, start, progress, memory, clock)
+            session.prepare(model, tokenizer, reward_funcs, train_dataset, eval_dataset)
+            return session.run()
     except Exception as error:
         if isinstance(error, RewardError) and error.traceback_text:
             path = log.save_traceback(error.traceback_text)
             raise UserError(f"{error} (traceback: {path})") from error
         raise
+    finally:
+        log.close()
 
 
 def _settings(given: Settings | dict[str, Any] | str) -> Settings:
@@ -122,67 +126,29 @@ def _with_lora(settings: Settings, peft_config: Any, model: PreTrainedModel | No
     return Settings.from_dict(values, label="peft_config")
 
 
-def _open(
-    settings: Settings, output: str | Path | None, resume: bool, progress: Progress
-) -> tuple[RunLog, Path | None]:
-    """The run's log, and the checkpoint to go on from (None: from the beginning)."""
-    if not resume:
-        return RunLog.create(output, settings), None
-    if output is None:
-        raise UserError("--resume: which run? write --output runs/NAME, the folder of the run to go on with")
-    log = RunLog.open(output)
-    _refuse_changes(log.settings, settings)
-    found, skipped = checkpoint.newest_valid(log.folder / CHECKPOINTS)
-    for path in skipped:
-        log.warn(f"{path} is damaged and not used")
-    if found is None:
-        if _is_finished(log.summary()):
-            raise UserError(
-                f"--resume: {log.folder} is finished and has no checkpoint to go on from; "
-                "write another --output and leave --resume out"
-            )
-        progress.message(f"{log.folder} has no checkpoint yet: the run starts from the beginning")
-    return log, found
-
-
-def _is_finished(summary: dict[str, Any] | None) -> bool:
-    return summary is not None and summary.get("status") == "finished"
-
-
-def _refuse_changes(before: Settings, now: Settings) -> None:
-    old, new = before.flat(), with_sizes(now, before.flat()).flat()
-    changed = [k for k in new if new[k] != old[k] and not k.startswith(_HARMLESS)]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{key}: {new[key]!r} here, but the run began with {old[key]!r}; "
-            f"write {key}={old[key]} or another --output"
-        )
-
-
 class _Session:
     """One process's work on a run: its parts, and where it stands."""
 
-    def __init__(self, settings: Settings, log: RunLog, progress: Progress, memory: PeakMemory) -> None:
-        self.settings, self.log, self.progress, self.memory = settings, log, progress, memory
-        self.stop = Stop()
+    def __init__(
+        self, settings: Settings, start: Start, progress: Progress, memory: PeakMemory, clock: Clock
+    ) -> None:
+        self.settings, self.start, self.log = settings, start, start.log
+        self.progress, self.memory, self.clock = progress, memory, clock
+        self.log.on_trouble = self._warn
+        self.stop, self.watch, self.standing = Stop(), Watch(), Standing()
         self.report: Report = lambda step, metrics: None
-        self.step = 0
-        self.totals = {"tokens_sampled": 0, "tokens_selected": 0, "nodes_run": 0, "seconds": 0.0}
-        self.before: dict[str, Any] | None = None
         self.after: dict[str, Any] | None = None
-        self.best: dict[str, Any] | None = None
 
     def prepare(
-        self, begins: bool, model: Any, tokenizer: Any, reward_funcs: Any, train_dataset: Any, eval_data: Any
+        self, model: Any, tokenizer: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any
     ) -> None:
         """Loads everything that can fail before anything is computed."""
         settings = self.settings
         given = {"model": model, "tokenizer": tokenizer, "reward_funcs": reward_funcs}
-        given |= {"train_dataset": train_dataset, "eval_dataset": eval_data}
+        given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.passed = ", ".join(name for name, value in given.items() if value is not None)
         self.progress.phase("loading")
-        self.task: Task = load_task(settings, train_dataset, eval_data, reward_funcs)
+        self.task: Task = load_task(settings, train_dataset, eval_dataset, reward_funcs)
         loaded = model is None
         if loaded:
             tokenizer = tokenizer or load_tokenizer(settings.model)
@@ -194,13 +160,13 @@ class _Session:
                 "pass run.model.unload(), or load it anew"
             )
         self.tokenizer = tokenizer
+        begins = self.start.checkpoint is None
         self.sized = size_run(settings, self.task, tokenizer, model, self.memory, begins=begins)
         self.settings = settings = self.sized.settings
         if self.sized.warning is not None:
-            self.progress.message(self.sized.warning)
-            self.log.warn(self.sized.warning)
+            self._warn(self.sized.warning)
         if loaded:
-            model, _ = load_model(settings.model, tokenizer)
+            model, _ = load_model(decided_model(settings.model, self.start), tokenizer)
         lora = settings.lora
         peft_model = attach(
             model,
@@ -226,27 +192,31 @@ class _Session:
             head_chunk=settings.train.head_chunk,
             checkpoint_layers=settings.train.checkpoint_layers,
         )
+        room = (settings.rollout.max_completion_length, self.policy.context_length)
+        refuse_too_long(self.task, self.sized.longest_prompt, *room)
         self.trainer = Trainer(settings, self.policy, tokenizer, self.task, self.end_ids, self.progress)
 
     # ---- the run
     # -------------------------------------------------------------------------------------------------
 
-    def run(self, start: Path | None) -> Run:
-        if start is not None:
-            self._restore(start)
-        summary = self.log.summary()
-        if _is_finished(summary) and summary["steps"] == self.step >= self.trainer.total_steps:
+    def run(self) -> Run:
+        seed_all(self.settings.train.seed)
+        if self.start.checkpoint is not None:
+            self._restore(self.start.checkpoint)
+        summary, step = self.log.summary(), self.standing.step
+        if is_finished(summary) and summary["steps"] == step >= self.trainer.total_steps:
             self.progress.done(summary)
             return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
-        self.log.rewind(self.step)
-        self.log.save_settings(self.settings)
-        self._save_environment()
+        with self._saving("the run folder"):
+            self.log.rewind(step)
+            self.log.save_settings(self.settings)
+            self._save_environment()
         if not self.task.eval:
             self.progress.message(
                 f"task {self.task.name}: nothing to evaluate on, so no accuracy; pass eval_dataset, or write "
                 "task.eval_split"
             )
-        tracked = (self.settings.log.report_to, self.log.folder, self.settings.model_dump(), self.step)
+        tracked = (self.settings.log.report_to, self.log.folder, self.settings.model_dump(), step, self._warn)
         with reporting(*tracked) as self.report, stoppable() as self.stop:
             try:
                 return self._finish("finished" if self._work() else "stopped")
@@ -257,48 +227,66 @@ class _Session:
 
     def _work(self) -> bool:
         """Evaluates, trains and evaluates; whether it came to the end."""
-        total, stop, every = self.trainer.total_steps, self.stop, self.settings.train.save_steps
-        if self.step == 0 and self.settings.eval.before:
-            self.before = self._evaluate("before")
-        while self.step < total and not stop.asked:
+        standing, stop = self.standing, self.stop
+        total, every = self.trainer.total_steps, self.settings.train.save_steps
+        if standing.step == 0 and self.settings.eval.before:
+            self._evaluate("before")
+        time_is_up = False
+        while standing.step < total and not (stop.asked or time_is_up):
+            began = time.perf_counter()
             self._step(total)
-            if stop.asked or self.step == total or (every and self.step % every == 0):
+            time_is_up = self.clock.ends_before_another(time.perf_counter() - began)
+            if stop.asked or time_is_up or standing.step == total or (every and standing.step % every == 0):
                 self._save()
-        if stop.asked:
+        if time_is_up and not stop.asked:
+            self.progress.message(f"train.max_time={self.settings.train.max_time} is up: stopping")
+        if stop.asked or time_is_up:
             return False
         self.after = self._evaluate("after")
-        self._save()
         return True
 
     def _step(self, total: int) -> None:
-        began = time.perf_counter()
-        batch, metrics = self.trainer.step(self.step + 1)
-        self.step += 1
+        began, step = time.perf_counter(), self.standing.step + 1
+        batch, metrics = self.trainer.step(step)
         seconds = time.perf_counter() - began
-        self.totals["seconds"] += seconds
-        for key, name in (
-            ("tokens_sampled", "sampled"),
-            ("tokens_selected", "selected"),
-            ("nodes_run", "nodes_run"),
-        ):
-            self.totals[key] += metrics[f"tokens/{name}"]
+        self.standing.add_step(metrics, seconds)
         memory = {"peak_bytes": self.memory.peak(), "predicted_peak_bytes": self.sized.peak}
         metrics |= {"time/step": seconds, **{f"memory/{name}": value for name, value in memory.items()}}
         self._log(metrics)
-        self.progress.step(self.step, total, metrics)
+        self.progress.step(step, total, metrics)
         every = self.settings.log.completions_steps
-        if every and (self.step == 1 or self.step % every == 0):
-            self.log.save_completions(self.step, completion_rows(batch, self.tokenizer))
+        if every and (step == 1 or step % every == 0):
+            self.log.save_completions(step, completion_rows(batch, self.tokenizer))
+        for words in self.watch.warnings(metrics):
+            self._warn(words)
+        if metrics["optimizer/skipped"]:
+            self._skipped(batch)
         every = self.settings.eval.steps
-        if every and self.step % every == 0 and self.step < total:
-            result = self._evaluate(f"step {self.step}")
+        if every and step % every == 0 and step < total:
+            result = self._evaluate(f"step {step}")
             if result is not None:
                 named = {"accuracy": "value", "found": "found", "right_lenient": "right_lenient"}
                 self._log({f"eval/{name}": result[key] for name, key in named.items()})
 
+    def _skipped(self, batch: Batch) -> None:
+        """Says that a step was skipped; raises UserError where it was the last of too many."""
+        step, train, many = self.standing.step, self.settings.train, self.trainer.skipped_in_a_row
+        self._warn(f"step {step} was skipped: its loss or gradient is not finite")
+        if many >= train.max_skipped_steps:
+            path = self.log.save_completions(step, completion_rows(batch, self.tokenizer), NOT_FINITE)
+            raise UserError(
+                f"train.max_skipped_steps: the loss or gradient of {many} steps in a row is not finite (the "
+                f"last batch: {path}); write a smaller train.learning_rate than {train.learning_rate:g}, or "
+                "model.dtype=float32"
+            )
+
     def _log(self, metrics: dict[str, Any]) -> None:
-        self.log.log(self.step, metrics)
-        self.report(self.step, metrics)
+        self.log.log(self.standing.step, metrics)
+        self.report(self.standing.step, metrics)
+
+    def _warn(self, words: str) -> None:
+        self.log.warn(words)
+        self.progress.message(f"warning: {words}")
 
     def _evaluate(self, when: str) -> dict[str, Any] | None:
         """An evaluation as summary.json has it, None where there is nothing to evaluate on.
@@ -324,29 +312,30 @@ class _Session:
         self.stop.at_once = False
         result = measured.as_dict()
         self.progress.evaluation(when, result)
-        if when != "before" and (self.best is None or result["value"] > self.best["value"]):
-            self.best = result | {"step": self.step}
+        if self.standing.add_evaluation(result):
             self._save_adapter("adapter-best")
         return result
 
     def _finish(self, status: str) -> Run:
         if status == "finished":
             self._save_adapter("adapter")
+        standing, totals = self.standing, self.standing.totals
         summary = {
             "schema_version": SCHEMA_VERSION,
             "status": status,
             "algorithm": self.settings.algorithm.name,
             "task": self.settings.task.name,
-            "steps": self.step,
-            "accuracy_before": self.before,
+            "steps": standing.step,
+            "accuracy_before": standing.before,
             "accuracy_after": self.after,
-            "accuracy_best": self.best,
-            **{k: self.totals[k] for k in ("tokens_sampled", "tokens_selected", "nodes_run")},
+            "accuracy_best": standing.best,
+            **{total: totals[total] for total in TOTALS},
             "peak_memory_bytes": self.memory.peak(),
             "predicted_peak_bytes": self.sized.peak,
-            "seconds": self.totals["seconds"],
+            "seconds": totals["seconds"],
         }
-        self.log.save_summary(summary)
+        with self._saving("summary.json"):
+            self.log.save_summary(summary)
         self.progress.done(summary)
         return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
 
@@ -354,30 +343,43 @@ class _Session:
     # --------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        self.log.flush()  # a checkpoint stands for the rows up to it
         tensors, state = self.trainer.state()
-        state |= {
-            "step": self.step,
-            "totals": self.totals,
-            "before": self.before,
-            "best": self.best,
-        }
+        tensors["random"] = random_states()
+        state |= {"standing": self.standing.as_dict(), "decided": decisions(self.policy.model)}
         keep = self.settings.train.save_total_limit
-        checkpoint.save(self.log.folder / CHECKPOINTS, self.step, tensors, state, keep)
+        with self._saving("a checkpoint"):
+            checkpoint.save(self.log.folder / CHECKPOINTS, self.standing.step, tensors, state, keep)
 
     def _restore(self, path: Path) -> None:
         tensors, state = checkpoint.load(path)
-        self.trainer.restore(tensors, state)
-        self.step, self.totals = state["step"], state["totals"]
-        self.before, self.best = state["before"], state["best"]
-        self.progress.message(f"going on from step {self.step} ({path})")
+        values = self.settings.flat()
+        # What memory had room for goes on; a size that is written now does too.
+        wanted = {key.rpartition(".")[2]: values[key] for key in SIZES if key in self.start.changed}
+        sizes = {name: wanted.get(name, size) for name, size in state["sizes"].items()}
+        self.trainer.restore(tensors, state | {"sizes": sizes})
+        self.standing = Standing(**state["standing"])
+        summary = self.log.summary()
+        if is_finished(summary) and summary["steps"] == self.standing.step and summary["accuracy_after"]:
+            self.standing.add_evaluation(summary["accuracy_after"])  # made when the checkpoint was there
+        restore_random_states(tensors["random"])
+        self.progress.message(f"going on from step {self.standing.step} ({path})")
 
     def _save_adapter(self, name: str) -> None:
-        target, draft = self.log.folder / name, self.log.folder / f".{name}.tmp"
-        shutil.rmtree(draft, ignore_errors=True)
-        self.policy.peft_model.save_pretrained(draft, save_embedding_layers=False)
-        (draft / "README.md").unlink(missing_ok=True)  # an empty form, with paths of this machine
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(draft, target)
+        with self._saving(f"{name}/"):
+            checkpoint.save_adapter(self.policy.peft_model, self.log.folder / name)
+
+    @contextmanager
+    def _saving(self, what: str) -> Iterator[None]:
+        """Inside, what cannot be written ends the run with one line: its last checkpoint is whole."""
+        try:
+            yield
+        except OSError as error:
+            folder = self.log.folder
+            raise UserError(
+                f"{folder}: {what} cannot be written ({error.strerror or error}); free the space or make it "
+                f"writable, then twig train {folder} --resume"
+            ) from error
 
     def _save_environment(self) -> None:
         model, device = self.policy.model, self.policy.device

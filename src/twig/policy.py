@@ -88,6 +88,11 @@ class Policy:
             self.num_layers = len(self.decoder.layers)
             self.cut = min(_adapted_layers(self.decoder.layers))
 
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that the model was made for; None where it has no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def _check_without_adapter(self) -> None:
         with self.base():
             self.decoder.check()

@@ -21,7 +21,7 @@ from twig.decoder import Context, KeyValueCache
 from twig.noise import uniforms
 from twig.oom import give_back, out_of_memory
 from twig.policy import Policy
-from twig.records import Completion
+from twig.records import Completion, UserError
 
 _COMPACT_BELOW = 0.75  # copy the cache once fewer than this share of its rows are unfinished
 
@@ -244,7 +244,13 @@ class _Recorder:
         decode: Callable[[list[np.ndarray]], list[str]],
         table: _Table | None,
     ) -> list[Completion]:
-        """The finished rows, with their texts and cells."""
+        """The finished rows, with their texts and cells. Raises UserError where probabilities are no
+        numbers."""
+        if not bool(torch.isfinite(self.logps).all()):
+            raise UserError(
+                "model.dtype: the model's probabilities are not finite, so there is nothing to sample from; "
+                "write model.dtype=float32, or a smaller train.learning_rate from an earlier adapter on"
+            )
         ids, logps, entropies, lengths, finished = (
             x.cpu().numpy() for x in (self.ids, self.logps, self.entropies, self.lengths, self.finished)
         )
@@ -268,7 +274,8 @@ def invert(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) ->
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1]
     below = torch.minimum(uniform * total, total * (1 - torch.finfo(total.dtype).eps))
-    return torch.searchsorted(cumulative, below[:, None], right=True)[:, 0]
+    # Where nothing is a number the search ends behind the last token; `completions` refuses such rows.
+    return torch.searchsorted(cumulative, below[:, None], right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
 
 
 def _sample_wave(

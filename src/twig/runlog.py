@@ -1,19 +1,21 @@
 """The run folder: resolved settings, environment, one row of metrics a step, completions, summary.
 
-`metrics.jsonl` is the truth about a run. Whole files are written beside their place and renamed into it, so a
-crash leaves the old file or the new one. Knows nothing of what the numbers mean; no torch.
+`metrics.jsonl` is the truth about a run. Every file is written whole or not at all, and one process at a time
+has the folder. Where what only records the run cannot be written (metrics, completions, warnings), the run
+hears of it and goes on. Knows nothing of what the numbers mean; no torch.
 """
 
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from twig.config import RUN_CONFIG, Settings, load
+from twig.files import LOCK, FolderLock, append_whole, flush, write_whole
 from twig.machine import environment
 from twig.records import UserError
 
@@ -24,7 +26,8 @@ RUNS = Path("runs")
 # All that `save_environment` takes from its caller: nothing else about a machine ends up in a run folder.
 FACTS = ("device", "device_name", "dtype", "quantization", "model_revision", "data_revision", "passed")
 # A folder with nothing but these holds a run that never began: nothing is lost by starting over in it.
-_BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK, *TRACKERS}
+_BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK, LOCK, *TRACKERS}
+_BEFORE_THE_START |= {f".{name}.tmp" for name in (RUN_CONFIG, ENVIRONMENT)}  # of a process that was killed
 _COLUMNS = {
     "step": "int64",
     "prompt_index": "int64",
@@ -45,17 +48,25 @@ _COLUMNS = {
 
 
 class RunLog:
-    """Writes one run's folder. `settings` are those in its `config.yaml`."""
+    """Writes one run's folder, which is its own until `close`. `settings` are those in its `config.yaml`.
+
+    `on_trouble` hears, in words, what could not be written.
+    """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
         self.settings = settings
+        self.on_trouble: Callable[[str], None] = lambda words: None
+        self._lock = FolderLock(folder)
+        self._rows: list[str] = []  # rows of metrics that wait for a disk that takes them
+        self._in_trouble: set[str] = set()
 
     @classmethod
     def create(cls, output: str | Path | None, settings: Settings) -> "RunLog":
         """A new run in `output` (None: a new folder below runs/, named after the task and the algorithm).
 
-        Raises UserError where `output` holds another run or anything else; nothing in it is changed then.
+        Raises UserError where `output` holds another run or anything else, nothing in it is changed then; and
+        where another process has it.
         """
         if output is None:
             folder = new_folder(f"{settings.task.name}-{settings.algorithm.name}")
@@ -65,73 +76,137 @@ class RunLog:
         log = cls(folder, settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            log._take("--output")
+            _refuse_other_content(folder)  # it may have begun since
             (folder / TRACEBACK).unlink(missing_ok=True)
             log.save_settings(settings)
             log.save_environment()
         except OSError as error:
+            log.close()
             reason = error.strerror or error
             raise UserError(f"--output {folder}: cannot be written ({reason}); write another") from error
+        except UserError:
+            log.close()
+            raise
         return log
 
     @classmethod
     def open(cls, output: str | Path) -> "RunLog":
-        """The run in `output`, to go on with; raises UserError where there is none."""
+        """The run in `output`, to go on with; raises UserError where there is none or another process has
+        it."""
         folder = Path(output)
         if not is_run(folder):
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one there")
-        return cls(folder, load(str(folder)))
+        log = cls(folder, load(str(folder)))
+        try:
+            log._take("--resume")
+        except OSError as error:
+            raise UserError(
+                f"--resume: {folder} cannot be written ({error.strerror or error}); make it writable, or go "
+                "on in a copy of it"
+            ) from error
+        return log
+
+    def close(self) -> None:
+        """Lets other processes have the folder."""
+        self._lock.release()
 
     def discard(self) -> None:
-        """Removes the folder if the run never began (no metrics, checkpoint or traceback)."""
-        if self.folder.is_dir() and _names(self.folder) <= _BEFORE_THE_START - {TRACEBACK}:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the folder if the run never began (no metrics, checkpoint or traceback) and no other
+        process has it."""
+        if not self.folder.is_dir() or not _names(self.folder) <= _BEFORE_THE_START - {TRACEBACK}:
+            return
+        with suppress(OSError):
+            if self._lock.take():
+                self._lock.release()  # Windows removes no open file
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _take(self, option: str) -> None:
+        if not self._lock.take():
+            raise UserError(
+                f"{option} {self.folder}: another process is training there; wait for it to end, or write "
+                "another --output"
+            )
 
     # ---- writing
 
     def save_settings(self, settings: Settings) -> None:
         """Writes config.yaml: those the run began with, or goes on with."""
-        _replace(self.folder / RUN_CONFIG, settings.to_yaml())
+        write_whole(self.folder / RUN_CONFIG, settings.to_yaml())
 
     def save_environment(self, **facts: str | None) -> None:
         """Writes environment.json: versions, platform, commit, and what the caller knows (FACTS)."""
         assert set(facts) <= set(FACTS), "environment.json holds what is on the list and nothing else"
         found = environment() | dict.fromkeys(FACTS) | facts
-        _replace(self.folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
+        write_whole(self.folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends a row to metrics.jsonl; a number that is not finite becomes null."""
-        row = json.dumps(_plain({"step": step, **metrics}), allow_nan=False)
-        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-            file.write(row + "\n")
+        """Appends a row to metrics.jsonl; a number that is not finite becomes null.
 
-    def save_completions(self, step: int, rows: list[dict[str, Any]]) -> Path:
+        Rows that cannot be written wait, and are written with the next one that can.
+        """
+        self._rows.append(json.dumps(_plain({"step": step, **metrics}), allow_nan=False) + "\n")
+        self._write_rows()
+
+    def flush(self) -> None:
+        """Waits until the disk has all rows of metrics: before a checkpoint that stands for them."""
+        if self._rows:
+            self._write_rows()
+        self._try(METRICS, lambda: flush(self.folder / METRICS))
+
+    def _write_rows(self) -> None:
+        if self._try(METRICS, lambda: append_whole(self.folder / METRICS, "".join(self._rows))):
+            self._rows = []
+
+    def save_completions(self, step: int, rows: list[dict[str, Any]], folder: str = COMPLETIONS) -> Path:
         """Writes completions/step-N.parquet, one row a completion, and returns its path."""
-        path = self.folder / COMPLETIONS / f"step-{step}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        _write_parquet(path, [{"step": step, **row} for row in rows])
+        path = self.folder / folder / f"step-{step}.parquet"
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, _parquet([{"step": step, **row} for row in rows]))
+
+        self._try(f"{folder}/{path.name}", write)
         return path
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all; a number that is not finite becomes null."""
-        _replace(self.folder / SUMMARY, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+        text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
+        write_whole(self.folder / SUMMARY, text)
 
     def save_traceback(self, text: str) -> Path:
         """Writes traceback.txt (the last fault only) and returns its path."""
         path = self.folder / TRACEBACK
-        path.write_text(text, encoding="utf-8")
+        self._try(TRACEBACK, lambda: write_whole(path, text))
         return path
 
     def warn(self, text: str) -> None:
         """Appends a line to warnings.txt."""
-        with open(self.folder / WARNINGS, "a", encoding="utf-8") as file:
-            file.write(" ".join(text.split()) + "\n")
+        with suppress(OSError):  # whoever warns has said it elsewhere too
+            append_whole(self.folder / WARNINGS, " ".join(text.split()) + "\n")
+
+    def _try(self, name: str, write: Callable[[], None]) -> bool:
+        """Whether the writing of what only records the run succeeded; says once where it does not."""
+        what = name.partition("/")[0]
+        try:
+            write()
+        except OSError as error:
+            if what not in self._in_trouble:
+                self._in_trouble.add(what)
+                self.on_trouble(
+                    f"{self.folder / name} cannot be written ({error.strerror or error}); training goes on "
+                    "without it"
+                )
+            return False
+        self._in_trouble.discard(what)
+        return True
 
     def rewind(self, step: int) -> None:
         """Drops metrics and completions of later steps, and a last row that a crash tore."""
         path = self.folder / METRICS
         if path.exists():
             kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
-            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         for file in (self.folder / COMPLETIONS).glob("step-*.parquet"):
             number = file.stem.removeprefix("step-")
             if number.isdigit() and int(number) > step:
@@ -221,15 +296,6 @@ def _names(folder: Path) -> set[str]:
         ) from error
 
 
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.tmp")
-    with open(draft, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
 def _plain(value: Any) -> Any:
     # JSON's kinds of value: arrays, numpy and torch numbers become lists and numbers; NaN and infinity, null.
     if isinstance(value, dict):
@@ -243,7 +309,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
     import pyarrow
     from pyarrow import parquet
 
@@ -258,6 +324,6 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     }
     schema = pyarrow.schema([(column, names[kind]) for column, kind in _COLUMNS.items()])
     assert all(set(row) <= set(_COLUMNS) for row in rows), "a column without a type; add it to _COLUMNS"
-    draft = path.with_name(f".{path.name}.tmp")
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), draft, compression="zstd")
-    os.replace(draft, path)
+    buffer = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), buffer, compression="zstd")
+    return buffer.getvalue().to_pybytes()

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from twig.records import UserError
 from twig.task_settings import Frozen, Index, Text
-from twig.wording import check_budget
+from twig.wording import check_budget, check_duration
 
 S_GRPO_DEFAULTS = {"alpha": 50, "p": 0.3, "k": 100}
 # Settings of the group `algorithm` that not every algorithm has, and those that have them.
@@ -267,6 +267,15 @@ class Train(Frozen):
     )
     save_total_limit: int | None = Field(
         2, ge=1, description="Checkpoints kept; the oldest go first. null: all."
+    )
+    max_time: Annotated[str, AfterValidator(check_duration)] | Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="The run stops, saved, before the step that would take it beyond this time, counted from "
+        "when it begins or goes on: seconds, or days, hours, minutes and seconds. null: no limit.",
+        examples=["2h30m"],
+    )
+    max_skipped_steps: int = Field(
+        5, ge=1, description="Steps in a row with a loss or gradient that is not finite, until the run ends."
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the order of the data, the sampling and the adapter."

@@ -1,11 +1,14 @@
-"""Ctrl-C and SIGTERM as a request to stop, which a run answers where it can be saved. Knows of no runs."""
+"""What asks a run to stop where it can be saved: Ctrl-C, SIGTERM, a time limit. Knows of no runs."""
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from twig.wording import parse_duration
 
 
 @dataclass
@@ -14,6 +17,19 @@ class Stop:
 
     asked: bool = False
     at_once: bool = False
+
+
+class Clock:
+    """A time limit (as `train.max_time` has it; None: none), counted from here on."""
+
+    def __init__(self, limit: str | float | None) -> None:
+        self.end = None if limit is None else time.monotonic() + (parse_duration(limit) or 0)
+        self.longest = 0.0
+
+    def ends_before_another(self, seconds: float) -> bool:
+        """Whether there is no time for a step like the longest so far; the last one took `seconds`."""
+        self.longest = max(self.longest, seconds)
+        return self.end is not None and time.monotonic() + self.longest > self.end
 
 
 @contextmanager

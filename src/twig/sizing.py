@@ -23,13 +23,14 @@ class Sized:
     """`settings` without an open size, the plan that they came from (None: there is none), and a warning.
 
     `peak` is what `usage.PeakMemory` will have measured in the end if the plan is right: every byte of the
-    process on a CPU, torch's own on a CUDA device.
+    process on a CPU, torch's own on a CUDA device. `longest_prompt` is in tokens.
     """
 
     settings: Settings
     plan: Plan | None
     warning: str | None = None
     peak: int | None = None
+    longest_prompt: int = 0
 
 
 def size_run(
@@ -63,7 +64,9 @@ def size_run(
         peak = memory.before + (found.plan.tensors_peak if kind == "cuda" else found.plan.peak)
         if kind == "cpu" and found.plan.tight:
             return_freed_memory()
-    return replace(found, settings=with_sizes(settings, found.settings.flat()), peak=peak)
+    return replace(
+        found, settings=with_sizes(settings, found.settings.flat()), peak=peak, longest_prompt=prompt
+    )
 
 
 def choose_sizes(

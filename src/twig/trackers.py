@@ -33,35 +33,62 @@ def require(names: Sequence[str]) -> None:
 
 @contextmanager
 def reporting(
-    names: Sequence[str], folder: Path, settings: dict[str, Any], step: int = 0
+    names: Sequence[str],
+    folder: Path,
+    settings: dict[str, Any],
+    step: int = 0,
+    on_trouble: Callable[[str], None] = lambda words: None,
 ) -> Iterator[Report]:
     """Inside, what is yielded passes a row on to every tracker in `names`: the step and its metrics.
 
     TensorBoard writes to `folder`/tensorboard, where rows after `step` give way to new ones; the others open
     a run named after `folder`. A value that is not a finite number is left out. Raises UserError where a
-    tracker does not start.
+    tracker does not start at the beginning of a run. One that fails, or does not start where a run goes on,
+    is left out from there on, and `on_trouble` hears of it.
     """
     require(names)
-    reports = []
+    reports: dict[str, Report] = {}
+
+    def leave_out(name: str, error: Exception, what: str) -> None:
+        reports.pop(name, None)
+        on_trouble(
+            f"log.report_to: {name} {what} ({_short(error)}) and is left out; metrics.jsonl has every row"
+        )
+
+    def report_all(step: int, metrics: dict[str, Any]) -> None:
+        row = {key: value for key, value in metrics.items() if _is_number(value)}
+        for name, report in list(reports.items()):
+            try:
+                report(step, row)
+            except Exception as error:  # whatever a tracker raises without network or space
+                leave_out(name, error, "fails")
+
     with ExitStack() as closing:
         for name in names:
             try:
                 report, close = _START[name](import_module(_MODULES[name]), folder, settings, step)
-            except Exception as error:  # whatever a tracker raises without network, login or space
-                reason = " ".join(str(error).split())[:300]
+            except Exception as error:  # as above, or without login
+                if step > 0:
+                    leave_out(name, error, "does not start")
+                    continue
                 raise UserError(
-                    f"log.report_to: {name} does not start ({type(error).__name__}: {reason}); "
+                    f"log.report_to: {name} does not start ({_short(error)}); "
                     f"see that it runs by itself, or leave {name} out"
                 ) from error
-            reports.append(report)
-            closing.callback(close)
-
-        def report_all(step: int, metrics: dict[str, Any]) -> None:
-            row = {key: value for key, value in metrics.items() if _is_number(value)}
-            for report in reports:
-                report(step, row)
-
+            reports[name] = report
+            closing.callback(_closing, close, name, leave_out)
         yield report_all
+
+
+def _closing(close: Callable[[], Any], name: str, leave_out: Callable[[str, Exception, str], None]) -> None:
+    try:
+        close()
+    except Exception as error:
+        leave_out(name, error, "does not end")
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _is_number(value: Any) -> bool:

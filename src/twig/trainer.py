@@ -28,7 +28,7 @@ from twig.progress import Progress
 from twig.records import Completion, Group, UserError
 from twig.replay import Restart, choose_restart
 from twig.rollout import Drawn, Request, sample
-from twig.tasks.base import Task, encode_prompt
+from twig.tasks.base import Task, encode_prompt, refuse_too_long
 from twig.tasks.rewards import Rewarding, Rewards, judge
 from twig.trie import PrefixTrie
 
@@ -84,6 +84,7 @@ class Trainer:
         self.drawn_prompts = 0  # position in the data: prompts taken so far
         self.restarts: list[Restart] = []
         self.lengths: dict[int, float] = {}  # of a prompt's completions, the last time it was sampled
+        self.skipped_in_a_row = 0  # steps up to now whose gradient was not finite
         self.seconds: dict[str, float] = {}
 
     # ---- one step
@@ -182,9 +183,10 @@ class Trainer:
         """Takes `num_iterations` optimizer steps on the batch; returns their metrics.
 
         Where nothing has weight there is no step and no decay: Adam would move the adapter on a zero
-        gradient.
+        gradient. A loss or gradient that is not finite moves nothing either, and ends the iterations on the
+        batch.
         """
-        options, policy = self.settings.algorithm, self.policy
+        options, policy, limit = self.settings.algorithm, self.policy, self.settings.train.max_grad_norm
         parts = (batch.rewarded, batch.tries, batch.credits, batch.boundary)
         passes = Passes(policy, self.sizes, self.progress, *parts)
         metrics: dict[str, Any] = {
@@ -193,6 +195,7 @@ class Trainer:
             "tokens/nodes_run": 0,
             "loss": 0.0,
             "grad_norm": 0.0,
+            "optimizer/skipped": 0,
         }
         if not passes.packs:
             return metrics
@@ -211,25 +214,23 @@ class Trainer:
         for iteration in range(options.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
             logps, loss = passes.backward(surrogate, old, ref)
-            norm = self._optimize(learning_rate, options.l2, loss)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf))
             if iteration == 0:
                 metrics |= {"loss": loss, "grad_norm": norm, **_gaps(batch, logps, ref)}
-        metrics["tokens/nodes_run"] = passes.num_tokens * options.num_iterations
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                metrics["optimizer/skipped"] = 1
+                break
+            self._optimize(learning_rate, options.l2)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["optimizer/skipped"] else 0
+        metrics["tokens/nodes_run"] = passes.num_tokens * (iteration + 1)
         return metrics
 
-    def _optimize(self, learning_rate: float, l2: float, loss: float) -> float:
-        limit = self.settings.train.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf))
-        if not math.isfinite(norm) or not math.isfinite(loss):
-            raise UserError(
-                f"train.learning_rate: the loss ({loss}) or its gradient ({norm}) is not finite; "
-                f"write a smaller one than {learning_rate:g}, or model.dtype=float32"
-            )
+    def _optimize(self, learning_rate: float, l2: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         shrink(self.parameters, learning_rate, l2)
         self.optimizer.step()
-        return norm
 
     # ---- prompts
     # -------------------------------------------------------------------------------------------------
@@ -249,7 +250,11 @@ class Trainer:
 
     @lru_cache(maxsize=1024)  # noqa: B019
     def _prompt_ids(self, index: int) -> np.ndarray:
-        return encode_prompt(self.task, self.task.train[index], self.tokenizer, self.settings.task)
+        ids = encode_prompt(self.task, self.task.train[index], self.tokenizer, self.settings.task)
+        refuse_too_long(
+            self.task, len(ids), self.settings.rollout.max_completion_length, self.policy.context_length
+        )
+        return ids
 
     def _expected_length(self, index: int) -> float:
         """Tokens that a prompt's completions are likely to have; without any the limit."""
@@ -322,6 +327,7 @@ class Trainer:
             "sizes": asdict(self.sizes),
             "restarts": [r.as_dict() for r in self.restarts],
             "lengths": list(self.lengths.items()),
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -340,6 +346,7 @@ class Trainer:
         self.policy.checkpoint_layers = self.sizes.checkpoint_layers
         self.restarts = [Restart(**r) for r in state["restarts"]]
         self.lengths = {int(index): length for index, length in state["lengths"]}
+        self.skipped_in_a_row = state["skipped_in_a_row"]
 
 
 def _whole(request: Request, completion: Completion) -> np.ndarray:

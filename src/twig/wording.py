@@ -18,6 +18,8 @@ from twig.records import UserError
 
 Root = type[BaseModel]
 
+_UNITS = (86400, 3600, 60, 1)  # seconds in d, h, m, s
+
 
 def fields_of(group: Root, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Dotted key and field of every setting below a group."""
@@ -123,7 +125,7 @@ def _bound(limits: list[Any], name: str) -> Any:
     return next((getattr(limit, name) for limit in limits if hasattr(limit, name)), None)
 
 
-# ---- sizes -----------------------------------------------------------------------------------------------
+# ---- sizes and times -------------------------------------------------------------------------------------
 
 
 def parse_size(text: str) -> int | None:
@@ -158,6 +160,34 @@ def check_budget(value: str) -> str:
         raise UserError(
             f"memory.budget: {_show(value)} is not auto, a size or a share above 0 and up to 1; "
             "write for example memory.budget=6GiB"
+        )
+    return value
+
+
+def parse_duration(value: str | float) -> float | None:
+    """The seconds of a time: a number of them, or hours, minutes and seconds; None where it is none.
+
+    >>> parse_duration("2h30m"), parse_duration("90 s"), parse_duration(1.5), parse_duration("1 day")
+    (9000.0, 90.0, 1.5, None)
+    """
+    if not isinstance(value, str):
+        return float(value)
+    number = r"(?:([0-9]+(?:\.[0-9]+)?) ?%s ?)?"
+    match = re.fullmatch("".join(number % unit for unit in "dhms"), value.strip())
+    seconds = (
+        sum(float(part or 0) * unit for part, unit in zip(match.groups(), _UNITS, strict=True))
+        if match
+        else 0
+    )
+    return seconds or None
+
+
+def check_duration(value: str) -> str:
+    """`value` if it is a time above 0; raises UserError."""
+    if parse_duration(value) is None:
+        raise UserError(
+            f"train.max_time: {_show(value)} is neither a time nor a number of seconds; write for example "
+            "train.max_time=2h30m"
         )
     return value
 

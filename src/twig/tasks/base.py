@@ -132,6 +132,19 @@ def longest_prompt(task: Task, examples: Sequence[Example], tokenizer: Any, task
     return max(counts, default=0)
 
 
+def refuse_too_long(task: Task, prompt: int, completion: int, context: int | None) -> None:
+    """Raises UserError where a prompt and its longest completion, in tokens, are more than a model's context
+    (None: it has no limit)."""
+    if context is None or prompt + completion <= context:
+        return
+    room = context - prompt
+    instead = f"write rollout.max_completion_length={room}, or leave" if room > 0 else "leave"
+    raise UserError(
+        f"task {task.name}: a prompt has {prompt} tokens, and with rollout.max_completion_length="
+        f"{completion} that is more than the {context} of the model's context; {instead} out such rows"
+    )
+
+
 def _is_chat(example: Example, tokenizer: Any, task_settings: Any) -> bool:
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if not isinstance(example.prompt, str):
