@@ -24,6 +24,17 @@ from twig.runlog import (
     read_summary,
 )
 
+SUMMARY = {
+    "status": "finished",
+    "algorithm": "grpo",
+    "task": "svamp",
+    "steps": 3,
+    "tokens_sampled": 100,
+    "tokens_selected": 10,
+    "nodes_run": 50,
+    "seconds": 1.5,
+}
+
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
@@ -230,23 +241,44 @@ def test_completions_are_a_table_with_a_list_per_token(log):
 
 
 def test_a_crash_while_writing_the_summary_leaves_the_old_one(log, monkeypatch):
-    log.save_summary({"status": "stopped"})
+    log.save_summary(SUMMARY | {"status": "stopped"})
 
     def crash(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(OSError, match="No space"):
-        log.save_summary({"status": "finished"})
-    assert read_summary(log.folder) == {"status": "stopped"}
+        log.save_summary(SUMMARY)
+    assert read_summary(log.folder) == SUMMARY | {"status": "stopped"}
 
 
-def test_a_summary_that_cannot_be_read_is_none(log):
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "{",
+        "[]",
+        "{}",
+        '"finished"',
+        json.dumps(SUMMARY | {"tokens_sampled": "many"}),
+        json.dumps(SUMMARY | {"status": None}),
+        json.dumps(SUMMARY | {"accuracy_after": "good"}),
+        json.dumps(SUMMARY | {"accuracy_after": {"value": 0.5, "low": None, "high": 1, "n": 3}}),
+    ],
+)
+def test_a_summary_that_cannot_be_read_is_none(log, damaged):
     assert log.summary() is None
-    (log.folder / "summary.json").write_text("{")
+    (log.folder / "summary.json").write_text(damaged)
     assert log.summary() is None
-    log.save_summary({"status": "finished"})
-    assert log.summary() == {"status": "finished"}
+    log.save_summary(SUMMARY)
+    assert log.summary() == SUMMARY
+
+
+def test_a_damaged_row_of_metrics_is_one_line(log):
+    log.log(1, {"reward": 0.5})
+    for damaged in (b"{bro\n", b"\xff\n", b"[]\n", b"{}\n"):
+        (log.folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damaged)
+        with pytest.raises(UserError, match="metrics.jsonl line 2: damaged"):
+            read_metrics(log.folder)
 
 
 def test_tracebacks_and_warnings_have_their_files(log):

@@ -23,10 +23,12 @@ from twig.cli_export import export_command
 from twig.cli_plan import plan_as_comment, plan_command
 from twig.cli_shared import Overrides, quiet_libraries, result_console, show_row
 from twig.config import Settings, load, recipe_names, recipe_text
-from twig.display import clean, one_line, quoted, show_run, showing
+from twig.display import clean, quoted, show_run, showing
+from twig.escape import file_name, one_line
 from twig.machine import device_words, environment, gpu_warning, has_nvidia_gpu
 from twig.memory import with_sizes
 from twig.records import UserError
+from twig.redact import hidden
 from twig.runlog import RunLog, is_run, new_folder, newest_folder, read_summary
 from twig.tasks import TASKS, load_task, render_prompt
 from twig.wording import either
@@ -107,7 +109,7 @@ def _recipe(source: str) -> str:
 
 def _run_name(source: str) -> str:
     path = Path(source)
-    return path.stem if path.suffix in (".yaml", ".yml") else path.resolve().name
+    return file_name(path.stem if path.suffix in (".yaml", ".yml") else path.resolve().name)
 
 
 def _folder_to_resume(source: str, output: Path | None) -> Path:
@@ -184,11 +186,16 @@ def tasks(
 def _show_task(name: str, overrides: Sequence[str]) -> None:
     values = {"model": {"name": _ANY_MODEL}, "task": {"name": name}}
     settings = Settings.from_dict(values, overrides)
-    task = load_task(settings)
+    task = load_task(settings, notice=_notice)
     examples = task.eval or task.train
     if not examples:
         raise UserError(f"task {name}: there are no problems to show; write task.path= another file")
-    tokenizer = None if settings.model.name == _ANY_MODEL else _tokenizer(settings)
+    tokenizer = None
+    if settings.model.name != _ANY_MODEL:
+        from twig.models import load_tokenizer
+
+        quiet_libraries()
+        tokenizer = load_tokenizer(settings.model)
     example = examples[0]
     console = result_console()
     console.print(
@@ -208,13 +215,6 @@ def _show_task(name: str, overrides: Sequence[str]) -> None:
         Text(f"\nA right answer ends with:\n\n{clean(gold)}\n\nIts score: {float(score.right):g} ({words})"),
         soft_wrap=True,
     )
-
-
-def _tokenizer(settings: Settings) -> Any:
-    from twig.models import load_tokenizer
-
-    quiet_libraries()
-    return load_tokenizer(settings.model)
 
 
 @app.command()
@@ -289,8 +289,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end(words: object, status: int) -> int:
-    sys.stderr.write(f"twig: {one_line(words)}\n")
+    sys.stderr.write(f"twig: {one_line(hidden(str(words)))}\n")
     return status
+
+
+def _notice(text: str) -> None:
+    sys.stderr.write(f"{one_line(text)}\n")
 
 
 def _fixable(error: Exception) -> str | None:

@@ -91,8 +91,7 @@ def _settings_to_evaluate(
         values = load(model).model_dump()
         values["model"]["adapter"] = _adapter_of(folder, best)
     elif (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        values = {"model": {"name": base["base_model_name_or_path"], "adapter": model}}
+        values = {"model": {"name": _base_of(folder), "adapter": model}}
     else:
         values = {"model": {"name": model}}
     if task is not None and task != values.get("task", {}).get("name"):
@@ -102,6 +101,19 @@ def _settings_to_evaluate(
             f"--task: not set, and {model} is not a run that has one; write {either(list(TASKS))}"
         )
     return Settings.from_dict(values, overrides if limit is None else [*overrides, f"eval.limit={limit}"])
+
+
+def _base_of(adapter: Path) -> str:
+    file = adapter / "adapter_config.json"
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, TypeError, KeyError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{file}: names no base model; write twig eval MODEL --task NAME model.adapter={adapter}"
+        )
+    return name
 
 
 def _adapter_of(folder: Path, best: bool) -> str:

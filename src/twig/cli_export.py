@@ -7,7 +7,8 @@ import typer
 from rich.text import Text
 
 from twig.cli_shared import quiet_libraries, result_console
-from twig.display import one_line, quoted, showing
+from twig.display import quoted, showing
+from twig.escape import one_line
 from twig.signals import stoppable
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from twig.cli_shared import Overrides, result_console
 from twig.config import Settings, load
+from twig.escape import one_line
 from twig.machine import device_kind, free_memory
 from twig.memory import PROMPT_TOKENS, SIZES, Plan, budget_bytes, plan, with_free_sizes
 from twig.records import UserError
@@ -123,7 +124,10 @@ def _asked(settings: Settings, kind: str, prompt_tokens: int | None) -> tuple[di
     known = prompt_tokens or longest_prompt(settings)
     longest = known or assumed_prompt(settings)
     assumed = "" if known else " (assumed; write --prompt-tokens N)"
-    words = f"{settings.model.name} on {_DEVICES.get(kind, kind)}, prompts of up to {longest} tokens{assumed}"
+    if kind not in _DEVICES:
+        raise UserError(f"model.device: {kind!r} cannot be planned; write auto, cpu, cuda or mps")
+    name = one_line(settings.model.name)
+    words = f"{name} on {_DEVICES[kind]}, prompts of up to {longest} tokens{assumed}"
     return config, kind, longest, words
 
 
@@ -229,7 +233,8 @@ def longest_prompt(settings: Settings) -> int | None:
         return None
     if settings.task.name == "multiplication":  # all are as long as each other, or nearly
         settings = _fewer_problems(settings)
-    task = load_task(settings)
+    # Only prompts are needed: no reward file is run for a plan.
+    task = load_task(settings, reward_funcs=[len])
     texts = []
     for example in [*task.train[:_PROBLEMS], *task.eval[:_PROBLEMS]]:
         if not isinstance(example.prompt, str):
@@ -241,7 +246,12 @@ def longest_prompt(settings: Settings) -> int | None:
         return around + max((round(len(text) / _LETTERS) for text in texts), default=0)
     from tokenizers import Tokenizer
 
-    encoded = Tokenizer.from_file(str(path)).encode_batch(texts)
+    try:
+        encoded = Tokenizer.from_file(str(path)).encode_batch(texts)
+    except Exception as error:  # the library knows no other kind
+        raise UserError(
+            f"model.name: {path} is damaged ({error}); copy it again, or write --prompt-tokens N"
+        ) from error
     return around + max((len(each.ids) for each in encoded), default=0)
 
 

@@ -1,8 +1,8 @@
 """What a person sees while a model trains: a live display, or plain lines; and the result.
 
 Progress goes to stderr, results to stdout. Text that comes from outside (names, paths, completions) is only
-ever shown through `clean`, so it can neither style nor steer the terminal. Knows the names of metrics and of
-the fields of summary.json, nothing about training.
+ever shown through `clean` or `one_line`, so it can neither style nor steer the terminal. Knows the names of
+metrics and of the fields of summary.json, nothing about training.
 """
 
 import os
@@ -20,24 +20,18 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from twig.escape import one_line, printable, shortened
 from twig.progress import Progress
 
+_LONGEST_TEXT = 20_000
 _SECONDS_BETWEEN_LINES = 5.0
 _SMOOTHING = 0.1
 
 
 def clean(value: Any) -> str:
-    """The text with everything that a terminal could act on written out; line ends and tabs stay.
-
-    >>> clean("\\x1b[31mred")
-    '\\\\x1b[31mred'
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(value))
-
-
-def one_line(value: Any) -> str:
-    """The text as `clean` gives it, on one line."""
-    return clean(" ".join(str(value).split()))
+    """The text with everything that a terminal could act on written out, and not the middle of a very long
+    one; line ends and tabs stay."""
+    return printable(shortened(str(value), _LONGEST_TEXT))
 
 
 @contextmanager
@@ -45,7 +39,7 @@ def showing(kind: str, console: Console | None = None) -> Iterator[Progress]:
     """The display for `log.progress`: live, plain, quiet, or auto (live where `console` is a terminal)."""
     console = console or Console(stderr=True, highlight=False)
     if kind == "quiet":
-        yield Progress()
+        yield QuietProgress(console)
     elif kind == "plain" or kind == "auto" and (not console.is_terminal or console.is_dumb_terminal):
         yield PlainProgress(console)
     else:
@@ -92,6 +86,16 @@ class _Figures:
         return "" if self.seconds is None else f"{_clock(self.seconds * (total - step))} left"
 
 
+class QuietProgress(Progress):
+    """Nothing but what nobody may miss."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def notice(self, text: str) -> None:
+        _print_line(self.console, text)
+
+
 class PlainProgress(Progress):
     """Lines without colour: the first and last step, and one every few seconds between."""
 
@@ -120,8 +124,11 @@ class PlainProgress(Progress):
     def message(self, text: str) -> None:
         self._line(text)
 
+    def notice(self, text: str) -> None:
+        self._line(text)
+
     def _line(self, text: str) -> None:
-        self.console.print(Text(one_line(text)), soft_wrap=True)
+        _print_line(self.console, text)
 
 
 class LiveProgress(Progress):
@@ -165,6 +172,9 @@ class LiveProgress(Progress):
 
     def message(self, text: str) -> None:
         self.console.print(Text(one_line(text)))
+
+    def notice(self, text: str) -> None:
+        self.message(text)
 
     def done(self, summary: dict[str, Any]) -> None:
         self.close()
@@ -247,6 +257,10 @@ def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
 def quoted(path: Path) -> str:
     """A path as it is written on a command line."""
     return f'"{clean(path)}"' if os.name == "nt" else shlex.quote(clean(path))
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(Text(one_line(text)), soft_wrap=True)
 
 
 def _smooth(before: float | None, now: float) -> float:

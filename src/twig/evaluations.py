@@ -12,6 +12,7 @@ import numpy as np
 
 from twig.files import write_whole
 from twig.records import UserError
+from twig.redact import without_secrets
 
 SCHEMA_VERSION = 1
 RESULT, COMPLETIONS = "evaluation.json", "completions.jsonl"
@@ -37,11 +38,12 @@ def refuse_other_content(folder: Path) -> None:
 
 
 def write_evaluation(folder: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Writes both files, each whole or not at all."""
+    """Writes both files, each whole or not at all, without secrets of the environment."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=True) for row in rows]
+    lines = [json.dumps(row, ensure_ascii=True) for row in without_secrets(rows)]
+    record = {"schema_version": SCHEMA_VERSION} | without_secrets(record)
     write_whole(folder / COMPLETIONS, "\n".join(lines) + "\n")
-    write_whole(folder / RESULT, json.dumps({"schema_version": SCHEMA_VERSION} | record, indent=2) + "\n")
+    write_whole(folder / RESULT, json.dumps(record, indent=2) + "\n")
 
 
 def read_evaluation(folder: Path) -> Written:

@@ -4,8 +4,6 @@ Everything that is decided once per run is here; what happens in a step is in `t
 and crashes leave a run folder that `resume=True` goes on from.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,20 +28,23 @@ from twig.models import (
     load_tokenizer,
     pick_device,
     quantization_of,
+    remote_code_words,
     suppressed_ids,
 )
+from twig.oom import out_of_memory
 from twig.policy import Policy, adapter_shape, attach
 from twig.progress import Progress
 from twig.randomness import random_states, restore_random_states, seed_all
 from twig.records import UserError
 from twig.resume import CHECKPOINTS, Start, decided_model, decisions, is_finished, open_run
-from twig.samples import completion_rows
+from twig.samples import completion_rows, data_revision
 from twig.settings import Lora
 from twig.signals import Clock, Stop, stoppable
 from twig.sizing import size_run
 from twig.standing import TOTALS, Standing
 from twig.tasks import Task, load_task
 from twig.tasks.base import refuse_too_long
+from twig.tasks.functions import checksum_of
 from twig.tasks.rewards import RewardError
 from twig.trackers import Report, reporting, require
 from twig.trainer import Batch, Trainer
@@ -148,9 +149,14 @@ class _Session:
         given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.passed = ", ".join(name for name, value in given.items() if value is not None)
         self.progress.phase("loading")
-        self.task: Task = load_task(settings, train_dataset, eval_dataset, reward_funcs)
+        own = reward_funcs is None and settings.task.reward_file is not None
+        self.code = checksum_of(settings.task.reward_file) if own else None
+        given_data = train_dataset, eval_dataset
+        self.task: Task = load_task(settings, *given_data, reward_funcs, self.progress.notice)
         loaded = model is None
         if loaded:
+            if settings.model.trust_remote_code:
+                self.progress.notice(remote_code_words(settings.model))
             tokenizer = tokenizer or load_tokenizer(settings.model)
         elif tokenizer is None:
             raise UserError("tokenizer: a model was passed without its tokenizer; pass tokenizer=")
@@ -357,8 +363,16 @@ class _Session:
         # What memory had room for goes on; a size that is written now does too.
         wanted = {key.rpartition(".")[2]: values[key] for key in SIZES if key in self.start.changed}
         sizes = {name: wanted.get(name, size) for name, size in state["sizes"].items()}
-        self.trainer.restore(tensors, state | {"sizes": sizes})
-        self.standing = Standing(**state["standing"])
+        try:
+            self.trainer.restore(tensors, state | {"sizes": sizes})
+            self.standing = Standing(**state["standing"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
+            raise UserError(
+                f"{path}: not a checkpoint of this run ({type(error).__name__}: {error}); remove it to go on "
+                "from the one before"
+            ) from error
         summary = self.log.summary()
         if is_finished(summary) and summary["steps"] == self.standing.step and summary["accuracy_after"]:
             self.standing.add_evaluation(summary["accuracy_after"])  # made when the checkpoint was there
@@ -389,8 +403,9 @@ class _Session:
             dtype=str(model.dtype),
             quantization=quantization_of(model.config),
             model_revision=getattr(model.config, "_commit_hash", None),  # None: not from the Hub
-            data_revision=_data_revision(self.task),
+            data_revision=data_revision(self.task),
             passed=self.passed or None,
+            reward_file_sha256=self.code,
         )
 
 
@@ -407,15 +422,3 @@ def _refuse_another_shape(settings: Settings, has: dict[str, Any]) -> None:
                 f"lora.{key}: {value} here, but {has[key]} in {settings.model.adapter}, which keeps its "
                 f"shape; leave lora.{key} out"
             )
-
-
-def _data_revision(task: Task) -> str:
-    """A checksum of the problems in their order, wherever they came from."""
-    digest = hashlib.sha256()
-    for examples in (task.train, task.eval):
-        for example in examples:
-            row = [example.prompt, example.columns]
-            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
-            digest.update(text.encode() + b"\n")
-        digest.update(b"\n")
-    return f"sha256:{digest.hexdigest()}"

@@ -13,7 +13,7 @@ from twig.evaluate import Evaluation, SampledEvaluation, evaluate_policy, judge_
 from twig.evaluations import Written
 from twig.machine import environment
 from twig.measures import Comparison, mcnemar
-from twig.models import end_ids, load_model, suppressed_ids
+from twig.models import end_ids, load_model, remote_code_words, suppressed_ids
 from twig.policy import Policy, attach
 from twig.progress import Progress
 from twig.records import Completion, Example, UserError
@@ -63,9 +63,11 @@ def measure_model(
     problems. Raises UserError for what can be fixed."""
     progress = progress or Progress()
     progress.phase("loading")
-    task = load_task(settings)
+    task = load_task(settings, notice=progress.notice)
     if not task.eval:
         raise UserError(f"task {task.name}: nothing to evaluate on; write task.eval_split= the split to use")
+    if settings.model.trust_remote_code:
+        progress.notice(remote_code_words(settings.model))
     policy, tokenizer, ends = _load(settings)
     common = {
         "end_ids": ends,

@@ -48,7 +48,20 @@ def load_model(wanted: Model | str, tokenizer: Any = None) -> tuple[PreTrainedMo
     options = _quantised(wanted, config, device, dtype)
     if wanted.attn_implementation != "auto":
         options["attn_implementation"] = wanted.attn_implementation
-    model = _read(AutoModelForCausalLM, wanted, config=config, dtype=dtype, use_safetensors=True, **options)
+    model, loaded = _read(
+        AutoModelForCausalLM,
+        wanted,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    if loaded["missing_keys"]:  # transformers would leave them random
+        raise UserError(
+            f"model.name: {wanted.name} lacks weights that its config.json speaks of "
+            f"({min(loaded['missing_keys'])}); choose a model whose config and weights belong together"
+        )
     if "device_map" not in options:  # a quantised model is on its device, and may not be moved
         model = model.to(device)
     for module in model.modules():
@@ -59,6 +72,13 @@ def load_model(wanted: Model | str, tokenizer: Any = None) -> tuple[PreTrainedMo
     return model.eval(), tokenizer
 
 
+def remote_code_words(wanted: Model) -> str:
+    """The warning that belongs before loading a model with `model.trust_remote_code`."""
+    return (
+        f"warning: {wanted.name} may run its own Python code on this machine (model.trust_remote_code=true)"
+    )
+
+
 def load_config(wanted: Model) -> PreTrainedConfig:
     """The shape of the model that `wanted` names, without its weights; raises UserError as `load_model`."""
     return _read(AutoConfig, wanted)
@@ -66,7 +86,13 @@ def load_config(wanted: Model) -> PreTrainedConfig:
 
 def load_tokenizer(wanted: Model) -> Any:
     """The tokenizer of the model that `wanted` names; raises UserError as `load_model`."""
-    return _read(AutoTokenizer, wanted)
+    tokenizer = _read(AutoTokenizer, wanted)
+    # Without its files some classes are made all the same, and know no token.
+    if not tokenizer("347*26=", add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"model.name: {wanted.name} has no tokenizer (tokenizer.json); save it to the folder too"
+        )
+    return tokenizer
 
 
 def quantization_of(config: PreTrainedConfig) -> str | None:
@@ -123,18 +149,15 @@ def _read(kind: Any, wanted: Model, **options: Any) -> Any:
     place = place_of(wanted.name)
     if wanted.revision:
         options["revision"] = wanted.revision
-    kinds = (OSError, ValueError, KeyError, ImportError)
-    if "quantization_config" in options:  # a library that does not work on this machine
-        kinds = (*kinds, RuntimeError)
     try:
         logging.disable_progress_bar()  # one line of ours is enough
         if Path(place).is_dir():
             return kind.from_pretrained(place, trust_remote_code=wanted.trust_remote_code, **options)
         with hub_or_cache():
             return kind.from_pretrained(place, trust_remote_code=wanted.trust_remote_code, **options)
-    except kinds as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a broken config, damaged weights: each library has its own kinds
         raise UserError(_missing(wanted, error)) from error
     finally:
         logging.enable_progress_bar()
@@ -162,6 +185,18 @@ def _missing(wanted: Model, error: Exception) -> str:
     if isinstance(error, ValueError) and "attention implementation" in lowered:
         return (
             f"model.attn_implementation: {name} has no such attention; write model.attn_implementation=eager"
+        )
+    if "trust_remote_code" in lowered:
+        return (
+            f"model.name: {name} needs to run its own Python code; write model.trust_remote_code=true if you "
+            "trust it, or choose another model"
+        )
+    if type(error).__name__ == "SafetensorError":
+        return f"model.name: the weights of {name} are damaged ({reason[:200]}); copy or download them again"
+    if "ignore_mismatched_sizes" in reason:
+        return (
+            f"model.name: {name} has weights of another shape than its config.json says; choose a model "
+            "whose config and weights belong together"
         )
     why = None if Path(place_of(name)).is_dir() else refusal(error)
     if why == "gated":

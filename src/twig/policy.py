@@ -12,6 +12,7 @@ vocabulary.
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -294,8 +295,12 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = 
     """
     folder = _adapter_folder(adapter)
     try:
-        config = LoraConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what another kind of adapter has beside is said below
+            config = LoraConfig.from_pretrained(folder)
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"it is of the kind {config.peft_type}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"model.adapter: {adapter} holds no LoRA adapter ({_short(error)}); write the folder of one"
         ) from error
@@ -314,8 +319,13 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = 
             f"model.adapter: bias='{config.bias}' in {adapter} is not supported: train one with bias='none'"
         )
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            # What is missing would stay random.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
         raise UserError(
             f"model.adapter: {adapter} does not fit the model ({_short(error)}); write the model.name that "
             "it was trained on"

@@ -1,6 +1,12 @@
-"""What training tells whoever watches it. This base class says nothing; `display.py` has those that do."""
+"""What training tells whoever watches it. This base class says only what must be said; `display.py` has those
+that say more."""
 
+import logging
 from typing import Any
+
+from twig.escape import one_line
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -22,6 +28,10 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Something worth a line: where the run goes on, what was saved, a warning."""
+
+    def notice(self, text: str) -> None:
+        """Something that nobody may miss, such as whose code is about to run: shown, or else logged."""
+        logger.warning("%s", one_line(text))
 
     def done(self, summary: dict[str, Any]) -> None:
         """The run is over; `summary` is summary.json."""

@@ -63,6 +63,7 @@ def _go_on(log: RunLog, settings: Settings, progress: Progress) -> Start:
     found, damaged = checkpoint.newest_valid(log.folder / CHECKPOINTS)
     decided = {} if found is None else checkpoint.load_state(found)["decided"]
     changed = changes(log.settings, settings, decided)
+    log.refuse_another_reward_file(settings)
     for path in damaged:
         log.warn(f"{path} is damaged and not used")
         progress.message(f"warning: {path} is damaged and not used")

@@ -15,16 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from twig.config import RUN_CONFIG, Settings, load
+from twig.escape import one_line, printable, storable
 from twig.files import LOCK, FolderLock, append_whole, flush, write_whole
 from twig.machine import environment
 from twig.records import UserError
+from twig.redact import hidden, secret_in, without_secrets
+from twig.tasks.functions import checksum_of, reward_file
 
 ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.json"
 COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt"
 TRACKERS = ("tensorboard", "wandb")  # folders that trackers make
 RUNS = Path("runs")
 # All that `save_environment` takes from its caller: nothing else about a machine ends up in a run folder.
-FACTS = ("device", "device_name", "dtype", "quantization", "model_revision", "data_revision", "passed")
+FACTS = (
+    "device",
+    "device_name",
+    "dtype",
+    "quantization",
+    "model_revision",
+    "data_revision",
+    "passed",
+    "reward_file_sha256",
+)
+# Numbers of summary.json, and of an evaluation in it.
+_NUMBERS = ("steps", "tokens_sampled", "tokens_selected", "nodes_run", "seconds")
+_RESULT = ("value", "low", "high", "n")
 # A folder with nothing but these holds a run that never began: nothing is lost by starting over in it.
 _BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK, LOCK, *TRACKERS}
 _BEFORE_THE_START |= {f".{name}.tmp" for name in (RUN_CONFIG, ENVIRONMENT)}  # of a process that was killed
@@ -73,6 +88,7 @@ class RunLog:
         else:
             folder = Path(output)
             _refuse_other_content(folder)
+        _refuse_secrets(settings)
         log = cls(folder, settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,12 +148,13 @@ class RunLog:
 
     def save_settings(self, settings: Settings) -> None:
         """Writes config.yaml: those the run began with, or goes on with."""
+        _refuse_secrets(settings)
         write_whole(self.folder / RUN_CONFIG, settings.to_yaml())
 
     def save_environment(self, **facts: str | None) -> None:
         """Writes environment.json: versions, platform, commit, and what the caller knows (FACTS)."""
         assert set(facts) <= set(FACTS), "environment.json holds what is on the list and nothing else"
-        found = environment() | dict.fromkeys(FACTS) | facts
+        found = without_secrets(environment() | dict.fromkeys(FACTS) | facts)
         write_whole(self.folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -145,7 +162,8 @@ class RunLog:
 
         Rows that cannot be written wait, and are written with the next one that can.
         """
-        self._rows.append(json.dumps(_plain({"step": step, **metrics}), allow_nan=False) + "\n")
+        row = without_secrets(_plain({"step": step, **metrics}))
+        self._rows.append(json.dumps(row, allow_nan=False) + "\n")
         self._write_rows()
 
     def flush(self) -> None:
@@ -164,26 +182,26 @@ class RunLog:
 
         def write() -> None:
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, _parquet([{"step": step, **row} for row in rows]))
+            write_whole(path, _parquet(_public_rows([{"step": step, **row} for row in rows])))
 
         self._try(f"{folder}/{path.name}", write)
         return path
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all; a number that is not finite becomes null."""
-        text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(without_secrets(_plain(summary)), indent=2, allow_nan=False) + "\n"
         write_whole(self.folder / SUMMARY, text)
 
     def save_traceback(self, text: str) -> Path:
-        """Writes traceback.txt (the last fault only) and returns its path."""
+        """Writes traceback.txt (the last fault only), without secrets, and returns its path."""
         path = self.folder / TRACEBACK
-        self._try(TRACEBACK, lambda: write_whole(path, text))
+        self._try(TRACEBACK, lambda: write_whole(path, printable(hidden(text))))
         return path
 
     def warn(self, text: str) -> None:
         """Appends a line to warnings.txt."""
         with suppress(OSError):  # whoever warns has said it elsewhere too
-            append_whole(self.folder / WARNINGS, " ".join(text.split()) + "\n")
+            append_whole(self.folder / WARNINGS, one_line(hidden(text)) + "\n")
 
     def _try(self, name: str, write: Callable[[], None]) -> bool:
         """Whether the writing of what only records the run succeeded; says once where it does not."""
@@ -214,6 +232,19 @@ class RunLog:
 
     # ---- reading
 
+    def refuse_another_reward_file(self, settings: Settings) -> None:
+        """Raises UserError where the reward file is not the one that the run began with."""
+        spec, before = settings.task.reward_file, self.environment().get("reward_file_sha256")
+        if spec is not None and before is not None and checksum_of(spec) != before:
+            raise UserError(
+                f"task.reward_file: {reward_file(spec)} has changed since the run began; put the old one "
+                "back, or start a new run with another --output"
+            )
+
+    def environment(self) -> dict[str, Any]:
+        """What environment.json holds, or nothing where there is none that can be read."""
+        return _read_json(self.folder / ENVIRONMENT) or {}
+
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds, or None where there is none that can be read."""
         return read_summary(self.folder)
@@ -221,18 +252,54 @@ class RunLog:
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """What a run folder's summary.json holds, or None where there is none that can be read."""
+    found = _read_json(folder / SUMMARY)
+    return found if found is not None and _is_summary(found) else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
+def _is_summary(found: dict[str, Any]) -> bool:
+    """Whether what is shown and exported is there, and of its kind."""
+    results = [found.get(f"accuracy_{when}") for when in ("before", "after", "best")]
+    return (
+        all(isinstance(found.get(key), str) for key in ("status", "algorithm", "task"))
+        and all(_is_number(found.get(key)) for key in _NUMBERS)
+        and all(
+            result is None
+            or (isinstance(result, dict) and all(_is_number(result.get(key)) for key in _RESULT))
+            for result in results
+        )
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder's metrics.jsonl; a last row that a crash tore is left out."""
-    lines = (folder / METRICS).read_text(encoding="utf-8").split("\n")
+    """The rows of a run folder's metrics.jsonl; a last row that a crash tore is left out.
+
+    Raises UserError for a damaged row before it.
+    """
+    path, rows = folder / METRICS, []
     # What follows the last line end is a torn row, or nothing.
-    return [json.loads(line) for line in lines[:-1] if line]
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line) if line else None
+            if row is not None:
+                rows.append(row | {"step": int(row["step"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(
+                f"{path} line {number}: damaged, not a row of metrics; remove the line, or write another "
+                "--output"
+            ) from None
+    return rows
 
 
 def new_folder(name: str) -> Path:
@@ -285,6 +352,17 @@ def _refuse_other_content(folder: Path) -> None:
     raise UserError(f"--output {folder}: not empty and not a run; write another --output")
 
 
+def _refuse_secrets(settings: Settings) -> None:
+    """Raises UserError where a setting holds a secret of the environment: run folders are shared."""
+    for key, value in settings.flat().items():
+        variable = secret_in(str(value))
+        if variable is not None:
+            raise UserError(
+                f"{key}: holds the secret in the environment's {variable}, and settings are written to the "
+                "run folder; leave it out"
+            )
+
+
 def _names(folder: Path) -> set[str]:
     try:
         return {path.name for path in folder.iterdir()}
@@ -307,6 +385,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _public_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without secrets, in texts that UTF-8 can hold. Where a completion had a secret in it, its
+    tokens spell it too: they are blanked, and their ids are 0."""
+    texts = [{key: value for key, value in row.items() if isinstance(value, str)} for row in rows]
+    found = []
+    for row, before, after in zip(rows, texts, without_secrets(texts), strict=True):
+        row = row | {key: storable(text) for key, text in after.items()}
+        if "tokens" in row:
+            row["tokens"] = [storable(token) for token in row["tokens"]]
+        if before.get("completion") != after.get("completion"):
+            for key, blank in (("tokens", ""), ("token_ids", 0)):
+                row[key] = [blank] * len(row.get(key, ()))
+        found.append(row)
+    return found
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:

@@ -138,8 +138,8 @@ class Shape:
         """The shape that a config.json describes; raises Unplannable for any but decoders of equal layers."""
         config = {**config, **config.get("text_config", {})}
         family = str(config.get("model_type", "?"))
-        if missing := [key for key in _DENSE if not isinstance(config.get(key), int)]:
-            _refuse(family, f"its config has no {missing[0]}")
+        if wrong := [key for key in _DENSE if not isinstance(config.get(key), int) or config[key] < 1]:
+            _refuse(family, f"its config has no {wrong[0]} of at least 1")
         if any(config.get(key) for key in _EXPERTS):
             _refuse(family, "it has experts, of which each token uses some")
         traits = _FAMILIES.get(family, {})

@@ -4,6 +4,7 @@ A task is one small module here, imported when it is asked for. Knows no task's 
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -29,12 +30,14 @@ def load_task(
     train_dataset: Any = None,
     eval_dataset: Any = None,
     reward_funcs: Any = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Task:
     """The task that `settings.task` names.
 
     Data passed here (a Dataset, or a list of dicts) takes the place of the task's own; `reward_funcs` (one
-    function or several), or else those of `task.reward_file`, take the place of its rewards. Raises UserError
-    for an unknown name, data that cannot be read, a missing column, or rewards and weights that do not match.
+    function or several), or else those of `task.reward_file`, take the place of its rewards. That file is
+    run, after `notice` (None: the log) was told its path. Raises UserError for an unknown name, data that
+    cannot be read, a missing column, or rewards and weights that do not match.
     """
     wanted = settings.task
     if wanted.name not in TASKS:
@@ -50,7 +53,7 @@ def load_task(
         )
     else:
         task = module.load(settings, train_dataset, eval_dataset)
-    return _with_rewards(_with_texts(task, wanted), wanted, reward_funcs)
+    return _with_rewards(_with_texts(task, wanted), wanted, reward_funcs, notice)
 
 
 def _with_texts(task: Task, wanted: Any) -> Task:
@@ -61,11 +64,11 @@ def _with_texts(task: Task, wanted: Any) -> Task:
     return replace(task, correct_at=wanted.correct_at, **own)
 
 
-def _with_rewards(task: Task, wanted: Any, passed: Any) -> Task:
+def _with_rewards(task: Task, wanted: Any, passed: Any, notice: Callable[[str], None] | None) -> Task:
     if passed is not None:
         functions = (passed,) if callable(passed) else tuple(passed)
     elif wanted.reward_file is not None:
-        functions = load_reward_file(wanted.reward_file)
+        functions = load_reward_file(wanted.reward_file, notice)
     else:
         functions = task.reward_funcs
     if not functions:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from twig.escape import storable
 from twig.records import Example, Score, UserError
 from twig.tasks.calls import Limit
 
@@ -94,7 +95,8 @@ def encode_prompt(task: Task, example: Example, tokenizer: Any, task_settings: A
     is left.
     """
     chat = _is_chat(example, tokenizer, task_settings)
-    text = render_prompt(task, example, tokenizer, task_settings)
+    # No tokenizer takes a lone surrogate, which a template of the settings may hold.
+    text = storable(render_prompt(task, example, tokenizer, task_settings))
     ids = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     while bos is not None and ids[:2] == [bos, bos]:

@@ -74,5 +74,6 @@ def _is_messages(prompt: Any) -> bool:
     return (
         isinstance(prompt, list)
         and len(prompt) > 0
-        and all(isinstance(part, dict) and "role" in part and "content" in part for part in prompt)
+        and all(isinstance(part, dict) and isinstance(part.get("role"), str) for part in prompt)
+        and all(isinstance(part.get("content"), str | list) for part in prompt)
     )

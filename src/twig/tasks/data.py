@@ -1,7 +1,8 @@
 """Rows for a task: from Python, from local JSON, JSONL or Parquet files, or from the Hugging Face Hub.
 
-A row is a dict of columns. Knows nothing about what the columns mean. `datasets` and `pyarrow` are imported
-only where they are needed.
+A row is a dict of columns. A lone surrogate, which no tokenizer and no file in UTF-8 can hold, becomes the
+escape that JSON writes for it. Knows nothing about what the columns mean. `datasets` and `pyarrow` are
+imported only where they are needed.
 """
 
 import json
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from twig.escape import storable
 from twig.reach import hub_or_cache, refusal
 from twig.records import UserError
 
@@ -50,14 +52,20 @@ def read_rows(
     return train[: wanted.train_size], evaluation[: wanted.eval_size]
 
 
-def require_columns(rows: Sequence[Row], columns: Sequence[str], hint: str) -> None:
-    """Raises UserError for the first row that lacks one of the columns, with the columns found and what to
-    write."""
+def require_columns(
+    rows: Sequence[Row], columns: Sequence[str], hint: str, texts: Sequence[str] = ()
+) -> None:
+    """Raises UserError for the first row that lacks one of the columns, or where one of `texts` is no text,
+    with what was found and what to write."""
     for number, row in enumerate(rows):
         for column in columns:
-            if row.get(column) is None:
-                found = ", ".join(row) or "none"
+            value = row.get(column)
+            if value is None:
+                found = "null there" if column in row else ", ".join(row) or "none"
                 raise UserError(f"data row {number} has no column {column!r} (it has {found}); {hint}")
+            if column in texts and not isinstance(value, str):
+                kind = type(value).__name__
+                raise UserError(f"data row {number}: {column} is not text but a {kind}; {hint}")
 
 
 # ---- where the rows are ------------------------------------------------------------------------------------
@@ -78,7 +86,8 @@ def _open(wanted: Any, hub_name: str | None, hub_config: str | None) -> tuple[st
         if path.exists():
             return str(path), _file(path)
     except OSError as error:
-        raise UserError(f"task.path: {path} cannot be read ({error.strerror})") from error
+        reason = error.strerror or error
+        raise UserError(f"task.path: {path} cannot be read ({reason}); write another") from error
     looks_like_a_file = path.suffix in (*_SUFFIXES, ".csv", ".txt") or path.is_absolute()
     if looks_like_a_file or not _HUB_NAME.fullmatch(wanted.path):
         raise UserError(
@@ -170,7 +179,8 @@ def _rows(path: Path) -> list[Row]:
         if path.suffix == ".json":
             return _checked(_json(path), str(path))
     except OSError as error:
-        raise UserError(f"task.path: {path} cannot be read ({error.strerror})") from error
+        reason = error.strerror or error
+        raise UserError(f"task.path: {path} cannot be read ({reason}); write another") from error
     raise UserError(f"task.path: {path} is none of {', '.join(_SUFFIXES)}; write one of those")
 
 
@@ -180,20 +190,18 @@ def _parquet(path: Path) -> list[Row]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"task.path: {path} is not readable as Parquet ({' '.join(str(error).split())})"
-        ) from error
+    except (pyarrow.ArrowException, ValueError, ArithmeticError) as error:
+        raise UserError(f"task.path: {path} is not readable as Parquet ({error}); write it anew") from error
 
 
 def _json(path: Path) -> Any:
     text = _text(path)
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return _whole(json.loads(text))
+    except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data"):  # one object per line under the other suffix
             return _json_lines(path)
-        raise UserError(f"task.path: {path} is not readable as JSON: {error}") from error
+        raise UserError(f"task.path: {path} is not readable as JSON: {error}; correct it") from error
 
 
 def _json_lines(path: Path) -> list[Row]:
@@ -202,9 +210,12 @@ def _json_lines(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"task.path: {path} line {number} is not readable as JSON: {error}") from error
+            row = _whole(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"task.path: {path} line {number} is not readable as JSON: {error}; write {{...}} on each "
+                "line"
+            ) from error
         if not isinstance(row, dict):
             raise UserError(f"task.path: {path} line {number} is not an object; write {{...}} on each line")
         rows.append(row)
@@ -216,6 +227,17 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"task.path: {path} is not text in UTF-8; save it as UTF-8") from error
+
+
+def _whole(value: Any) -> Any:
+    """The value with each lone surrogate in its texts written out."""
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return value
 
 
 def _checked(rows: Any, where: str) -> list[Row]:
@@ -276,6 +298,9 @@ def _passed(name: str, data: Any) -> list[Row]:
             raise UserError(
                 f"{name}: row {number} is not a dict but {type(row).__name__}; pass a dict per row"
             )
+        odd = next((key for key in row if not isinstance(key, str)), None)
+        if odd is not None:
+            raise UserError(f"{name}: row {number} has a column {odd!r}; pass names of columns as text")
     if not rows:
         raise UserError(f"{name}: holds no rows; pass at least one")
-    return [dict(row) for row in rows]
+    return [_whole(dict(row)) for row in rows]

@@ -4,6 +4,7 @@ Knows nothing about what the functions are given or return.
 """
 
 import functools
+import hashlib
 import importlib.util
 import inspect
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from twig.escape import printable
 from twig.records import UserError
 
 logger = logging.getLogger(__name__)
@@ -102,19 +104,43 @@ def check_signature(function: Callable[..., Any], name: str, arguments: Mapping[
         ) from error
 
 
-def load_reward_file(spec: str) -> tuple[Callable[..., Any], ...]:
-    """The functions that "FILE.py:FUNCTION[,FUNCTION]" names. Runs the file; the log says which before it
-    does.
-
-    Raises UserError for a missing file or function, RewardError where the file itself fails.
-    """
-    file, _, wanted = spec.rpartition(":")
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
+def reward_file(spec: str) -> Path:
+    """The absolute path in "FILE.py:FUNCTION[,FUNCTION]". Raises UserError where no file is there."""
+    path = Path(spec.rpartition(":")[0]).expanduser()
+    try:
+        path = path.resolve()
+        found = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a null in it, a loop of links
+        found = False
+    if not found:
         raise UserError(
             f"task.reward_file: {path} does not exist; write FILE.py:FUNCTION with the path of a file"
         )
-    logger.info("running the reward file %s", path)
+    return path
+
+
+def checksum_of(spec: str) -> str:
+    """The sha256 of the file in "FILE.py:FUNCTION[,FUNCTION]"; of no file that it imports."""
+    path = reward_file(spec)
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"task.reward_file: {path} cannot be read ({error.strerror}); make it readable, or write another"
+        ) from error
+
+
+def load_reward_file(
+    spec: str, notice: Callable[[str], None] | None = None
+) -> tuple[Callable[..., Any], ...]:
+    """The functions that "FILE.py:FUNCTION[,FUNCTION]" names. Runs the file: `notice` (None: the log) is told
+    which before that.
+
+    Raises UserError for a missing file or function, RewardError where the file itself fails.
+    """
+    wanted = spec.rpartition(":")[2]
+    path = reward_file(spec)
+    (notice or logger.warning)(f"running the Python file {printable(path)}")
     module = _run_file(path)
     functions = []
     for name in (part.strip() for part in wanted.split(",")):

@@ -45,7 +45,7 @@ def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> 
 
 def _examples(rows: list[Row]) -> list[Example]:
     hint = "write task.path= a file or folder with question and answer"
-    require_columns(rows, ("question", "answer"), hint)
+    require_columns(rows, ("question", "answer"), hint, texts=("question",))
     examples = []
     for number, row in enumerate(rows):
         solution = str(row["answer"])

@@ -44,7 +44,7 @@ def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> 
 
 def _examples(rows: list[Row]) -> list[Example]:
     hint = "write task.path= a file or folder with Body, Question and Answer"
-    require_columns(rows, ("Body", "Question", "Answer"), hint)
+    require_columns(rows, ("Body", "Question", "Answer"), hint, texts=("Body", "Question"))
     examples = []
     for row in rows:
         gold = read_number(str(row["Answer"]), strict=False)
