@@ -33,6 +33,7 @@ from twig.objective import Surrogate, loss
 from twig.pack import Pack, Stem, head_columns
 from twig.reach import hub_or_cache, refusal
 from twig.records import UserError
+from twig.settings import Lora
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -362,6 +363,21 @@ def adapter_shape(peft_model: PeftModel) -> dict[str, Any]:
         "target_modules": sorted({parts[parts.index("lora_A") - 1] for parts in inside if "lora_A" in parts}),
         "layers": "all" if len(numbers) == len(layers) else numbers,
     }
+
+
+def refuse_another_shape(settings: Any, has: dict[str, Any]) -> None:
+    """Raises UserError where a setting asks for a shape that the adapter gone on with has not.
+
+    A setting that has its default asks for nothing: whether somebody wrote it cannot be told.
+    """
+    for key, info in Lora.model_fields.items():
+        value = getattr(settings.lora, key)
+        wanted = sorted(set(value)) if isinstance(value, list) else value
+        if value != info.default and wanted != has[key]:
+            raise UserError(
+                f"lora.{key}: {value} here, but {has[key]} in {settings.model.adapter}, which keeps its "
+                f"shape; leave lora.{key} out"
+            )
 
 
 def _short(error: Exception) -> str:

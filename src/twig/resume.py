@@ -13,7 +13,7 @@ from twig.config import Settings
 from twig.memory import SIZES, with_sizes
 from twig.progress import Progress
 from twig.records import UserError
-from twig.runlog import RunLog
+from twig.runlog import NoLog, RunLog
 from twig.settings import Model
 
 CHECKPOINTS = "checkpoints"
@@ -36,7 +36,7 @@ class Start:
     """A run about to begin or go on: its log, the checkpoint to go on from (None: from the beginning), and
     the settings that changed since it began."""
 
-    log: RunLog
+    log: RunLog | NoLog
     checkpoint: Path | None = None
     changed: tuple[str, ...] = ()
 

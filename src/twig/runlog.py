@@ -11,20 +11,32 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from twig.config import RUN_CONFIG, Settings, load
 from twig.files import LOCK, FolderLock, append_whole, flush, write_whole
+from twig.lifeline import Ended
 from twig.machine import environment
 from twig.records import UserError
+from twig.tasks.functions import RewardError
 
 ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.json"
 COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt"
 TRACKERS = ("tensorboard", "wandb")  # folders that trackers make
 RUNS = Path("runs")
 # All that `save_environment` takes from its caller: nothing else about a machine ends up in a run folder.
-FACTS = ("device", "device_name", "dtype", "quantization", "model_revision", "data_revision", "passed")
+FACTS = (
+    "device",
+    "device_name",
+    "dtype",
+    "quantization",
+    "model_revision",
+    "data_revision",
+    "passed",
+    "processes",
+)
 # A folder with nothing but these holds a run that never began: nothing is lost by starting over in it.
 _BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK, LOCK, *TRACKERS}
 _BEFORE_THE_START |= {f".{name}.tmp" for name in (RUN_CONFIG, ENVIRONMENT)}  # of a process that was killed
@@ -134,7 +146,7 @@ class RunLog:
         """Writes config.yaml: those the run began with, or goes on with."""
         write_whole(self.folder / RUN_CONFIG, settings.to_yaml())
 
-    def save_environment(self, **facts: str | None) -> None:
+    def save_environment(self, **facts: str | int | None) -> None:
         """Writes environment.json: versions, platform, commit, and what the caller knows (FACTS)."""
         assert set(facts) <= set(FACTS), "environment.json holds what is on the list and nothing else"
         found = environment() | dict.fromkeys(FACTS) | facts
@@ -217,6 +229,28 @@ class RunLog:
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds, or None where there is none that can be read."""
         return read_summary(self.folder)
+
+
+class NoLog:
+    """A run's log in the processes that write nothing: it knows the folder, and every call does nothing."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self.settings = settings
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def with_traceback(error: RewardError | Ended, log: RunLog | NoLog) -> BaseException:
+    """The error, with the traceback of a reward function, in whatever process, saved to the run folder."""
+    text = error.failure.details if isinstance(error, Ended) else error.traceback_text
+    path = log.save_traceback(text) if text else None
+    if path is None:
+        return error
+    if isinstance(error, Ended):
+        return Ended(replace(error.failure, words=f"{error.failure.words} (traceback: {path})"))
+    return UserError(f"{error} (traceback: {path})")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
