@@ -36,7 +36,7 @@ from twig.processes import ALONE, Processes, together
 from twig.progress import Progress
 from twig.randomness import random_states, restore_random_states, seed_all
 from twig.records import UserError
-from twig.resume import CHECKPOINTS, Start, decided_model, decisions, is_finished, open_run
+from twig.resume import CHECKPOINTS, Start, decided_by_main, decisions, is_finished, open_run
 from twig.runlog import NoLog, with_traceback
 from twig.samples import completion_rows
 from twig.signals import Clock, Stop, stoppable
@@ -124,12 +124,6 @@ def train(
             start.log.close()
 
 
-def _decided(settings: Settings, start: Start, processes: Processes) -> Any:
-    """The settings of the model as process 0 decided them; each of several has a device of its own."""
-    found = processes.from_main(decided_model(settings.model, start) if processes.main else None)
-    return found if processes.size == 1 else found.model_copy(update={"device": settings.model.device})
-
-
 def _with_lora(settings: Settings, peft_config: Any, model: PreTrainedModel | None) -> Settings:
     def family() -> str:
         return (load_config(settings.model) if model is None else model.config).model_type
@@ -187,7 +181,7 @@ class _Session:
         if self.sized.warning is not None:
             self._warn(self.sized.warning)
         if loaded:
-            model, _ = load_model(_decided(settings, self.start, self.processes), tokenizer)
+            model, _ = load_model(decided_by_main(settings, self.start, self.processes), tokenizer)
         lora = settings.lora
         peft_model = attach(
             model,
