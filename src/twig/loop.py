@@ -109,7 +109,9 @@ def train(
         start = start or Start(NoLog(folder, settings), *known)
         try:
             device = (
-                pick_device(_decided(settings, start, processes).device) if model is None else model.device
+                pick_device(decided_by_main(settings, start, processes).device)
+                if model is None
+                else model.device
             )
             with PeakMemory(str(device)) as memory:
                 session = _Session(settings, start, progress, memory, clock, processes)
