@@ -188,9 +188,10 @@ def measure(case: str, folder: str) -> dict[str, float]:
     import torch
 
     from twig import loop  # noqa: F401  (with all that it imports)
+    from twig.adapter import attach
     from twig.evaluate import evaluate_policy
     from twig.models import end_ids, load_model
-    from twig.policy import Policy, attach
+    from twig.policy import Policy
     from twig.progress import Progress
     from twig.records import Example
     from twig.tasks import Task

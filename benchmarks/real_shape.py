@@ -74,9 +74,10 @@ def reward(completions: list[Any], **columns: Any) -> list[float]:
 
 def twig_side(side: str, folder: str, shape: str) -> dict[str, float]:
     import twig.loop  # noqa: F401  (with all that it imports)
+    from twig.adapter import attach
     from twig.config import Settings
     from twig.models import end_ids, load_model
-    from twig.policy import Policy, attach
+    from twig.policy import Policy
     from twig.progress import Progress
     from twig.records import Example
     from twig.tasks import Task

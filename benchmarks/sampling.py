@@ -28,8 +28,8 @@ CASES = {"embedded": ("embedded", 8, 16, 64), "0.1b": ("0.1b", 4, 8, 64)}
 
 def prepare(case: str) -> tuple[Any, list[list[int]], list[int]]:
     """(model with adapter, prompts, end tokens) of a case."""
+    from twig.adapter import attach
     from twig.models import end_ids, load_model
-    from twig.policy import attach
     from twig.settings import Model
     from twig.tasks.multiplication import problems, prompt_text
 

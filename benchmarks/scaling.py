@@ -57,10 +57,11 @@ def curve(name: str, repeats: int) -> dict[str, Any]:
 def point(name: str, sizes: dict[str, float], repeats: int) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
+    from twig.adapter import attach
     from twig.credit import assign
     from twig.objective import Surrogate
     from twig.passes import Passes, Sizes
-    from twig.policy import Policy, attach
+    from twig.policy import Policy
     from twig.progress import Progress
     from twig.records import Completion, Example, Group
     from twig.settings import Algorithm

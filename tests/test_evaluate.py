@@ -10,13 +10,14 @@ import torch
 from peft import PeftModel
 from saved import save_model
 
+from twig.adapter import attach
 from twig.cli import main
 from twig.config import Settings
 from twig.evaluate import evaluate_policy, sample_policy
 from twig.evaluations import read_evaluation
 from twig.measures import bootstrap, majority, mcnemar, pass_at_k, wilson
 from twig.models import end_ids, load_model
-from twig.policy import Policy, attach
+from twig.policy import Policy
 from twig.records import Example
 from twig.tasks import Task, encode_prompt, load_task
 from twig.tasks.rewards import accuracy, score_last_number, score_number

@@ -22,12 +22,13 @@ from test_engine import (
 )
 from transformers import AutoModelForCausalLM
 
+from twig.adapter import attach
 from twig.cli import main
 from twig.decoder import Decoder
 from twig.noise import uniforms
 from twig.objective import Surrogate
 from twig.pack import build_packs
-from twig.policy import Policy, attach
+from twig.policy import Policy
 from twig.records import UserError
 from twig.rollout import sample
 from twig.runlog import read_metrics, read_summary

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import twig
 from twig import checkpoint
+from twig.adapter import attach
 from twig.cli import main
 from twig.config import Settings
 from twig.files import FolderLock
 from twig.models import load_model
-from twig.policy import attach
 from twig.randomness import random_states, restore_random_states, seed_all
 from twig.records import UserError
 from twig.resume import changes, decided_model, open_run

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 
 import twig
 from twig import checkpoint, rollout
+from twig.adapter import attach
 from twig.cli import main
 from twig.config import Settings, load
 from twig.memory import SIZES
 from twig.models import load_model
-from twig.policy import attach
 from twig.progress import Progress
 from twig.records import UserError
 from twig.runlog import read_metrics, read_summary

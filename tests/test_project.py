@@ -18,9 +18,9 @@ ORDER = (
     "escape records files redact reach wording task_settings settings config from_peft expressions answers "
     "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie noise credit objective pack models oom head decoder policy rollout replay progress passes measures "
-    "evaluate shape workload footprint memory "
-    "checkpoint machine usage sizing evaluations measure runlog resume randomness standing "
+    "trie noise credit objective pack models oom head decoder adapter policy rollout replay progress "
+    "lifeline processes passes batch measures evaluate shape workload footprint memory "
+    "checkpoint machine usage sizing evaluations measure rows runlog resume randomness standing "
     "trackers signals watch symptoms diagnose series creditmap report "
     "trainer samples loop compare "
     "hub card export __init__ "
@@ -33,8 +33,8 @@ WITHOUT_TORCH = (
     "escape records files redact reach wording task_settings settings config from_peft expressions answers "
     "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
-    "trie noise credit pack replay progress measures shape workload footprint memory "
-    "machine usage sizing evaluations runlog standing trackers signals watch symptoms diagnose series "
+    "trie noise credit pack replay progress lifeline processes measures shape workload footprint memory "
+    "machine usage sizing evaluations rows runlog standing trackers signals watch symptoms diagnose series "
     "creditmap report hub card display cli_shared cli_eval cli_export cli_plan cli"
 ).split()
 

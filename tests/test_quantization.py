@@ -13,11 +13,12 @@ from saved import build_tokenizer
 from test_engine import credit_of, engine_gradient, requests_of, texts_of
 
 from twig import models
+from twig.adapter import attach
 from twig.cli import main
 from twig.config import Settings
 from twig.memory import work_of
 from twig.objective import Surrogate
-from twig.policy import Policy, attach
+from twig.policy import Policy
 from twig.records import Example, Group, UserError
 from twig.rollout import sample
 from twig.runlog import read_metrics, read_summary

@@ -14,9 +14,9 @@ from saved import build_tokenizer
 from transformers import AutoConfig
 
 from twig import reach
+from twig.adapter import attach, load_adapter
 from twig.cli import main
 from twig.models import load_model
-from twig.policy import attach, load_adapter
 from twig.records import UserError
 from twig.settings import Model
 from twig.tasks import data

@@ -19,10 +19,11 @@ import torch
 from test_multiplication import assert_every_line_is_true
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from twig.adapter import attach
 from twig.config import Settings, load
 from twig.evaluate import evaluate_policy
 from twig.models import end_ids, load_model
-from twig.policy import Policy, attach
+from twig.policy import Policy
 from twig.rollout import Request, sample
 from twig.tasks import load_task
 from twig.tasks.base import encode_prompt

@@ -13,10 +13,11 @@ import tiny
 import torch
 from test_engine import engine_gradient
 
+from twig.adapter import attach
 from twig.credit import assign
 from twig.objective import Surrogate
 from twig.pack import build_packs
-from twig.policy import Policy, attach
+from twig.policy import Policy
 from twig.records import Group
 from twig.settings import Algorithm
 from twig.trie import PrefixTrie

@@ -6,7 +6,8 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from twig.policy import Policy, attach
+from twig.adapter import attach
+from twig.policy import Policy
 from twig.records import Completion, Example, Group
 
 VOCAB, END = 23, 1

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from twig.adapter import attach
     from twig.config import Settings
     from twig.config import load as load_settings
     from twig.credit import ALGORITHMS, Credit, assign
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from twig.models import end_ids, load_model
     from twig.objective import Surrogate
     from twig.pack import build_packs
-    from twig.policy import Policy, attach
+    from twig.policy import Policy
     from twig.progress import Progress
     from twig.records import Completion, Example, Group, UserError
     from twig.rollout import Request, sample
@@ -80,7 +81,7 @@ _EXPORTS = {
     "end_ids": "twig.models",
     "load_model": "twig.models",
     "Policy": "twig.policy",
-    "attach": "twig.policy",
+    "attach": "twig.adapter",
     "Request": "twig.rollout",
     "sample": "twig.rollout",
     "Progress": "twig.progress",

@@ -25,15 +25,16 @@ from twig.cli_shared import Overrides, quiet_libraries, result_console, show_row
 from twig.config import Settings, load, recipe_names, recipe_text
 from twig.display import clean, quoted, show_run, showing
 from twig.escape import file_name, one_line
+from twig.lifeline import FAULT, STOPPED, USAGE_ERROR, Ended
 from twig.machine import device_words, environment, gpu_warning, has_nvidia_gpu
 from twig.memory import with_sizes
+from twig.processes import ALONE, Processes, exit_status, launched, together
 from twig.records import UserError
 from twig.redact import hidden
 from twig.runlog import RunLog, is_run, new_folder, newest_folder, read_summary
 from twig.tasks import TASKS, load_task, render_prompt
 from twig.wording import either
 
-USAGE_ERROR, FAULT, STOPPED = 2, 1, 130
 # Any model does where only the problems are asked for.
 _ANY_MODEL = "tiny-arithmetic"
 _UsageError = typer.BadParameter.__mro__[1]
@@ -49,6 +50,16 @@ app = typer.Typer(
 
 class _Stopped(Exception):
     """The run was stopped and is saved; the words say how to go on."""
+
+    status = STOPPED
+
+
+class _Silent(Exception):
+    """The end of a process of several that leaves the words to the first one."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 # ---- train ----------------------------------------------------------------------------------------------
@@ -69,6 +80,9 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, and show its accuracy before and after."""
+    if launched() is not None:
+        _train_together(source, overrides or (), output, resume, dry_run)
+        return
     settings = load(_recipe(source), overrides or ())
     if dry_run:
         sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
@@ -85,7 +99,42 @@ def train(
         raise _Stopped(_how_to_go_on(folder))
 
 
-def _train(settings: Settings, folder: Path, resume: bool) -> dict[str, Any]:
+def _train_together(
+    source: str, overrides: Sequence[str], output: Path | None, resume: bool, dry_run: bool
+) -> None:
+    """The same as one of several processes. The first alone reads settings, opens the folder and speaks."""
+    settings, folder, main = None, Path(), launched().rank == 0
+    try:
+        with together() as processes:
+            if main:
+                settings = load(_recipe(source), overrides)
+                if dry_run:
+                    sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
+                else:
+                    folder = _folder_to_resume(source, output) if resume else output
+                    folder = folder or new_folder(_run_name(source))
+            if dry_run:
+                return
+            with _stoppable(folder):
+                summary = _train(settings, folder, resume, processes)
+        if main:
+            show_run(result_console(), folder, summary)
+        if summary["status"] == "stopped":
+            raise _Stopped(_how_to_go_on(folder))
+    except (UserError, Ended, KeyboardInterrupt, _Stopped) as error:
+        if main:
+            raise
+        raise _Silent(exit_status(error)) from error
+
+
+def _train(
+    settings: Settings | None, folder: Path, resume: bool, processes: Processes = ALONE
+) -> dict[str, Any]:
+    if settings is None:
+        from twig.loop import train as run
+
+        quiet_libraries()
+        return run({}, processes=processes).summary
     # The folder is taken, or refused, before the slow imports; a run that fails before its start leaves none.
     log = RunLog.open(folder) if resume else RunLog.create(folder, settings)
     log.close()  # the run takes it itself
@@ -94,7 +143,7 @@ def _train(settings: Settings, folder: Path, resume: bool) -> dict[str, Any]:
 
         quiet_libraries()
         with showing(settings.log.progress) as progress:
-            return run(settings, output=folder, resume=resume, progress=progress).summary
+            return run(settings, output=folder, resume=resume, progress=progress, processes=processes).summary
     except BaseException:
         if not resume:
             log.discard()
@@ -265,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status: 0, 1 (a fault of Twig), 2 (one line says what), 130."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        _refuse_several(words)
         status = app(words or ["--help"], prog_name="twig", standalone_mode=False)
         sys.stdout.flush()
         if status == STOPPED:  # some versions of typer turn Ctrl-C into this, and say nothing
@@ -272,8 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _end("stopped", STOPPED)
-    except _Stopped as stopped:
-        return _end(stopped, STOPPED)
+    except _Silent as ended:
+        return ended.status
+    except (_Stopped, Ended) as ended:
+        return _end(ended, ended.status)
     except BrokenPipeError:
         # Whoever read the output has enough of it; nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -286,6 +338,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(
             "this is a fault in Twig, not in what you wrote; please report it with the lines above", FAULT
         )
+
+
+def _refuse_several(words: Sequence[str]) -> None:
+    command = next((word for word in words if not word.startswith("-")), "train")
+    if command != "train" and launched() is not None:
+        raise UserError(f"twig {command}: runs as one process; write it without accelerate or torchrun")
 
 
 def _end(words: object, status: int) -> int:

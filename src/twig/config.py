@@ -336,5 +336,12 @@ def _table(group: type[BaseModel], prefix: str) -> list[str]:
     return rows
 
 
+def as_settings(given: Settings | dict[str, Any] | str) -> Settings:
+    """Settings from themselves, a dict of groups, or the name of a recipe or file."""
+    if isinstance(given, Settings):
+        return given
+    return load(given) if isinstance(given, str) else Settings.from_dict(given)
+
+
 if __name__ == "__main__":
     sys.stdout.write(settings_reference())

@@ -13,11 +13,12 @@ import numpy as np
 from twig.answers import answer_text
 from twig.measures import bootstrap, majority, pass_at_k, wilson
 from twig.policy import Policy
+from twig.processes import ALONE, Processes
 from twig.progress import Progress
 from twig.records import Completion, Example
 from twig.rollout import Request, sample
 from twig.tasks.base import Task, encode_prompt, refuse_too_long
-from twig.tasks.rewards import judge, score_completions
+from twig.tasks.rewards import joined, judge, score_completions
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,21 @@ def evaluate_policy(
     batch_size: int | None = None,
     stop: Sequence[str] = (),
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Evaluation, list[Completion]]:
     """The greedy accuracy on the first `limit` evaluation problems (there is at least one), and the
-    completions behind it."""
+    completions behind it. With several processes each answers its share of them, and the result is that of
+    all."""
     assert task.eval, "there is something to evaluate on"
-    examples: list[Example] = list(task.eval[: limit or len(task.eval)])
+    examples: list[Example] = list(processes.share(task.eval[: limit or len(task.eval)]))
     how = {"end_ids": end_ids, "stop": stop, "greedy": True}
     found = _answers(
         policy, tokenizer, task, task_settings, examples, 1, max_completion_length, batch_size, progress, how
     )
-    completions = [completion for (completion,) in found]
-    return _summarise(task, examples, completions), completions
+    own = [completion for (completion,) in found]
+    parts = [part for part in processes.gather(_judged(task, examples, own)) if part is not None]
+    completions = [completion for part in parts for completion in part[0]]
+    return _summarise(parts), completions
 
 
 @dataclass(frozen=True)
@@ -183,13 +188,22 @@ def _answers(
     return found
 
 
-def _summarise(task: Task, examples: list[Example], completions: list[Completion]) -> Evaluation:
+def _judged(task: Task, examples: list[Example], completions: list[Completion]) -> tuple | None:
+    """The completions, their rewards, whether an answer was found and whether it is right; None for none."""
+    if not completions:
+        return None
     texts = [c.text for c in completions]
     rewards = score_completions(task, examples, texts, [c.ids for c in completions])
-    totals = rewards.total
-    found, right = judge(task, examples, texts, totals)
+    return completions, rewards, *judge(task, examples, texts, rewards.total)
+
+
+def _summarise(parts: list[tuple]) -> Evaluation:
+    drawn, shares, founds, rights = zip(*parts, strict=True)
+    completions = [completion for each in drawn for completion in each]
+    rewards, right = joined(shares), np.concatenate(rights)
+    found = None if founds[0] is None else np.concatenate(founds)
     low, high = wilson(int(right.sum()), len(right))
-    given = totals[~np.isnan(totals)]
+    given = rewards.total[~np.isnan(rewards.total)]
     return Evaluation(
         value=float(right.mean()),
         low=low,

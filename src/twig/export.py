@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from twig.adapter import load_adapter
 from twig.card import Base, Merge, Subject, model_card
 from twig.config import RUN_CONFIG, Settings, load
 from twig.hub import check_push, push_folder
 from twig.models import EMBEDDED, load_config, load_model, load_tokenizer, place_of
-from twig.policy import load_adapter
 from twig.progress import Progress
 from twig.records import Example, UserError
 from twig.redact import last_part

@@ -17,9 +17,11 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from twig import checkpoint
-from twig.config import Settings, load
+from twig.adapter import adapter_shape, attach, refuse_another_shape
+from twig.config import Settings, as_settings
 from twig.evaluate import evaluate_policy
 from twig.from_peft import lora_values
+from twig.lifeline import Ended
 from twig.memory import SIZES, with_sizes
 from twig.models import (
     end_ids,
@@ -32,18 +34,19 @@ from twig.models import (
     suppressed_ids,
 )
 from twig.oom import out_of_memory
-from twig.policy import Policy, adapter_shape, attach
+from twig.policy import Policy
+from twig.processes import ALONE, Processes, together
 from twig.progress import Progress
 from twig.randomness import random_states, restore_random_states, seed_all
 from twig.records import UserError
-from twig.resume import CHECKPOINTS, Start, decided_model, decisions, is_finished, open_run
-from twig.samples import completion_rows, data_revision
-from twig.settings import Lora
+from twig.resume import CHECKPOINTS, Start, decided_by_main, decisions, is_finished, open_run
+from twig.runlog import NoLog, with_traceback
+from twig.samples import completion_rows
 from twig.signals import Clock, Stop, stoppable
 from twig.sizing import size_run
 from twig.standing import TOTALS, Standing
 from twig.tasks import Task, load_task
-from twig.tasks.base import refuse_too_long
+from twig.tasks.base import data_revision, refuse_too_long
 from twig.tasks.functions import checksum_of
 from twig.tasks.rewards import RewardError
 from twig.trackers import Report, reporting, require
@@ -78,6 +81,7 @@ def train(
     output: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> Run:
     """Trains by `settings` (a recipe's name, a dict of groups, or Settings) and returns the run.
 
@@ -88,35 +92,42 @@ def train(
     is returned as it is. Where there is nothing to evaluate on, the accuracies are None. The first SIGINT or
     SIGTERM ends the run after the step, saved, with the status "stopped"; a second one raises
     KeyboardInterrupt. Raises UserError for what can be fixed.
+
+    Where a launcher started several processes, each calls this and takes its share; settings, output and
+    resume are those of process 0, which alone writes and reports. `processes`: from `twig.processes.together`
+    where the caller has more to do as one of them. Ended is raised where another process failed.
     """
-    settings = _settings(settings)
-    if peft_config is not None:
-        settings = _with_lora(settings, peft_config, model)
-    progress = progress or Progress()
-    require(settings.log.report_to)
-    clock = Clock(settings.train.max_time)
-    start = open_run(settings, output, resume, progress)
-    log = start.log
-    try:
-        settings = with_sizes(settings, log.settings.flat())
-        device = pick_device(decided_model(settings.model, start).device) if model is None else model.device
-        with PeakMemory(str(device)) as memory:
-            session = _Session(settings, start, progress, memory, clock)
-            session.prepare(model, tokenizer, reward_funcs, train_dataset, eval_dataset)
-            return session.run()
-    except Exception as error:
-        if isinstance(error, RewardError) and error.traceback_text:
-            path = log.save_traceback(error.traceback_text)
-            raise UserError(f"{error} (traceback: {path})") from error
-        raise
-    finally:
-        log.close()
-
-
-def _settings(given: Settings | dict[str, Any] | str) -> Settings:
-    if isinstance(given, Settings):
-        return given
-    return load(given) if isinstance(given, str) else Settings.from_dict(given)
+    with together(processes) as processes:
+        progress = progress if progress is not None and processes.main else Progress()
+        start = None
+        if processes.main:
+            settings = as_settings(settings)
+            if peft_config is not None:
+                settings = _with_lora(settings, peft_config, model)
+            require(settings.log.report_to)
+            start = open_run(settings, output, resume, progress)
+            settings = with_sizes(settings, start.log.settings.flat())
+        clock = Clock(settings.train.max_time if processes.main else None)
+        told = (settings, start.log.folder, start.checkpoint, start.changed) if start else None
+        settings, folder, *known = processes.from_main(told)
+        start = start or Start(NoLog(folder, settings), *known)
+        try:
+            device = (
+                pick_device(decided_by_main(settings, start, processes).device)
+                if model is None
+                else model.device
+            )
+            with PeakMemory(str(device)) as memory:
+                session = _Session(settings, start, progress, memory, clock, processes)
+                session.prepare(model, tokenizer, reward_funcs, train_dataset, eval_dataset)
+                return session.run()
+        except (RewardError, Ended) as error:
+            found = with_traceback(error, start.log)
+            if found is error:
+                raise
+            raise found from error
+        finally:
+            start.log.close()
 
 
 def _with_lora(settings: Settings, peft_config: Any, model: PreTrainedModel | None) -> Settings:
@@ -131,8 +142,15 @@ class _Session:
     """One process's work on a run: its parts, and where it stands."""
 
     def __init__(
-        self, settings: Settings, start: Start, progress: Progress, memory: PeakMemory, clock: Clock
+        self,
+        settings: Settings,
+        start: Start,
+        progress: Progress,
+        memory: PeakMemory,
+        clock: Clock,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes, self.peak = processes, 0
         self.settings, self.start, self.log = settings, start, start.log
         self.progress, self.memory, self.clock = progress, memory, clock
         self.log.on_trouble = self._warn
@@ -167,12 +185,14 @@ class _Session:
             )
         self.tokenizer = tokenizer
         begins = self.start.checkpoint is None
-        self.sized = size_run(settings, self.task, tokenizer, model, self.memory, begins=begins)
+        options = {"begins": begins, "beside": self.processes.local_size}
+        sized = size_run(settings, self.task, tokenizer, model, self.memory, **options)
+        self.sized = self.processes.from_main(sized)
         self.settings = settings = self.sized.settings
         if self.sized.warning is not None:
             self._warn(self.sized.warning)
         if loaded:
-            model, _ = load_model(decided_model(settings.model, self.start), tokenizer)
+            model, _ = load_model(decided_by_main(settings, self.start, self.processes), tokenizer)
         lora = settings.lora
         peft_model = attach(
             model,
@@ -184,7 +204,7 @@ class _Session:
             adapter=settings.model.adapter,
         )
         if settings.model.adapter is not None:
-            _refuse_another_shape(settings, adapter_shape(peft_model))
+            refuse_another_shape(settings, adapter_shape(peft_model))
         if loaded:  # not the folder that it lies in on this machine
             for config in peft_model.peft_config.values():
                 config.base_model_name_or_path = settings.model.name
@@ -200,7 +220,10 @@ class _Session:
         )
         room = (settings.rollout.max_completion_length, self.policy.context_length)
         refuse_too_long(self.task, self.sized.longest_prompt, *room)
-        self.trainer = Trainer(settings, self.policy, tokenizer, self.task, self.end_ids, self.progress)
+        self.processes.check_device(self.policy.device)
+        self.processes.copy_from_main(list(self.policy.parameters.values()))
+        known = (self.policy, tokenizer, self.task, self.end_ids, self.progress, self.processes)
+        self.trainer = Trainer(settings, *known)
 
     # ---- the run
     # -------------------------------------------------------------------------------------------------
@@ -209,7 +232,7 @@ class _Session:
         seed_all(self.settings.train.seed)
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
-        summary, step = self.log.summary(), self.standing.step
+        summary, step = self.processes.from_main(self.log.summary()), self.standing.step
         if is_finished(summary) and summary["steps"] == step >= self.trainer.total_steps:
             self.progress.done(summary)
             return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
@@ -222,13 +245,15 @@ class _Session:
                 f"task {self.task.name}: nothing to evaluate on, so no accuracy; pass eval_dataset, or write "
                 "task.eval_split"
             )
-        tracked = (self.settings.log.report_to, self.log.folder, self.settings.model_dump(), step, self._warn)
+        names = self.settings.log.report_to if self.processes.main else []
+        tracked = (names, self.log.folder, self.settings.model_dump(), step, self._warn)
         with reporting(*tracked) as self.report, stoppable() as self.stop:
             try:
                 return self._finish("finished" if self._work() else "stopped")
             except KeyboardInterrupt:
                 if not self.stop.at_once:
                     raise
+                self.processes.interrupted()
                 return self._finish("stopped")
 
     def _work(self) -> bool:
@@ -238,25 +263,33 @@ class _Session:
         if standing.step == 0 and self.settings.eval.before:
             self._evaluate("before")
         time_is_up = False
-        while standing.step < total and not (stop.asked or time_is_up):
+        asked = self._any(stop.asked)
+        while standing.step < total and not (asked or time_is_up):
             began = time.perf_counter()
             self._step(total)
-            time_is_up = self.clock.ends_before_another(time.perf_counter() - began)
-            if stop.asked or time_is_up or standing.step == total or (every and standing.step % every == 0):
+            time_is_up = self._any(self.clock.ends_before_another(time.perf_counter() - began))
+            asked = self._any(stop.asked)
+            if asked or time_is_up or standing.step == total or (every and standing.step % every == 0):
                 self._save()
-        if time_is_up and not stop.asked:
+        asked = asked or self._any(stop.asked)
+        if time_is_up and not asked:
             self.progress.message(f"train.max_time={self.settings.train.max_time} is up: stopping")
-        if stop.asked or time_is_up:
+        if asked or time_is_up:
             return False
         self.after = self._evaluate("after")
         return True
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is so in any of the processes: each has to decide the same."""
+        return any(self.processes.gather(here))
 
     def _step(self, total: int) -> None:
         began, step = time.perf_counter(), self.standing.step + 1
         batch, metrics = self.trainer.step(step)
         seconds = time.perf_counter() - began
         self.standing.add_step(metrics, seconds)
-        memory = {"peak_bytes": self.memory.peak(), "predicted_peak_bytes": self.sized.peak}
+        self.peak = max(self.processes.gather(self.memory.peak()))
+        memory = {"peak_bytes": self.peak, "predicted_peak_bytes": self.sized.peak}
         metrics |= {"time/step": seconds, **{f"memory/{name}": value for name, value in memory.items()}}
         self._log(metrics)
         self.progress.step(step, total, metrics)
@@ -314,6 +347,7 @@ class _Session:
             batch_size=settings.eval.batch_size,
             stop=settings.rollout.stop,
             progress=self.progress,
+            processes=self.processes,
         )
         self.stop.at_once = False
         result = measured.as_dict()
@@ -336,7 +370,7 @@ class _Session:
             "accuracy_after": self.after,
             "accuracy_best": standing.best,
             **{total: totals[total] for total in TOTALS},
-            "peak_memory_bytes": self.memory.peak(),
+            "peak_memory_bytes": max(self.peak, self.memory.peak()),
             "predicted_peak_bytes": self.sized.peak,
             "seconds": totals["seconds"],
         }
@@ -349,6 +383,8 @@ class _Session:
     # --------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        if not self.processes.main:
+            return
         self.log.flush()  # a checkpoint stands for the rows up to it
         tensors, state = self.trainer.state()
         tensors["random"] = random_states()
@@ -358,7 +394,7 @@ class _Session:
             checkpoint.save(self.log.folder / CHECKPOINTS, self.standing.step, tensors, state, keep)
 
     def _restore(self, path: Path) -> None:
-        tensors, state = checkpoint.load(path)
+        tensors, state = self.processes.from_main(checkpoint.load(path) if self.processes.main else None)
         values = self.settings.flat()
         # What memory had room for goes on; a size that is written now does too.
         wanted = {key.rpartition(".")[2]: values[key] for key in SIZES if key in self.start.changed}
@@ -373,13 +409,15 @@ class _Session:
                 f"{path}: not a checkpoint of this run ({type(error).__name__}: {error}); remove it to go on "
                 "from the one before"
             ) from error
-        summary = self.log.summary()
+        summary = self.processes.from_main(self.log.summary())
         if is_finished(summary) and summary["steps"] == self.standing.step and summary["accuracy_after"]:
             self.standing.add_evaluation(summary["accuracy_after"])  # made when the checkpoint was there
         restore_random_states(tensors["random"])
         self.progress.message(f"going on from step {self.standing.step} ({path})")
 
     def _save_adapter(self, name: str) -> None:
+        if not self.processes.main:
+            return
         with self._saving(f"{name}/"):
             checkpoint.save_adapter(self.policy.peft_model, self.log.folder / name)
 
@@ -406,19 +444,5 @@ class _Session:
             data_revision=data_revision(self.task),
             passed=self.passed or None,
             reward_file_sha256=self.code,
+            processes=self.processes.size,
         )
-
-
-def _refuse_another_shape(settings: Settings, has: dict[str, Any]) -> None:
-    """Raises UserError where a setting asks for a shape that the adapter gone on with has not.
-
-    A setting that has its default asks for nothing: whether somebody wrote it cannot be told.
-    """
-    for key, info in Lora.model_fields.items():
-        value = getattr(settings.lora, key)
-        wanted = sorted(set(value)) if isinstance(value, list) else value
-        if value != info.default and wanted != has[key]:
-            raise UserError(
-                f"lora.{key}: {value} here, but {has[key]} in {settings.model.adapter}, which keeps its "
-                f"shape; leave lora.{key} out"
-            )

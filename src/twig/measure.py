@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from twig.adapter import attach
 from twig.answers import answer_text
 from twig.config import Settings
 from twig.evaluate import Evaluation, SampledEvaluation, evaluate_policy, judge_all, sample_policy
@@ -14,7 +15,7 @@ from twig.evaluations import Written
 from twig.machine import environment
 from twig.measures import Comparison, mcnemar
 from twig.models import end_ids, load_model, remote_code_words, suppressed_ids
-from twig.policy import Policy, attach
+from twig.policy import Policy
 from twig.progress import Progress
 from twig.records import Completion, Example, UserError
 from twig.tasks import Task, load_task

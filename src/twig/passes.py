@@ -110,7 +110,7 @@ class Passes:
             self.progress.advance()
 
         self._each(run, keep, gradient=True)
-        return logps, sum(losses)
+        return logps, float(sum(losses))
 
     def _each(
         self,

@@ -11,32 +11,21 @@ Knows nothing of tries, rewards or algorithms. Legend: B rows, L columns, R head
 vocabulary.
 """
 
-import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from twig.adapter import adapted_layers
 from twig.decoder import Behind, Context, Decoder, tree_visible
 from twig.objective import Surrogate, loss
 from twig.pack import Pack, Stem, head_columns
-from twig.reach import hub_or_cache, refusal
-from twig.records import UserError
-
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 # The last layer runs on the head rows alone where they are at most this share of the cells: every cell's keys
 # and values are needed, and finding those first costs a little.
@@ -87,7 +76,7 @@ class Policy:
         if not plain:
             self.decoder.check() if not _has_signal(self.parameters) else self._check_without_adapter()
             self.num_layers = len(self.decoder.layers)
-            self.cut = min(_adapted_layers(self.decoder.layers))
+            self.cut = min(adapted_layers(self.decoder.layers))
 
     @property
     def context_length(self) -> int | None:
@@ -241,173 +230,6 @@ def _add(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     for leaf, gradient in zip(leaves, gradients, strict=True):
         if gradient is not None:
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-
-
-def attach(
-    model: PreTrainedModel,
-    *,
-    r: int,
-    alpha: float,
-    target_modules: Sequence[str],
-    layers: str | Sequence[int] = "last_third",
-    seed: int = 0,
-    adapter: str | Path | None = None,
-) -> PeftModel:
-    """`model` with a LoRA adapter on `target_modules` of `layers`: a new one, or the one saved in `adapter`.
-
-    `layers` is "last_third" (ours: ceil of a third), "all" or a list of layer numbers. A saved adapter keeps
-    its own rank, alpha, modules and layers. The adapter is float32 (float64 on a float64 base) whatever the
-    base is. Raises UserError where a requested module is not in a requested layer, or a saved adapter does
-    not fit.
-    """
-    model.requires_grad_(False)
-    if adapter is not None:
-        peft_model = load_adapter(model, adapter, trainable=True)
-    else:
-        stack = _layers_of(model)
-        chosen = _layer_numbers(layers, len(stack))
-        for i in chosen:
-            _check_modules(stack[i], i, target_modules)
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=r,
-            lora_alpha=alpha,
-            target_modules=list(target_modules),
-            layers_to_transform=chosen,
-            lora_dropout=0.0,
-            bias="none",
-            fan_in_fan_out=any(isinstance(m, Conv1D) for m in stack.modules()),
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            peft_model = get_peft_model(model, config)
-    wide = torch.promote_types(model.dtype, torch.float32)
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(wide)
-    return peft_model.eval()
-
-
-def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = False) -> PeftModel:
-    """`model` with the LoRA adapter saved in `adapter`, a folder or an id on the Hub.
-
-    Raises UserError where there is none that fits, or none stored as safetensors.
-    """
-    folder = _adapter_folder(adapter)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what another kind of adapter has beside is said below
-            config = LoraConfig.from_pretrained(folder)
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"it is of the kind {config.peft_type}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"model.adapter: {adapter} holds no LoRA adapter ({_short(error)}); write the folder of one"
-        ) from error
-    if not (folder / _ADAPTER_WEIGHTS).is_file():
-        raise UserError(
-            f"model.adapter: {adapter} has no {_ADAPTER_WEIGHTS}, and no other format is loaded; "
-            "write the folder of an adapter that has it"
-        )
-    for name in ("lora_dropout", "modules_to_save", "trainable_token_indices"):
-        if getattr(config, name, None):
-            raise UserError(
-                f"model.adapter: {name} in {adapter} is not supported: train an adapter without it"
-            )
-    if config.bias != "none":
-        raise UserError(
-            f"model.adapter: bias='{config.bias}' in {adapter} is not supported: train one with bias='none'"
-        )
-    try:
-        with warnings.catch_warnings():
-            # What is missing would stay random.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
-        raise UserError(
-            f"model.adapter: {adapter} does not fit the model ({_short(error)}); write the model.name that "
-            "it was trained on"
-        ) from error
-
-
-def _adapter_folder(adapter: str | Path) -> Path:
-    """Where an adapter lies on this machine; one on the Hub is fetched, its two files only."""
-    folder, name = Path(adapter).expanduser(), str(adapter)
-    if folder.is_dir() or not _HUB_ID.fullmatch(name):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        with hub_or_cache():
-            return Path(snapshot_download(name, allow_patterns=["adapter_config.json", _ADAPTER_WEIGHTS]))
-    except Exception as error:  # the library and those below it raise dozens of kinds; each ends in one line
-        raise UserError(f"model.adapter: {name} {_not_fetched(name, error)}") from error
-
-
-def _not_fetched(name: str, error: Exception) -> str:
-    login, folder = "`hf auth login`", "write the folder of an adapter"
-    match refusal(error):
-        case "gated":
-            return f"needs its licence accepted: open https://huggingface.co/{name}, then {login}"
-        case "missing":
-            return f"is no folder, and not on the Hub, or private; check the name, {login}, or {folder}"
-        case "offline":
-            return (
-                f"is neither a folder nor reachable on the Hub; check the name and the network, or {folder}"
-            )
-    return f"does not load ({_short(error)}); {folder}"
-
-
-def adapter_shape(peft_model: PeftModel) -> dict[str, Any]:
-    """What an adapter is: `r`, `alpha`, `target_modules` (names) and `layers` (numbers, or "all")."""
-    config = peft_model.peft_config["default"]
-    layers = _layers_of(peft_model)
-    numbers = _adapted_layers(layers)
-    inside = (name.split(".") for i in numbers for name, _ in layers[i].named_parameters())
-    return {
-        "r": config.r,
-        "alpha": config.lora_alpha,
-        "target_modules": sorted({parts[parts.index("lora_A") - 1] for parts in inside if "lora_A" in parts}),
-        "layers": "all" if len(numbers) == len(layers) else numbers,
-    }
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder layers: the longest module list in the model."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return max(lists, key=len)
-
-
-def _layer_numbers(layers: str | Sequence[int], count: int) -> list[int]:
-    if layers == "all":
-        return list(range(count))
-    if layers == "last_third":
-        return list(range(count - -(-count // 3), count))
-    outside = [i for i in layers if not 0 <= i < count]
-    if outside:
-        raise UserError(
-            f"lora.layers: {outside[0]} is not a layer of this model: write numbers from 0 to {count - 1}"
-        )
-    return sorted(set(layers))
-
-
-def _check_modules(layer: torch.nn.Module, number: int, target_modules: Sequence[str]) -> None:
-    kinds = (torch.nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear module too
-    there = {n.rsplit(".", 1)[-1] for n, m in layer.named_modules() if isinstance(m, kinds)}
-    for name in target_modules:
-        if name not in there:
-            instead = f"write some of {', '.join(sorted(there))}" if there else "leave that layer out"
-            raise UserError(f"lora.target_modules: layer {number} has no linear module '{name}'; {instead}")
-
-
-def _adapted_layers(layers: torch.nn.ModuleList) -> list[int]:
-    return [i for i, layer in enumerate(layers) if any(isinstance(m, LoraLayer) for m in layer.modules())]
 
 
 def _has_signal(parameters: dict[str, Tensor]) -> bool:

@@ -11,9 +11,10 @@ from typing import Any
 from twig import checkpoint
 from twig.config import Settings
 from twig.memory import SIZES, with_sizes
+from twig.processes import Processes
 from twig.progress import Progress
 from twig.records import UserError
-from twig.runlog import RunLog
+from twig.runlog import NoLog, RunLog
 from twig.settings import Model
 
 CHECKPOINTS = "checkpoints"
@@ -36,7 +37,7 @@ class Start:
     """A run about to begin or go on: its log, the checkpoint to go on from (None: from the beginning), and
     the settings that changed since it began."""
 
-    log: RunLog
+    log: RunLog | NoLog
     checkpoint: Path | None = None
     changed: tuple[str, ...] = ()
 
@@ -130,3 +131,9 @@ def decisions(model: Any) -> dict[str, str]:
     """What `auto` stands for in a loaded model, by setting, for `decided_model`."""
     values = (model.device.type, str(model.dtype).removeprefix("torch."), model.config._attn_implementation)
     return {f"model.{name}": value for name, value in zip(_DECIDED, values, strict=True)}
+
+
+def decided_by_main(settings: Settings, start: Start, processes: Processes) -> Any:
+    """The settings of the model as process 0 decided them; each of several has a device of its own."""
+    found = processes.from_main(decided_model(settings.model, start) if processes.main else None)
+    return found if processes.size == 1 else found.model_copy(update={"device": settings.model.device})

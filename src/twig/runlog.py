@@ -6,21 +6,23 @@ hears of it and goes on. Knows nothing of what the numbers mean; no torch.
 """
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from twig.config import RUN_CONFIG, Settings, load
-from twig.escape import one_line, printable, storable
+from twig.escape import one_line, printable
 from twig.files import LOCK, FolderLock, append_whole, flush, write_whole
+from twig.lifeline import Ended
 from twig.machine import environment
 from twig.records import UserError
 from twig.redact import hidden, secret_in, without_secrets
-from twig.tasks.functions import checksum_of, reward_file
+from twig.rows import parquet_bytes, plain, public_rows
+from twig.tasks.functions import RewardError, checksum_of, reward_file
 
 ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.json"
 COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt"
@@ -36,6 +38,7 @@ FACTS = (
     "data_revision",
     "passed",
     "reward_file_sha256",
+    "processes",
 )
 # Numbers of summary.json, and of an evaluation in it.
 _NUMBERS = ("steps", "tokens_sampled", "tokens_selected", "nodes_run", "seconds")
@@ -43,23 +46,6 @@ _RESULT = ("value", "low", "high", "n")
 # A folder with nothing but these holds a run that never began: nothing is lost by starting over in it.
 _BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK, LOCK, *TRACKERS}
 _BEFORE_THE_START |= {f".{name}.tmp" for name in (RUN_CONFIG, ENVIRONMENT)}  # of a process that was killed
-_COLUMNS = {
-    "step": "int64",
-    "prompt_index": "int64",
-    "completion_index": "int64",
-    "prompt": "string",
-    "completion": "string",
-    "prefix_length": "int64",
-    "token_ids": "list<int64>",
-    "tokens": "list<string>",
-    "logps": "list<double>",
-    "entropies": "list<double>",
-    "weights": "list<double>",
-    "finished": "bool",
-    "reward": "double",
-    "rewards": "string",
-    "right": "bool",
-}
 
 
 class RunLog:
@@ -151,7 +137,7 @@ class RunLog:
         _refuse_secrets(settings)
         write_whole(self.folder / RUN_CONFIG, settings.to_yaml())
 
-    def save_environment(self, **facts: str | None) -> None:
+    def save_environment(self, **facts: str | int | None) -> None:
         """Writes environment.json: versions, platform, commit, and what the caller knows (FACTS)."""
         assert set(facts) <= set(FACTS), "environment.json holds what is on the list and nothing else"
         found = without_secrets(environment() | dict.fromkeys(FACTS) | facts)
@@ -162,7 +148,7 @@ class RunLog:
 
         Rows that cannot be written wait, and are written with the next one that can.
         """
-        row = without_secrets(_plain({"step": step, **metrics}))
+        row = without_secrets(plain({"step": step, **metrics}))
         self._rows.append(json.dumps(row, allow_nan=False) + "\n")
         self._write_rows()
 
@@ -182,14 +168,14 @@ class RunLog:
 
         def write() -> None:
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, _parquet(_public_rows([{"step": step, **row} for row in rows])))
+            write_whole(path, parquet_bytes(public_rows([{"step": step, **row} for row in rows])))
 
         self._try(f"{folder}/{path.name}", write)
         return path
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all; a number that is not finite becomes null."""
-        text = json.dumps(without_secrets(_plain(summary)), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(without_secrets(plain(summary)), indent=2, allow_nan=False) + "\n"
         write_whole(self.folder / SUMMARY, text)
 
     def save_traceback(self, text: str) -> Path:
@@ -248,6 +234,28 @@ class RunLog:
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds, or None where there is none that can be read."""
         return read_summary(self.folder)
+
+
+class NoLog:
+    """A run's log in the processes that write nothing: it knows the folder, and every call does nothing."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self.settings = settings
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def with_traceback(error: RewardError | Ended, log: RunLog | NoLog) -> BaseException:
+    """The error, with the traceback of a reward function, in whatever process, saved to the run folder."""
+    text = error.failure.details if isinstance(error, Ended) else error.traceback_text
+    path = log.save_traceback(text) if text else None
+    if path is None:
+        return error
+    if isinstance(error, Ended):
+        return Ended(replace(error.failure, words=f"{error.failure.words} (traceback: {path})"))
+    return UserError(f"{error} (traceback: {path})")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -372,52 +380,3 @@ def _names(folder: Path) -> set[str]:
         raise UserError(
             f"--output {folder}: cannot be read ({error.strerror}); write another --output"
         ) from error
-
-
-def _plain(value: Any) -> Any:
-    # JSON's kinds of value: arrays, numpy and torch numbers become lists and numbers; NaN and infinity, null.
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _public_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without secrets, in texts that UTF-8 can hold. Where a completion had a secret in it, its
-    tokens spell it too: they are blanked, and their ids are 0."""
-    texts = [{key: value for key, value in row.items() if isinstance(value, str)} for row in rows]
-    found = []
-    for row, before, after in zip(rows, texts, without_secrets(texts), strict=True):
-        row = row | {key: storable(text) for key, text in after.items()}
-        if "tokens" in row:
-            row["tokens"] = [storable(token) for token in row["tokens"]]
-        if before.get("completion") != after.get("completion"):
-            for key, blank in (("tokens", ""), ("token_ids", 0)):
-                row[key] = [blank] * len(row.get(key, ()))
-        found.append(row)
-    return found
-
-
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
-    import pyarrow
-    from pyarrow import parquet
-
-    names = {
-        "int64": pyarrow.int64(),
-        "string": pyarrow.string(),
-        "bool": pyarrow.bool_(),
-        "double": pyarrow.float64(),
-        "list<int64>": pyarrow.list_(pyarrow.int64()),
-        "list<string>": pyarrow.list_(pyarrow.string()),
-        "list<double>": pyarrow.list_(pyarrow.float64()),
-    }
-    schema = pyarrow.schema([(column, names[kind]) for column, kind in _COLUMNS.items()])
-    assert all(set(row) <= set(_COLUMNS) for row in rows), "a column without a type; add it to _COLUMNS"
-    buffer = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), buffer, compression="zstd")
-    return buffer.getvalue().to_pybytes()

@@ -3,14 +3,12 @@
 Knows the columns of that file (`runlog.py` has their types) and how a tokenizer decodes; nothing of training.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from twig.tasks import Task
 from twig.trainer import Batch
 
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character yet
@@ -99,15 +97,3 @@ def _one_by_one(before: list[int], ids: Sequence[int], decode: Callable[[list[in
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def data_revision(task: Task) -> str:
-    """A checksum of the problems in their order, wherever they came from."""
-    digest = hashlib.sha256()
-    for examples in (task.train, task.eval):
-        for example in examples:
-            row = [example.prompt, example.columns]
-            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
-            digest.update(text.encode() + b"\n")
-        digest.update(b"\n")
-    return f"sha256:{digest.hexdigest()}"

@@ -34,12 +34,20 @@ class Sized:
 
 
 def size_run(
-    settings: Settings, task: Task, tokenizer: Any, model: Any, memory: PeakMemory, *, begins: bool
+    settings: Settings,
+    task: Task,
+    tokenizer: Any,
+    model: Any,
+    memory: PeakMemory,
+    *,
+    begins: bool,
+    beside: int = 1,
 ) -> Sized:
     """The sizes of a run on the device of `memory`, before its model is loaded, or with one that is passed.
 
     Looks at the true prompts, and has freed memory returned where the plan needs that. `begins`: as
-    `choose_sizes`, whose errors are raised.
+    `choose_sizes`, whose errors are raised. `beside`: how many processes share
+    the machine's memory, this one included.
     """
     import torch
 
@@ -47,6 +55,7 @@ def size_run(
 
     asked, questions = settings, task.eval[: settings.eval.limit]
     kind, free = memory.device.partition(":")[0], free_memory(memory.device, torch)
+    free = free if kind == "cuda" else free // beside
     if model is None:
         config = load_config(settings.model).to_dict()
     else:  # its weights are in the plan, and there already

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -17,35 +17,22 @@ import torch
 from torch import Tensor
 from transformers import TrainerState, get_scheduler
 
+from twig.batch import Batch, gaps
 from twig.config import Settings
-from twig.credit import Credit, assign
+from twig.credit import assign
 from twig.memory import DEFAULT_SIZES, with_sizes
 from twig.noise import CREDIT, DATA, REPLAY, generator
-from twig.objective import Surrogate, k3, shrink
-from twig.passes import NodeValues, Passes, Sizes
+from twig.objective import Surrogate, shrink
+from twig.passes import Passes, Sizes
 from twig.policy import Policy
+from twig.processes import ALONE, Processes
 from twig.progress import Progress
 from twig.records import Completion, Group, UserError
 from twig.replay import Restart, choose_restart
-from twig.rollout import Drawn, Request, sample
+from twig.rollout import Drawn, Request, Sampled, sample
 from twig.tasks.base import Task, encode_prompt, refuse_too_long
-from twig.tasks.rewards import Rewarding, Rewards, judge
+from twig.tasks.rewards import Rewarding, Rewards, joined, judge
 from twig.trie import PrefixTrie
-
-
-@dataclass
-class Batch:
-    """What one step sampled. `tries`, `credits` and `rewarded` have one entry per group with any reward:
-    completions to which every reward function answered None are in `groups` and not in those."""
-
-    groups: list[Group]
-    boundary: Tensor | None
-    rewards: Rewards
-    found: np.ndarray | None
-    right: np.ndarray
-    rewarded: list[Group] = field(default_factory=list)
-    tries: list[PrefixTrie] = field(default_factory=list)
-    credits: list[Credit] = field(default_factory=list)
 
 
 class Trainer:
@@ -59,15 +46,21 @@ class Trainer:
         task: Task,
         end_ids: list[int],
         progress: Progress,
+        processes: Processes = ALONE,
     ) -> None:
         if not task.train:
             raise UserError(
                 f"task {task.name}: there is nothing to train on; write task.path=FILE or another split"
             )
         self.settings, self.policy, self.tokenizer, self.task = settings, policy, tokenizer, task
-        self.end_ids, self.progress = end_ids, progress
+        self.end_ids, self.progress, self.processes = end_ids, progress, processes
         train = settings.train
         self.num_prompts = settings.rollout.prompts_per_step
+        if self.num_prompts < processes.size:
+            raise UserError(
+                f"rollout.prompts_per_step: {self.num_prompts} cannot be shared out among {processes.size} "
+                f"processes; write rollout.prompts_per_step={processes.size} or more, or start fewer"
+            )
         self.total_steps = train.max_steps or math.ceil(
             train.num_train_epochs * len(task.train) / self.num_prompts
         )
@@ -99,28 +92,62 @@ class Trainer:
         with self._timed("update"):
             updated = self.update(batch, self.rate_at(step))
         self._queue_restarts(batch, step)
+        self._use_smallest_sizes()
         return batch, {**self._measure(batch), **updated, **{f"time/{k}": v for k, v in self.seconds.items()}}
 
     def sample(self, step: int) -> Batch:
-        """The groups of a step, with rewards: restarts that wait come first, the rest are the next
-        prompts."""
+        """The groups of a step, with rewards: restarts that wait come first, the rest are the next prompts.
+
+        With several processes each samples and rewards its share of the prompts.
+        """
+        chosen = [self._request(slot, restart) for slot, restart in enumerate(self._next_prompts())]
+        own = self.processes.share(range(len(chosen)))
+        drawn, judged = self._draw([chosen[slot] for slot in own], step)
+        parts = self.processes.gather((drawn.completions, *judged))
+        rewards = joined([part[1] for part in parts])
+        totals = rewards.total.reshape(len(chosen), -1)
+        completions = [found for part in parts for found in part[0]]
+        cells = dict(zip(own, drawn.prompt_cells, strict=True))
+        groups = [
+            Group(
+                self.task.train[i],
+                i,
+                request.prompt_ids,
+                completions[slot],
+                totals[slot],
+                request.prefix_length,
+                cells.get(slot, np.empty(0, np.int64)),
+            )
+            for slot, (i, request) in enumerate(chosen)
+        ]
+        for group in groups:
+            length = np.mean([group.prefix_length + len(c) for c in group.completions])
+            self.lengths[group.prompt_index] = float(length)
+        found = None if parts[0][2] is None else np.concatenate([part[2] for part in parts])
+        right = np.concatenate([part[3] for part in parts])
+        return Batch(groups, drawn.boundary, rewards, found, right, own=own)
+
+    def _request(self, slot: int, restart: Restart) -> tuple[int, Request]:
+        """A prompt's number in the data, and what to sample for it."""
+        rollout, prefix = self.settings.rollout, restart.prefix
+        ids = np.concatenate([self._prompt_ids(restart.prompt_index), np.array(prefix, np.int64)])
+        left = rollout.max_completion_length - len(prefix)
+        expected = self._expected_length(restart.prompt_index) - len(prefix)
+        return restart.prompt_index, Request(ids, rollout.num_generations, left, slot, len(prefix), expected)
+
+    def _draw(
+        self, asked: list[tuple[int, Request]], step: int
+    ) -> tuple[Sampled, tuple[Rewards, np.ndarray | None, np.ndarray]]:
+        """The completions; their rewards, whether an answer was found, and whether it is right."""
         rollout = self.settings.rollout
-        indices, requests = [], []
-        for slot, restart in enumerate(self._next_prompts()):
-            prompt = self._prompt_ids(restart.prompt_index)
-            left = rollout.max_completion_length - len(restart.prefix)
-            ids = np.concatenate([prompt, np.array(restart.prefix, np.int64)])
-            expected = self._expected_length(restart.prompt_index) - len(restart.prefix)
-            request = Request(ids, rollout.num_generations, left, slot, len(restart.prefix), expected)
-            requests.append(request)
-            indices.append(restart.prompt_index)
+        requests = [request for _, request in asked]
         state = TrainerState(global_step=step - 1, max_steps=self.total_steps)
         rewarding = Rewarding(self.task, state)
 
         def begin_rewards(wave: list[Drawn]) -> None:
             rewarding.start(
                 [each.request * rollout.num_generations + each.number for each in wave],
-                [self.task.train[indices[each.request]] for each in wave],
+                [self.task.train[asked[each.request][0]] for each in wave],
                 [each.completion.text for each in wave],
                 [_whole(requests[each.request], each.completion) for each in wave],
             )
@@ -146,22 +173,11 @@ class Trainer:
             )
         pairs = zip(requests, drawn.completions, strict=True)
         flat = [(request, c) for request, completions in pairs for c in completions]
-        examples = [self.task.train[i] for i in indices for _ in range(rollout.num_generations)]
+        examples = [self.task.train[i] for i, request in asked for _ in range(request.num)]
         with self._timed("reward"):
             texts = [c.text for _, c in flat]
             rewards = rewarding.finish(examples, texts, [_whole(*each) for each in flat])
-            found, right = judge(self.task, examples, texts, rewards.total)
-        totals = rewards.total.reshape(len(requests), -1)
-        groups = [
-            Group(self.task.train[i], i, r.prompt_ids, completions, total, r.prefix_length, cells)
-            for i, r, completions, total, cells in zip(
-                indices, requests, drawn.completions, totals, drawn.prompt_cells, strict=True
-            )
-        ]
-        for group in groups:
-            length = np.mean([group.prefix_length + len(c) for c in group.completions])
-            self.lengths[group.prompt_index] = float(length)
-        return Batch(groups, drawn.boundary, rewards, found, right)
+            return drawn, (rewards, *judge(self.task, examples, texts, rewards.total))
 
     def assign_credit(self, batch: Batch, step: int) -> None:
         """Fills in the batch's tries and credits, one per group that has any reward."""
@@ -175,6 +191,7 @@ class Trainer:
             if options.mask_truncated_completions:
                 trained = np.array([c.finished for c in group.completions])
             rng = generator(self.settings.train.seed, CREDIT, slot, step)
+            batch.slots.append(slot)
             batch.rewarded.append(group)
             batch.tries.append(trie)
             batch.credits.append(assign(trie, options, rng, len(batch.groups), trained))
@@ -187,8 +204,8 @@ class Trainer:
         batch.
         """
         options, policy, limit = self.settings.algorithm, self.policy, self.settings.train.max_grad_norm
-        parts = (batch.rewarded, batch.tries, batch.credits, batch.boundary)
-        passes = Passes(policy, self.sizes, self.progress, *parts)
+        parts = batch.own_parts()
+        passes = Passes(policy, self.sizes, self.progress, *parts, batch.boundary)
         metrics: dict[str, Any] = {
             "learning_rate": learning_rate,
             "tokens/selected": sum(int(c.weighted.sum()) for c in batch.credits),
@@ -197,7 +214,7 @@ class Trainer:
             "grad_norm": 0.0,
             "optimizer/skipped": 0,
         }
-        if not passes.packs:
+        if not metrics["tokens/selected"]:
             return metrics
         self.progress.phase("updating", len(passes.packs) * options.num_iterations)
         surrogate = Surrogate(
@@ -214,17 +231,44 @@ class Trainer:
         for iteration in range(options.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
             logps, loss = passes.backward(surrogate, old, ref)
+            self.processes.sum_gradients(self.parameters)
+            done = (loss, passes.num_tokens, *gaps(*parts, logps, ref))
+            losses, runs, *found = zip(*self.processes.gather(done), strict=True)
+            loss = sum(losses)
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf))
             if iteration == 0:
-                metrics |= {"loss": loss, "grad_norm": norm, **_gaps(batch, logps, ref)}
+                metrics |= {"loss": loss, "grad_norm": norm, "sampling/logp_gap": max(found[0])}
+                if ref is not None:
+                    metrics["kl"] = sum(found[1]) / max(sum(found[2]), 1e-12)
             if not (math.isfinite(norm) and math.isfinite(loss)):
                 metrics["optimizer/skipped"] = 1
                 break
             self._optimize(learning_rate, options.l2)
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["optimizer/skipped"] else 0
-        metrics["tokens/nodes_run"] = passes.num_tokens * (iteration + 1)
+        metrics["tokens/nodes_run"] = sum(runs) * (iteration + 1)
         return metrics
+
+    def _use_smallest_sizes(self) -> None:
+        """Where memory ran out in one process, all go on with its sizes, so that each could save the run."""
+        found = self.processes.gather(self.sizes)
+        sizes = Sizes(
+            min(each.wave_size for each in found),
+            min(each.pack_size for each in found),
+            min(each.head_chunk for each in found),
+            any(each.checkpoint_layers for each in found),
+        )
+        if sizes != self.sizes:
+            self.progress.message(
+                f"memory ran out in another process: going on with rollout.wave_size={sizes.wave_size}, "
+                f"train.pack_size={sizes.pack_size}, train.head_chunk={sizes.head_chunk} and "
+                f"train.checkpoint_layers={str(sizes.checkpoint_layers).lower()}; results stay the same"
+            )
+            self._use(sizes)
+
+    def _use(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.policy.head_chunk, self.policy.checkpoint_layers = sizes.head_chunk, sizes.checkpoint_layers
 
     def _optimize(self, learning_rate: float, l2: float) -> None:
         for group in self.optimizer.param_groups:
@@ -341,9 +385,7 @@ class Trainer:
             place = "cpu" if moment == "step" else parameter.device
             self.optimizer.state[parameter][moment] = value.to(place)
         self.drawn_prompts = state["drawn_prompts"]
-        self.sizes = Sizes(**state["sizes"])
-        self.policy.head_chunk = self.sizes.head_chunk
-        self.policy.checkpoint_layers = self.sizes.checkpoint_layers
+        self._use(Sizes(**state["sizes"]))
         self.restarts = [Restart(**r) for r in state["restarts"]]
         self.lengths = {int(index): length for index, length in state["lengths"]}
         self.skipped_in_a_row = state["skipped_in_a_row"]
@@ -352,23 +394,6 @@ class Trainer:
 def _whole(request: Request, completion: Completion) -> np.ndarray:
     """The ids of a completion from its beginning, whatever of it the request's prompt holds."""
     return np.concatenate([request.prefix, completion.ids])
-
-
-def _gaps(batch: Batch, logps: NodeValues, ref: NodeValues | None) -> dict[str, float]:
-    """How far recomputed log-probs are from those recorded while sampling, and the mean KL to the base
-    (nats)."""
-    largest, divergence, weight = 0.0, 0.0, 0.0
-    for index, (trie, group, credit) in enumerate(
-        zip(batch.tries, batch.rewarded, batch.credits, strict=True)
-    ):
-        nodes, recomputed = np.flatnonzero(credit.weighted), logps.of_trie(index)
-        recorded = np.concatenate([c.logps for c in group.completions])[trie.position(nodes)]
-        largest = max(largest, float(np.abs(recomputed[nodes] - recorded).max(initial=0.0)))
-        if ref is not None:
-            gap = k3(torch.from_numpy(recomputed[nodes]), torch.from_numpy(ref.of_trie(index)[nodes]))
-            divergence += float((credit.kl[nodes] * gap.numpy()).sum())
-            weight += float(credit.kl[nodes].sum())
-    return {"sampling/logp_gap": largest} | ({} if ref is None else {"kl": divergence / max(weight, 1e-12)})
 
 
 def _optimizer(settings: Settings, parameters: list[Tensor]) -> torch.optim.Optimizer:

@@ -5,6 +5,8 @@ train_dataset, eval_dataset)`), and is listed in `tasks/__init__.py`. Knows noth
 or algorithms; the tokenizer is an argument.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -197,3 +199,15 @@ def _render_chat(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any]) 
             f"the chat template refuses messages with the roles {roles}: {reason}; "
             "change the roles, leave task.system_prompt out, or write task.chat=never for plain text"
         ) from error
+
+
+def data_revision(task: Task) -> str:
+    """A checksum of the problems in their order, wherever they came from."""
+    digest = hashlib.sha256()
+    for examples in (task.train, task.eval):
+        for example in examples:
+            row = [example.prompt, example.columns]
+            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
+            digest.update(text.encode() + b"\n")
+        digest.update(b"\n")
+    return f"sha256:{digest.hexdigest()}"

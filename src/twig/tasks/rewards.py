@@ -30,15 +30,44 @@ class Rewards:
 
     `total` is the weighted sum, float64 [N]; NaN where every function returned None: such a completion has no
     reward, belongs in no average and gets no credit. `per_function` has [N] per function, NaN for None.
-    `metrics` has `rewards/NAME/mean` and `rewards/NAME/std` (where a function gave any number), the means of
-    what was passed to `log_metric`, and `answers/found_lenient` and `answers/right_lenient` where the task
-    has a lenient reading; `extra` has the columns passed to `log_extra`, N values each.
+    `logged` has what was passed to `log_metric`; `lenient` is, where the task has a lenient reading, whether
+    a last number was found and whether it is right, bool [2, N]; `extra` has the columns passed to
+    `log_extra`, N values each.
     """
 
     total: np.ndarray
     per_function: dict[str, np.ndarray]
-    metrics: dict[str, float] = field(default_factory=dict)
+    logged: dict[str, list[float]] = field(default_factory=dict)
+    lenient: np.ndarray | None = None
     extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`rewards/NAME/mean` and `rewards/NAME/std` (where a function gave any number), the means of what
+        was passed to `log_metric`, and `answers/found_lenient` and `answers/right_lenient`."""
+        found = _statistics(self.per_function)
+        found |= {name: sum(values) / len(values) for name, values in self.logged.items()}
+        if self.lenient is not None:
+            names = ("answers/found_lenient", "answers/right_lenient")
+            found |= {name: float(row.mean()) for name, row in zip(names, self.lenient, strict=True)}
+        return found
+
+
+def joined(parts: Sequence[Rewards]) -> Rewards:
+    """The rewards of all parts' completions, laid end to end."""
+    lenient = [part.lenient for part in parts if part.lenient is not None]
+    columns = {name: [None] for part in parts for name in part.extra}
+    extra = [
+        {name: part.extra.get(name, none * len(part.total)) for name, none in columns.items()}
+        for part in parts
+    ]
+    return Rewards(
+        np.concatenate([part.total for part in parts]),
+        {name: np.concatenate([part.per_function[name] for part in parts]) for name in parts[0].per_function},
+        _chained([part.logged for part in parts]),
+        np.concatenate(lenient, axis=1) if lenient else None,
+        _chained(extra),
+    )
 
 
 # ---- scoring -----------------------------------------------------------------------------------------------
@@ -124,9 +153,9 @@ class Rewarding:
         per_function = {name: per_function[name] for name in self.functions}
         total = weighted_total(np.stack(list(per_function.values()), axis=1), task.reward_weights)
         _warn_unrewarded(total, [example.prompt for example in examples], texts)
-        metrics = _statistics(per_function) | _means([log, *(part.log for part in self.parts)])
-        metrics |= lenient_shares(task, examples, texts)
-        return Rewards(total, per_function, metrics, self._extra(log, count))
+        logged = _chained([log.metrics, *(part.log.metrics for part in self.parts)])
+        lenient = read_leniently(task, examples, texts)
+        return Rewards(total, per_function, logged, lenient, self._extra(log, count))
 
     def _arguments(
         self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Any], log: "_Log"
@@ -169,16 +198,13 @@ def judge(
     return np.array([s.found for s in scores], bool), np.array([s.right for s in scores], bool)
 
 
-def lenient_shares(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
-    """The shares of N completions whose last number was found and is right, by metric; none without such a
-    reading."""
+def read_leniently(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray | None:
+    """Whether each of N completions has a last number, and whether it is right: bool [2, N]; None without
+    such a reading."""
     if task.score_lenient is None:
-        return {}
+        return None
     scores = [task.score_lenient(text, example) for text, example in zip(texts, examples, strict=True)]
-    return {
-        "answers/found_lenient": float(np.mean([s.found for s in scores])),
-        "answers/right_lenient": float(np.mean([s.right for s in scores])),
-    }
+    return np.array([[s.found for s in scores], [s.right for s in scores]], bool)
 
 
 def weighted_total(values: np.ndarray, weights: Sequence[float] | None) -> np.ndarray:
@@ -245,10 +271,9 @@ class _Log:
         return self.extra
 
 
-def _means(logs: Sequence[_Log]) -> dict[str, float]:
-    names = dict.fromkeys(name for log in logs for name in log.metrics)
-    found = {name: [value for log in logs for value in log.metrics.get(name, [])] for name in names}
-    return {name: sum(values) / len(values) for name, values in found.items()}
+def _chained(columns: Sequence[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [value for column in columns for value in column.get(name, [])] for name in names}
 
 
 def _as_prompted(prompt: Any, text: str) -> Any:
