@@ -4,8 +4,6 @@ Everything that is decided once per run is here; what happens in a step is in `t
 and crashes leave a run folder that `resume=True` goes on from.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +41,7 @@ from twig.signals import Clock, Stop, stoppable
 from twig.sizing import size_run
 from twig.standing import TOTALS, Standing
 from twig.tasks import Task, load_task
-from twig.tasks.base import refuse_too_long
+from twig.tasks.base import data_revision, refuse_too_long
 from twig.tasks.rewards import RewardError
 from twig.trackers import Report, reporting, require
 from twig.trainer import Batch, Trainer
@@ -389,7 +387,7 @@ class _Session:
             dtype=str(model.dtype),
             quantization=quantization_of(model.config),
             model_revision=getattr(model.config, "_commit_hash", None),  # None: not from the Hub
-            data_revision=_data_revision(self.task),
+            data_revision=data_revision(self.task),
             passed=self.passed or None,
         )
 
@@ -407,15 +405,3 @@ def _refuse_another_shape(settings: Settings, has: dict[str, Any]) -> None:
                 f"lora.{key}: {value} here, but {has[key]} in {settings.model.adapter}, which keeps its "
                 f"shape; leave lora.{key} out"
             )
-
-
-def _data_revision(task: Task) -> str:
-    """A checksum of the problems in their order, wherever they came from."""
-    digest = hashlib.sha256()
-    for examples in (task.train, task.eval):
-        for example in examples:
-            row = [example.prompt, example.columns]
-            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
-            digest.update(text.encode() + b"\n")
-        digest.update(b"\n")
-    return f"sha256:{digest.hexdigest()}"

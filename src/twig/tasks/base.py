@@ -5,6 +5,8 @@ train_dataset, eval_dataset)`), and is listed in `tasks/__init__.py`. Knows noth
 or algorithms; the tokenizer is an argument.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,6 +145,18 @@ def refuse_too_long(task: Task, prompt: int, completion: int, context: int | Non
         f"task {task.name}: a prompt has {prompt} tokens, and with rollout.max_completion_length="
         f"{completion} that is more than the {context} of the model's context; {instead} out such rows"
     )
+
+
+def data_revision(task: Task) -> str:
+    """A checksum of the problems in their order, wherever they came from."""
+    digest = hashlib.sha256()
+    for examples in (task.train, task.eval):
+        for example in examples:
+            row = [example.prompt, example.columns]
+            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
+            digest.update(text.encode() + b"\n")
+        digest.update(b"\n")
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _is_chat(example: Example, tokenizer: Any, task_settings: Any) -> bool:
