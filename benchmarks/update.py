@@ -79,11 +79,11 @@ def groups_of(options: argparse.Namespace) -> list[tuple[list[int], list[np.ndar
 def twig_side(options: argparse.Namespace) -> dict[str, float]:
     from twig.credit import assign
     from twig.objective import Surrogate
+    from twig.options import Algorithm
     from twig.passes import Passes, Sizes
     from twig.policy import Policy, attach
     from twig.progress import Progress
     from twig.records import Completion, Example, Group
-    from twig.settings import Algorithm
     from twig.trie import PrefixTrie
 
     model = build(options.shape)

@@ -15,27 +15,28 @@ SOURCE = ROOT / "src" / "twig"
 
 # A module imports only from those before it. A package itself comes after its modules.
 ORDER = (
-    "records files reach wording task_settings settings config from_peft expressions answers "
+    "records files reach wording task_settings options settings config from_peft expressions answers "
     "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit objective pack models oom head decoder policy rollout replay progress passes measures "
     "evaluate shape workload footprint memory "
     "checkpoint machine usage sizing evaluations measure runlog resume randomness standing "
     "trackers signals watch symptoms diagnose series creditmap report "
-    "trainer samples loop compare redact "
-    "hub card export __init__ "
-    "display cli_shared cli_eval cli_export cli_plan cli "
+    "trainer samples loop study compare tables redact "
+    "hub methods card export __init__ "
+    "display cli_shared cli_compare cli_eval cli_export cli_plan cli "
     "__main__"
 ).split()
 
 # These work where torch is not installed.
 WITHOUT_TORCH = (
-    "records files reach wording task_settings settings config from_peft expressions answers "
+    "records files reach wording task_settings options settings config from_peft expressions answers "
     "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit pack replay progress measures shape workload footprint memory "
     "machine usage sizing evaluations runlog standing trackers signals watch symptoms diagnose series "
-    "creditmap report redact hub card display cli_shared cli_eval cli_export cli_plan cli"
+    "creditmap report study compare tables redact hub methods card "
+    "display cli_shared cli_compare cli_eval cli_export cli_plan cli"
 ).split()
 
 HEAVY = ("torch", "transformers", "matplotlib")

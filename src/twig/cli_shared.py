@@ -15,6 +15,10 @@ Overrides = Annotated[
 ]
 
 
+class Stopped(Exception):
+    """What was asked for was stopped and is saved; the words say how to go on."""
+
+
 def result_console() -> Console:
     """Where a command's result goes: stdout, as it is now."""
     return Console(highlight=False)

@@ -4,8 +4,10 @@ Greedy answers, one per problem, and several sampled ones: pass@k and the majori
 training.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,9 @@ class Evaluation:
     `found` is the share in which an answer was found at all (None where the task cannot tell),
     `right_lenient` the accuracy if the last number of each text were its answer (None where that means
     nothing), `reward` the mean of the rewards that were given (None where none was), `mean_length` in tokens,
-    `truncated` the share cut off by the length limit.
+    `truncated` the share cut off by the length limit. `right` and `answered` [problems] say of each problem
+    whether its answer is right and whether there is one (None where the task cannot tell); `problems` is the
+    checksum of them all.
     """
 
     value: float
@@ -39,9 +43,43 @@ class Evaluation:
     reward: float | None
     mean_length: float
     truncated: float
+    right: np.ndarray | None = field(default=None, repr=False, compare=False)
+    answered: np.ndarray | None = field(default=None, repr=False, compare=False)
+    problems: str | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The figures, without what they are made from."""
+        return {k: v for k, v in asdict(self).items() if k not in ("right", "answered", "problems")}
+
+    def each(self) -> dict[str, Any]:
+        """What the figures are made from, as evaluations.jsonl has it."""
+        right, answered = (None if a is None else _digits(a) for a in (self.right, self.answered))
+        return {"problems": self.problems, "right": right, "answered": answered}
+
+
+def data_revision(task: Task) -> str:
+    """A checksum of the problems in their order, wherever they came from."""
+    digest = hashlib.sha256()
+    for examples in (task.train, task.eval):
+        for example in examples:
+            row = [example.prompt, example.columns]
+            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
+            digest.update(text.encode() + b"\n")
+        digest.update(b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _digits(flags: np.ndarray) -> str:
+    return "".join("1" if flag else "0" for flag in flags)
+
+
+def checksum_of(examples: Sequence[Example]) -> str:
+    """The checksum of problems and their answers, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        row = [example.prompt, str(example.columns.get("answer"))]
+        digest.update(json.dumps(row).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
 
 
 def evaluate_policy(
@@ -200,4 +238,7 @@ def _summarise(task: Task, examples: list[Example], completions: list[Completion
         reward=float(given.mean()) if len(given) else None,
         mean_length=float(np.mean([len(c) for c in completions])),
         truncated=float(np.mean([not c.finished for c in completions])),
+        right=right,
+        answered=found,
+        problems=checksum_of(examples),
     )

@@ -4,6 +4,7 @@ Everything that is decided once per run is here; what happens in a step is in `t
 and crashes leave a run folder that `resume=True` goes on from.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from twig import checkpoint
 from twig.config import Settings, load
-from twig.evaluate import evaluate_policy
+from twig.evaluate import data_revision, evaluate_policy
 from twig.from_peft import lora_values
 from twig.memory import SIZES, with_sizes
 from twig.models import (
@@ -202,7 +203,7 @@ class _Session:
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
         summary, step = self.log.summary(), self.standing.step
-        if is_finished(summary) and summary["steps"] == step >= self.trainer.total_steps:
+        if is_finished(summary) and summary["steps"] == step and self._is_over():
             self.progress.done(summary)
             return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
         with self._saving("the run folder"):
@@ -226,15 +227,16 @@ class _Session:
     def _work(self) -> bool:
         """Evaluates, trains and evaluates; whether it came to the end."""
         standing, stop = self.standing, self.stop
-        total, every = self.trainer.total_steps, self.settings.train.save_steps
+        every = self.settings.train.save_steps
         if standing.step == 0 and self.settings.eval.before:
             self._evaluate("before")
         time_is_up = False
-        while standing.step < total and not (stop.asked or time_is_up):
+        while not (self._is_over() or stop.asked or time_is_up):
             began = time.perf_counter()
-            self._step(total)
+            self._step()
             time_is_up = self.clock.ends_before_another(time.perf_counter() - began)
-            if stop.asked or time_is_up or standing.step == total or (every and standing.step % every == 0):
+            ends = stop.asked or time_is_up or self._is_over()
+            if ends or (every and standing.step % every == 0):
                 self._save()
         if time_is_up and not stop.asked:
             self.progress.message(f"train.max_time={self.settings.train.max_time} is up: stopping")
@@ -243,7 +245,22 @@ class _Session:
         self.after = self._evaluate("after")
         return True
 
-    def _step(self, total: int) -> None:
+    def _is_over(self) -> bool:
+        """Whether the last step is done: the number of steps or of tokens is reached."""
+        limit, standing = self.settings.train.max_tokens, self.standing
+        enough = limit is not None and standing.totals["tokens_sampled"] >= limit
+        return enough or standing.step >= self.trainer.total_steps
+
+    def _expected_steps(self) -> int:
+        """How many steps it will be, as far as can be told from those done (at least one)."""
+        total, limit, standing = self.trainer.total_steps, self.settings.train.max_tokens, self.standing
+        if limit is None:
+            return total
+        left = max(limit - standing.totals["tokens_sampled"], 0)
+        more = math.ceil(left * standing.step / max(standing.totals["tokens_sampled"], 1))
+        return min(total, standing.step + more)
+
+    def _step(self) -> None:
         began, step = time.perf_counter(), self.standing.step + 1
         batch, metrics = self.trainer.step(step)
         seconds = time.perf_counter() - began
@@ -251,7 +268,7 @@ class _Session:
         memory = {"peak_bytes": self.memory.peak(), "predicted_peak_bytes": self.sized.peak}
         metrics |= {"time/step": seconds, **{f"memory/{name}": value for name, value in memory.items()}}
         self._log(metrics)
-        self.progress.step(step, total, metrics)
+        self.progress.step(step, self._expected_steps(), metrics)
         every = self.settings.log.completions_steps
         if every and (step == 1 or step % every == 0):
             self.log.save_completions(step, completion_rows(batch, self.tokenizer))
@@ -260,7 +277,7 @@ class _Session:
         if metrics["optimizer/skipped"]:
             self._skipped(batch)
         every = self.settings.eval.steps
-        if every and step % every == 0 and step < total:
+        if every and step % every == 0 and not self._is_over():
             result = self._evaluate(f"step {step}")
             if result is not None:
                 named = {"accuracy": "value", "found": "found", "right_lenient": "right_lenient"}
@@ -308,6 +325,7 @@ class _Session:
             progress=self.progress,
         )
         self.stop.at_once = False
+        self.log.save_evaluation(self.standing.step, measured.each())
         result = measured.as_dict()
         self.progress.evaluation(when, result)
         if self.standing.add_evaluation(result):
