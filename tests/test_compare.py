@@ -67,6 +67,7 @@ def write_run(planned, study, evaluations, tokens, flops=1000, seconds=2.0):
             "seconds": seconds * len(tokens),
         }
     )
+    log.close()
     return Result(planned.variant, planned.seed, folder_of(study, planned))
 
 
@@ -125,7 +126,7 @@ def test_a_wrong_study_is_one_line_and_nothing_is_run(tmp_path, monkeypatch, cap
 
 def test_a_run_that_began_with_other_settings_is_refused_by_name(tmp_path):
     first = runs_of(study_in(tmp_path))
-    RunLog.create(folder_of(tmp_path, first[0]), first[0].settings)
+    RunLog.create(folder_of(tmp_path, first[0]), first[0].settings).close()
     changed = runs_of(
         study_in(tmp_path, STUDY.replace("quickstart", "quickstart", 1), ["train.learning_rate=0.5"])
     )

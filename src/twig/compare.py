@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from twig.config import load
 from twig.memory import with_sizes
 from twig.records import UserError
 from twig.runlog import RunLog, is_run, read_metrics, read_summary
@@ -99,7 +100,7 @@ def is_finished(folder: Path) -> bool:
 def _refuse_changes(folder: Path, run: Planned) -> None:
     if not is_run(folder):
         return
-    old = RunLog.open(folder).settings.flat()
+    old = load(str(folder)).flat()
     new = with_sizes(run.settings, old).flat()
     changed = [key for key in new if new[key] != old.get(key) and not key.startswith(_SHOWN)]
     if changed:
@@ -113,7 +114,7 @@ def _refuse_changes(folder: Path, run: Planned) -> None:
 def _begin(run: Planned, study: Path) -> _Process:
     folder, log = folder_of(study, run), study / _LOGS / f"{run.name}.txt"
     if not is_run(folder):
-        RunLog.create(folder, run.settings)
+        RunLog.create(folder, run.settings).close()  # the process takes it
     command = [sys.executable, "-m", "twig", "train", str(folder), "--resume", "log.progress=plain"]
     # A session of its own: Ctrl-C reaches it through us alone, once.
     options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
