@@ -57,18 +57,6 @@ class Evaluation:
         return {"problems": self.problems, "right": right, "answered": answered}
 
 
-def data_revision(task: Task) -> str:
-    """A checksum of the problems in their order, wherever they came from."""
-    digest = hashlib.sha256()
-    for examples in (task.train, task.eval):
-        for example in examples:
-            row = [example.prompt, example.columns]
-            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
-            digest.update(text.encode() + b"\n")
-        digest.update(b"\n")
-    return f"sha256:{digest.hexdigest()}"
-
-
 def _digits(flags: np.ndarray) -> str:
     return "".join("1" if flag else "0" for flag in flags)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from twig import checkpoint
 from twig.config import Settings, load
-from twig.evaluate import data_revision, evaluate_policy
+from twig.evaluate import evaluate_policy
 from twig.from_peft import lora_values
 from twig.memory import SIZES, with_sizes
 from twig.models import (
