@@ -60,11 +60,11 @@ def point(name: str, sizes: dict[str, float], repeats: int) -> dict[str, float]:
     from twig.adapter import attach
     from twig.credit import assign
     from twig.objective import Surrogate
+    from twig.options import Algorithm
     from twig.passes import Passes, Sizes
     from twig.policy import Policy
     from twig.progress import Progress
     from twig.records import Completion, Example, Group
-    from twig.settings import Algorithm
     from twig.trie import PrefixTrie
 
     torch.manual_seed(0)

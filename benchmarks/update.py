@@ -80,11 +80,11 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
     from twig.adapter import attach
     from twig.credit import assign
     from twig.objective import Surrogate
+    from twig.options import Algorithm
     from twig.passes import Passes, Sizes
     from twig.policy import Policy
     from twig.progress import Progress
     from twig.records import Completion, Example, Group
-    from twig.settings import Algorithm
     from twig.trie import PrefixTrie
 
     model = build(options.shape)

@@ -123,10 +123,11 @@ def s_grpo_positions(draw, length, alpha, p, k) -> list[int]:
     return chosen
 
 
-def token_terms(completions, rewards, scales, scale_rewards="group", trained=None):
+def token_terms(completions, rewards, scales, scale_rewards="group", trained=None, advantage_of=None):
     """prefix -> [(A_i * scale / G, scale / G), ...]: a pair per completion that trains its last token.
 
-    `scales[i]` maps the trained positions of completion i to their scale, such as 1 / |o_i|.
+    `scales[i]` maps the trained positions of completion i to their scale, such as 1 / |o_i|. A_i is GRPO's,
+    or what `advantage_of(i, prefix)` returns.
     """
     terms: dict[tuple[int, ...], list[tuple[float, float]]] = {}
     by_completion = zip(completions, advantages(rewards, scale_rewards), scales, strict=True)
@@ -135,8 +136,52 @@ def token_terms(completions, rewards, scales, scale_rewards="group", trained=Non
             continue
         for t, s in scale.items():
             prefix = tuple(int(token) for token in completion[: t + 1])
-            terms.setdefault(prefix, []).append((advantage * s / len(completions), s / len(completions)))
+            a = advantage if advantage_of is None else advantage_of(i, prefix)
+            terms.setdefault(prefix, []).append((a * s / len(completions), s / len(completions)))
     return terms
+
+
+def neighbour_terms(name, completions, rewards, scale_rewards="group", divisor=1, trained=None):
+    """`token_terms` of the algorithm called `name`, from the formula in its paper."""
+    size, through = len(completions), all_prefixes(completions, rewards)
+    mean = sum(rewards) / size
+    equal = max(rewards) == min(rewards)
+    std = (sum((r - mean) ** 2 for r in rewards) / max(size - 1, 1)) ** 0.5
+    divided = std + 1e-4 if scale_rewards == "group" and size > 1 else 1.0
+
+    def value(prefix):
+        values = through[prefix]
+        return values[0] if min(values) == max(values) else sum(values) / len(values)
+
+    def advantage(i, prefix):
+        if equal:
+            return 0.0
+        if name == "dr-grpo":
+            return rewards[i] - mean
+        if name == "rloo":
+            others = [r for j, r in enumerate(rewards) if j != i]
+            return rewards[i] - sum(others) / len(others)
+        if name == "tempo":
+            return (rewards[i] - mean + value(prefix) - value(prefix[:-1])) / divided
+        return (rewards[i] - mean) / divided
+
+    def scale(completion, t):
+        if name in ("dr-grpo", "rloo"):
+            return {"dr-grpo": 1 / divisor, "rloo": 1.0}[name]
+        shared = len(through[tuple(int(x) for x in completion[: t + 1])]) if name == "lambda-grpo" else 1
+        return 1 / (len(completion) * shared)
+
+    scales = [{t: scale(c, t) for t in range(len(c))} for c in completions]
+    return token_terms(completions, rewards, scales, trained=trained, advantage_of=advantage)
+
+
+def quantile(values, q) -> float:
+    """The q-quantile, linear between neighbours in order of size."""
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
 def t_spmo_weights(completions, rewards, normalise="unique") -> dict[tuple[int, ...], float]:

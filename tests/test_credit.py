@@ -2,6 +2,7 @@
 
 import itertools
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import oracles
@@ -10,8 +11,8 @@ import random_groups
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twig.credit import ALGORITHMS, advantages, assign
-from twig.settings import Algorithm
+from twig.credit import ALGORITHMS, advantages, assign, entropy_at_quantile
+from twig.options import Algorithm
 from twig.trie import PrefixTrie
 
 
@@ -33,6 +34,8 @@ def rng(seed=0):
 
 def weights_of(completions, rewards, seed=0, trained=None, prompts=1, generator=None, **options):
     """(trie, credit) of one group."""
+    if options["name"] == "dr-grpo":
+        options = {"divisor": 8} | options
     trie = PrefixTrie.build(completions, rewards)
     return trie, assign(trie, Algorithm(**options), generator or rng(seed), prompts, trained)
 
@@ -129,6 +132,54 @@ def test_t_spmo_by_hand():
     np.testing.assert_allclose(weights_of(*HAND, name="t-spmo", prompts=4)[1].plus, credit.plus / 4)
 
 
+def test_neighbours_by_hand():
+    # R - mean is +-1/2, G = 4. Dr. GRPO with L = 8: +-1/2 / (4 * 8) = +-1/64 for each token; node 1 is in
+    # completions 0, 1 and 2, so it has +1/64 and -2/64.
+    _, credit = weights_of(*HAND, name="dr-grpo", divisor=8, beta=0.1)
+    np.testing.assert_allclose(credit.plus, np.array([0, 1, 1, 0, 1, 1]) / 64)
+    np.testing.assert_allclose(credit.minus, np.array([0, -2, 0, -1, 0, 0]) / 64)
+    np.testing.assert_allclose(credit.kl, np.array([0, 3, 1, 1, 1, 1]) / 32)
+    # RLOO: the others of a right one have mean 1/3, of a wrong one 2/3: +-2/3 / 4 = +-1/6.
+    _, credit = weights_of(*HAND, name="rloo")
+    np.testing.assert_allclose(credit.plus, np.array([0, 1, 1, 0, 1, 1]) / 6)
+    np.testing.assert_allclose(credit.minus, np.array([0, -2, 0, -1, 0, 0]) / 6)
+    # lambda-GRPO: GRPO's +1/16 and -3/16 at node 1 (and its KL weight 1/2) are divided by its three
+    # completions, the other nodes are of one completion.
+    _, credit = weights_of(*HAND, name="lambda-grpo", scale_rewards="none", beta=0.1)
+    np.testing.assert_allclose(credit.plus, np.array([0, 1 / 3, 1, 0, 1, 1]) / 16)
+    np.testing.assert_allclose(credit.minus, np.array([0, -1, 0, -1, 0, 0]) / 16)
+    np.testing.assert_allclose(credit.kl, np.array([0, 4 / 3, 1, 1, 1, 1]) / 8)
+    # TEMPO: steps in value -1/6, 2/3, -1/3, 1/2, 0 at nodes 1 to 5. Node 1: (1/2 - 1/6) / 8 from
+    # completion 0, (-1/2 - 1/6) / 8 from 1 and / 4 from 2; node 2 (1/2 + 2/3) / 8, node 3 (-1/2 - 1/3) / 8,
+    # node 4 (1/2 + 1/2) / 8, node 5 1/2 / 8.
+    _, credit = weights_of(*HAND, name="tempo", scale_rewards="none")
+    np.testing.assert_allclose(credit.plus, np.array([0, 1 / 3, 7 / 6, 0, 1, 1 / 2]) / 8)
+    np.testing.assert_allclose(credit.minus, np.array([0, -2, 0, -5 / 6, 0, 0]) / 8)
+
+
+def test_high_entropy_tokens_by_hand():
+    # Tokens and entropies: 5 (0.1) 6 (0.9), 5 7 (0.9), 5 again, 8 (0.1) 9 (0.3): sorted 0.1 0.1 0.1 0.1 0.3
+    # 0.9 0.9. The top 0.4: the quantile 0.6 is at place 3.6 of 0 to 6, 0.1 + 0.6 * 0.2 = 0.22.
+    entropies = [np.array(e) for e in ([0.1, 0.9], [0.1, 0.9], [0.1], [0.1, 0.3])]
+    trie = PrefixTrie.build(*HAND, entropies)
+    np.testing.assert_array_equal(trie.entropy, [np.nan, 0.1, 0.9, 0.9, 0.1, 0.3])
+    assert entropy_at_quantile([trie], [np.ones(4, bool)], 0.4) == pytest.approx(0.22)
+    whole = weights_of(*HAND, name="grpo", beta=0.1)[1]
+    options = Algorithm(name="grpo", beta=0.1, top_entropy_quantile=0.4)
+    credit = assign(trie, options, rng(), 1)
+    keep = np.array([0, 0, 1, 1, 0, 1])
+    np.testing.assert_array_equal(credit.plus, whole.plus * keep)
+    np.testing.assert_array_equal(credit.minus, whole.minus * keep)
+    np.testing.assert_array_equal(credit.kl, whole.kl)
+    # A floor of the whole step, from groups beside this one
+    assert assign(trie, options, rng(), 1, None, 0.5).weighted.sum() == whole.weighted.sum()  # KL stays
+    assert not assign(trie, options, rng(), 1, None, 0.95).plus.any()
+    # Cut-off completions have no say: without 0 and 1 the entropies are 0.1 0.1 0.3.
+    kept = np.array([False, False, True, True])
+    assert entropy_at_quantile([trie], [kept], 0.0) == 0.3
+    assert entropy_at_quantile([trie], [kept & False], 0.4) == np.inf
+
+
 def test_advantages_by_hand():
     # mean 2, squares 1 + 0 + 1, std = sqrt(2 / 2) = 1
     np.testing.assert_allclose(advantages(np.array([1.0, 2.0, 3.0]), "group"), np.array([-1, 0, 1]) / 1.0001)
@@ -144,6 +195,43 @@ def test_advantages_by_hand():
 def test_grpo_is_the_sum_over_completions(group, scale_rewards, beta):
     trie, credit = weights_of(*group, name="grpo", scale_rewards=scale_rewards, beta=beta)
     assert_sums(trie, credit, oracles.token_terms(*group, every_token(group[0]), scale_rewards), beta)
+
+
+NEIGHBOURS = ("dr-grpo", "rloo", "lambda-grpo", "tempo")
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+@given(random_groups.groups(), st.sampled_from(["group", "none"]), st.data())
+@random_groups.bounded
+def test_neighbours_are_the_sums_of_their_formulas(name, group, scale_rewards, data):
+    trained = np.array(data.draw(st.lists(st.booleans(), min_size=len(group[0]), max_size=len(group[0]))))
+    beta = 0.0 if name == "rloo" else 0.04
+    options = {"name": name, "beta": beta, "scale_rewards": scale_rewards}
+    trie, credit = weights_of(*group, trained=trained, **options)
+    assert_sums(trie, credit, oracles.neighbour_terms(name, *group, scale_rewards, 8, trained), beta)
+
+
+@given(random_groups.groups(), st.sampled_from([0.0, 0.2, 0.5, 0.9]), st.data())
+@random_groups.bounded
+def test_the_top_quantile_keeps_the_tokens_at_or_above_it(group, top, data):
+    completions, rewards = group
+    table = data.draw(st.lists(st.floats(0, 3), min_size=7, max_size=7))
+    entropies = [np.array([table[(sum(c[:t]) + t) % 7] for t in range(len(c))]) for c in completions]
+    trie = PrefixTrie.build(completions, rewards, entropies)
+    credit = assign(trie, Algorithm(name="grpo", top_entropy_quantile=top), rng(), 1)
+    whole = assign(trie, Algorithm(name="grpo"), rng(), 1)
+    tokens = [float(e) for entropy in entropies for e in entropy]
+    if not tokens:
+        return
+    floor = oracles.quantile(tokens, 1 - top)
+    assert entropy_at_quantile([trie], [np.ones(len(rewards), bool)], top) == pytest.approx(floor)
+    for node in range(1, len(trie)):
+        prefix = oracles.prefix_of(trie, node)
+        entropy = table[(sum(prefix[:-1]) + len(prefix) - 1) % 7]
+        assert trie.entropy[node] == entropy
+        if abs(entropy - floor) > 1e-9:
+            assert credit.plus[node] == (whole.plus[node] if entropy > floor else 0)
+            assert credit.minus[node] == (whole.minus[node] if entropy > floor else 0)
 
 
 s_grpo_options = st.fixed_dictionaries(
@@ -186,6 +274,10 @@ every_option = pytest.mark.parametrize(
         {"name": "s-grpo", "alpha": 1, "p": 0.5, "k": 4, "unbiased": True},
         {"name": "t-spmo"},
         {"name": "t-spmo", "normalise": "branches"},
+        {"name": "dr-grpo"},
+        {"name": "rloo"},
+        {"name": "lambda-grpo"},
+        {"name": "tempo"},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
@@ -197,7 +289,7 @@ every_option = pytest.mark.parametrize(
 def test_untrained_completions_bring_no_weight_but_count_in_the_mean(options, group, data):
     completions, rewards = group
     trained = np.array(data.draw(st.lists(st.booleans(), min_size=len(rewards), max_size=len(rewards))))
-    beta = 0.0 if options["name"] == "t-spmo" else 1.0
+    beta = 0.0 if options["name"] in ("t-spmo", "rloo") else 1.0
     trie, credit = weights_of(completions, rewards, trained=trained, beta=beta, **options)
     if options["name"] == "t-spmo":
         whole = weights_of(completions, rewards, **options)[1]
@@ -241,7 +333,7 @@ def test_all_empty_completions_and_single_ones_have_no_policy_weight(options):
 
 
 def test_the_table_of_algorithms_has_every_name_a_setting_may_have():
-    assert set(ALGORITHMS) == {"grpo", "s-grpo", "t-spmo"}
+    assert set(ALGORITHMS) == set(get_args(Algorithm.model_fields["name"].annotation))
     for name in ALGORITHMS:
         assert weights_of(*HAND, name=name)[1].weighted.any()
 
@@ -302,7 +394,7 @@ def test_s_grpo_with_alpha_at_least_the_length_is_grpo(unbiased, group, seed):
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.7, 1e9 / 3, 0.0])
 def test_equal_rewards_have_policy_weights_of_exactly_zero(options, reward):
     completions = [[1, 2, 3], [1, 2, 4], [1, 5], [6], [6], [1]]
-    betas = [0.0] if options["name"] == "t-spmo" else [0.0, 0.04]
+    betas = [0.0] if options["name"] in ("t-spmo", "rloo") else [0.0, 0.04]
     for size, beta in itertools.product((3, 5, 6), betas):
         trie, credit = weights_of(completions[:size], [reward] * size, beta=beta, **options)
         assert not credit.plus.any() and not credit.minus.any()
@@ -429,6 +521,7 @@ def test_credit_is_a_function_of_its_arguments(options):
     trie = PrefixTrie.build(completions, rewards)
     before = {name: getattr(trie, name).copy() for name in ("token", "count", "reward_sum", "rewards")}
     trained = np.array([True, True, False, True])
+    options = {"divisor": 8} | options if options["name"] == "dr-grpo" else options
     first = assign(trie, Algorithm(**options), rng(3), 2, trained)
     second = assign(trie, Algorithm(**options), rng(3), 2, trained)
     for name in ("plus", "minus", "kl"):

@@ -52,6 +52,7 @@ MADE = {
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
+    "evaluations.jsonl",
     "summary.json",
     "problems.jsonl",
     "rewards.py",

@@ -13,12 +13,12 @@ from twig.credit import assign
 from twig.decoder import Decoder
 from twig.noise import uniforms
 from twig.objective import Surrogate
+from twig.options import Algorithm
 from twig.pack import build_packs
 from twig.passes import Passes, Sizes
 from twig.progress import Progress
 from twig.records import Group
 from twig.rollout import Request, sample
-from twig.settings import Algorithm
 from twig.trie import PrefixTrie
 
 
@@ -174,6 +174,46 @@ def recorded_by_hand(policy, groups):
         ]
         made.append(replace(group, completions=completions, prompt_cells=first))
     return made, torch.cat(rows)
+
+
+@pytest.mark.parametrize("layers", [[3], [1, 3]])
+def test_the_operations_of_an_update_are_those_that_torch_counts(layers, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr("twig.policy._FEW_ROWS", 2)  # the last layer runs on head rows only
+    policy = tiny.build_policy(layers=layers, target_modules=["q_proj"])
+    groups = groups_of(count=1)
+    tries, credits = credit_of(groups)
+    (pack,) = build_packs(groups, tries, credits, 4096)
+    boundary, pack = torch.randn(100, 32, dtype=torch.float64), replace(pack, cells=np.zeros_like(pack.ids))
+
+    def counted(work):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        products = counter.get_flop_counts()["Global"]
+        matrices = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        return sum(products.get(kind, 0) for kind in matrices)
+
+    cells, rows, upper = pack.ids.size, len(pack.rows), policy.num_layers - min(layers)  # padding is run too
+    assert len(pack.ids) == 1 and rows < cells
+    # A layer: q and o 32 x 32, k and v 32 x 16, three of 32 x 48; the head 23 x 32.
+    keys, rest = 2 * 32 * 16, 2 * 32 * 32 + 3 * 32 * 48
+    of_all, of_rows = (upper - 1) * (keys + rest) + keys, rest + 23 * 32
+    assert policy.update_flops(cells, rows) == 4 * (cells * of_all + rows * of_rows)
+    assert policy.update_flops(cells, rows, 2, 1) == 10 * (cells * of_all + rows * of_rows)
+    # Not needed but run, as the attention module is called for keys and values, and again for the head rows:
+    # queries of all tokens forwards, and the head rows' keys and values.
+    extra = 2 * (cells * 32 * 32 + rows * keys)
+    with policy.base():
+        assert counted(lambda: policy.logps(pack, boundary)) == policy.update_flops(cells, rows, 0, 1) + extra
+    # Not in it: A and B of an adapter (32 x 4 each), twice forwards and four times backwards, of which the
+    # lowest layer's input needs none. In it but not run: the gradient of the input of its q, k and v.
+    queries = {layer: rows if layer == 3 else cells for layer in layers}
+    adapter = sum(2 * n * 32 * 4 * (5 if layer == min(layers) else 6) for layer, n in queries.items())
+    adapter += 2 * cells * 2 * 32 * 4  # with the queries of all tokens
+    inputs = 2 * (queries[min(layers)] * 32 * 32 + cells * keys)
+    both = counted(lambda: policy.backward(pack, Surrogate(), boundary))
+    assert both == policy.update_flops(cells, rows) + adapter - inputs + extra
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "granite"])

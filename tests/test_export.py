@@ -26,12 +26,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import twig
 from twig import export
-from twig.card import METHODS, PAPER, SOFTWARE, Base, Merge, Subject, model_card
+from twig.card import Base, Merge, Subject, model_card
 from twig.cli import main
 from twig.config import Settings
 from twig.evaluate import Evaluation, wilson
 from twig.export import export_run
 from twig.hub import push_folder
+from twig.methods import METHODS, PAPER, PAPERS, SOFTWARE
 from twig.progress import Progress
 from twig.records import UserError
 from twig.redact import code, fenced, public
@@ -561,7 +562,8 @@ def test_every_algorithm_is_described_and_the_citations_are_the_projects():
     assert set(METHODS) == set(twig.ALGORITHMS)
     for name in METHODS:
         card = model_card(subject(f"algorithm.name={name}"))
-        assert "2504.20834" in card and ("2402.03300" in card) == (name == "grpo")
+        assert "2504.20834" in card and PAPERS.get(name, PAPER) in card
+        assert sum(entry in card for entry in PAPERS.values()) == (name in PAPERS)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     (paper,) = citation["references"]
     for value in (citation["title"], citation["license"], citation["authors"][0]["name"]):

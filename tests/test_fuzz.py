@@ -17,8 +17,8 @@ from twig.config import Settings, load, parse_yaml
 from twig.escape import file_name, one_line, printable
 from twig.records import UserError
 from twig.runlog import RunLog
-from twig.samples import data_revision
 from twig.tasks import encode_prompt, load_task
+from twig.tasks.base import data_revision
 from twig.tasks.rewards import judge, score_completions
 from twig.wording import fields_of
 

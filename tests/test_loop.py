@@ -27,7 +27,7 @@ from twig.memory import SIZES
 from twig.models import load_model
 from twig.progress import Progress
 from twig.records import UserError
-from twig.runlog import read_metrics, read_summary
+from twig.runlog import read_evaluations, read_metrics, read_summary
 from twig.sizing import choose_sizes
 from twig.tasks import load_task
 
@@ -110,6 +110,7 @@ def record(folder, steps=STEPS):
         "tensors": {f: {k: v.numpy().tobytes() for k, v in t.items()} for f, t in tensors.items()},
         "state": state,
         "metrics": rows_of(folder),
+        "evaluations": read_evaluations(folder),
         "completions": [completions_of(folder, step) for step in range(1, steps + 1)],
         "summary": summary,
     }
@@ -618,6 +619,32 @@ def test_completions_agree_with_metrics_and_summary(run):
         assert done.summary[total] == sum(row[f"tokens/{name}"] for row in rows)
     seconds = sum(row.get("time/step", 0) for row in read_metrics(done.folder))
     assert done.summary["seconds"] == pytest.approx(seconds)
+    assert done.summary["update_flops"] == sum(row.get("flops/update", 0) for row in rows) > 0
+
+
+def test_a_run_ends_with_the_step_that_reaches_its_tokens(run):
+    heard = Heard()
+    whole = rows_of(run("whole", progress=heard).folder)
+    upto = np.cumsum([row["tokens/sampled"] for row in whole if "tokens/sampled" in row])
+    for limit, steps in ((int(upto[2]), 3), (int(upto[2]) + 1, 4), (10**9, STEPS)):
+        done = run(f"of {limit}", f"train.max_tokens={limit}")
+        assert (done.summary["steps"], done.summary["tokens_sampled"]) == (steps, upto[steps - 1])
+        assert done.summary["status"] == "finished"
+    # A finished run with more tokens allowed goes on, and is then the run that had them from the beginning.
+    on = run(f"of {upto[2]}", f"train.max_tokens={int(upto[2]) + 1}", resume=True)
+    assert on.summary["steps"] == 4
+    assert rows_of(on.folder)[:5] == whole[:5]
+
+
+def test_evaluations_are_kept_problem_by_problem(run):
+    done = run("run", reward_funcs=wanted)
+    rows = read_evaluations(done.folder)
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    for row, result in ((rows[0], "accuracy_before"), (rows[-1], "accuracy_after")):
+        assert len(row["right"]) == done.summary[result]["n"] == len(EVAL)
+        assert np.mean([int(digit) for digit in row["right"]]) == done.summary[result]["value"]
+        assert row["answered"] is None, "the task cannot tell"
+    assert len({row["problems"] for row in rows}) == 1 and rows[0]["problems"].startswith("sha256:")
 
 
 def documented(title):

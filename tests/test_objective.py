@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from twig.credit import assign
 from twig.objective import Surrogate, k3, loss, shrink
-from twig.settings import Algorithm
+from twig.options import Algorithm
 from twig.trie import PrefixTrie
 
 

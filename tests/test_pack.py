@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twig.credit import Credit, assign
+from twig.options import Algorithm
 from twig.pack import Pack, Targets, build_packs, head_columns
 from twig.records import Completion, Example, Group
-from twig.settings import Algorithm
 from twig.trie import PrefixTrie
 
 SIZES = [1, 6, 9, 14, 25, 60, 4096]

@@ -15,27 +15,29 @@ SOURCE = ROOT / "src" / "twig"
 
 # A module imports only from those before it. A package itself comes after its modules.
 ORDER = (
-    "escape records files redact reach wording task_settings settings config from_peft expressions answers "
+    "escape records redact files reach wording task_settings options settings config from_peft expressions "
+    "answers "
     "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit objective pack models oom head decoder adapter policy rollout replay progress "
     "lifeline processes passes batch measures evaluate shape workload footprint memory "
     "checkpoint machine usage sizing evaluations measure rows runlog resume randomness standing "
     "trackers signals watch symptoms diagnose series creditmap report "
-    "trainer samples loop compare "
-    "hub card export __init__ "
-    "display cli_shared cli_eval cli_export cli_plan cli "
+    "trainer samples loop study compare tables "
+    "hub methods card export __init__ "
+    "display cli_shared cli_compare cli_eval cli_export cli_plan cli "
     "__main__"
 ).split()
 
 # These work where torch is not installed.
 WITHOUT_TORCH = (
-    "escape records files redact reach wording task_settings settings config from_peft expressions answers "
-    "tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
+    "escape records redact files reach wording task_settings options settings config from_peft expressions "
+    "answers tasks.functions tasks.calls tasks.base tasks.rewards tasks.data "
     "tasks.multiplication tasks.svamp tasks.gsm8k tasks.custom tasks "
     "trie noise credit pack replay progress lifeline processes measures shape workload footprint memory "
     "machine usage sizing evaluations rows runlog standing trackers signals watch symptoms diagnose series "
-    "creditmap report hub card display cli_shared cli_eval cli_export cli_plan cli"
+    "creditmap report study compare tables hub methods card "
+    "display cli_shared cli_compare cli_eval cli_export cli_plan cli"
 ).split()
 
 HEAVY = ("torch", "transformers", "matplotlib")

@@ -17,11 +17,11 @@ from test_engine import assert_same, engine_gradient, oracle_gradient
 from twig.config import Settings
 from twig.noise import REPLAY, generator
 from twig.objective import Surrogate
+from twig.options import Replay
 from twig.progress import Progress
 from twig.records import Completion, Example, Group
 from twig.replay import Restart, choose_cut, choose_restart
 from twig.rollout import Request, sample
-from twig.settings import Replay
 from twig.tasks import load_task
 from twig.trainer import Trainer
 from twig.trie import PrefixTrie

@@ -106,7 +106,7 @@ def test_a_folder_that_another_process_has_is_refused_until_that_ends(log, tmp_p
     """Whatever the process leaves behind: the lock ends with it."""
     log.close()
     code = "import sys, time; from pathlib import Path; from twig.files import FolderLock\n"
-    code += "print(FolderLock(Path(sys.argv[1])).take(), flush=True); time.sleep(600)"
+    code += "lock = FolderLock(Path(sys.argv[1])); print(lock.take(), flush=True); time.sleep(600)"
     other = subprocess.Popen([sys.executable, "-c", code, log.folder], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "True\n"
     for enter in (lambda: RunLog.open(log.folder), lambda: RunLog.create(log.folder, load("quickstart"))):

@@ -16,10 +16,10 @@ from test_engine import engine_gradient
 from twig.adapter import attach
 from twig.credit import assign
 from twig.objective import Surrogate
+from twig.options import Algorithm
 from twig.pack import build_packs
 from twig.policy import Policy
 from twig.records import Group
-from twig.settings import Algorithm
 from twig.trie import PrefixTrie
 
 pytest.importorskip("trl", reason="TRL is in the dev extra")
@@ -164,11 +164,11 @@ def trl_updates(adapter, folder, steps=1, **options) -> list[Update]:
     return updates
 
 
-def our_batch(beta: float, scale_rewards: str = "group"):
+def our_batch(beta: float, scale_rewards: str = "group", **rule):
     groups: list[Group] = [
         tiny.make_group(*parts, i) for i, parts in enumerate(zip(PROMPTS, COMPLETIONS, REWARDS, strict=True))
     ]
-    options = Algorithm(name="grpo", beta=beta, scale_rewards=scale_rewards)
+    options = Algorithm(**{"name": "grpo", "beta": beta, "scale_rewards": scale_rewards} | rule)
     tries = [PrefixTrie.build([c.ids for c in g.completions], g.rewards) for g in groups]
     credits = [assign(trie, options, np.random.default_rng(0), len(groups)) for trie in tries]
     return groups, tries, credits
@@ -202,6 +202,18 @@ def test_gradient_equals_that_of_trl(tmp_path, beta, temperature, options):
     groups, tries, credits = our_batch(beta, options.get("scale_rewards", "group"))
     surrogate = Surrogate(beta=beta, bias_correction=options.get("use_bias_correction_kl", True))
     _, ours = engine_gradient(policy, groups, tries, credits, surrogate)
+    assert_same_gradient(ours, theirs.gradient)
+
+
+@pytest.mark.slow
+def test_gradient_of_dr_grpo_equals_that_of_trl(tmp_path):
+    policy = build_policy(1.0)
+    adapter = random_adapter(policy)
+    options = {"loss_type": "dr_grpo", "scale_rewards": "none"}
+    (theirs,) = trl_updates(adapter, tmp_path, beta=0.04, **options)
+    put(policy.parameters, adapter)
+    groups, tries, credits = our_batch(0.04, name="dr-grpo", divisor=LONGEST)
+    _, ours = engine_gradient(policy, groups, tries, credits, Surrogate(beta=0.04))
     assert_same_gradient(ours, theirs.gradient)
 
 

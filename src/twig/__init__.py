@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from twig.loop import Run, train
     from twig.models import end_ids, load_model
     from twig.objective import Surrogate
+    from twig.options import Algorithm
     from twig.pack import build_packs
     from twig.policy import Policy
     from twig.progress import Progress
     from twig.records import Completion, Example, Group, UserError
     from twig.rollout import Request, sample
-    from twig.settings import Algorithm
     from twig.tasks import Task, load_task
     from twig.tasks.rewards import score_completions
     from twig.trie import PrefixTrie
@@ -66,7 +66,7 @@ _EXPORTS = {
     "Example": "twig.records",
     "Group": "twig.records",
     "UserError": "twig.records",
-    "Algorithm": "twig.settings",
+    "Algorithm": "twig.options",
     "Settings": "twig.config",
     "load_settings": "twig.config:load",
     "Task": "twig.tasks",

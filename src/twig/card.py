@@ -16,42 +16,10 @@ import yaml
 
 from twig import __version__
 from twig.config import Settings
+from twig.methods import METHODS, PAPER, PAPERS, SOFTWARE
 from twig.redact import code, fenced, last_part, public, shown
 from twig.tasks import TASKS
 
-# Method -> its name and what it does, in words. The equations: docs/algorithms.md.
-METHODS = {
-    "t-spmo": (
-        "T-SPMO",
-        "a token gets credit where the completions of a prompt part: the mean reward of those that go on "
-        "with it, less that of those that came so far",
-    ),
-    "s-grpo": (
-        "S-GRPO",
-        "a completion's reward, relative to those of its prompt, goes to a sample of its tokens",
-    ),
-    "grpo": ("GRPO", "a completion's reward, relative to those of its prompt, goes to all of its tokens"),
-}
-PAPER = """@misc{lee2025tokenefficient,
-  title = {Token-Efficient RL for LLM Reasoning},
-  author = {Lee and Tong},
-  year = {2025},
-  eprint = {2504.20834},
-  archivePrefix = {arXiv}
-}"""
-GRPO_PAPER = """@misc{shao2024deepseekmath,
-  title = {DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models},
-  author = {Shao, Zhihong and others},
-  year = {2024},
-  eprint = {2402.03300},
-  archivePrefix = {arXiv}
-}"""
-SOFTWARE = """@software{twig,
-  title = {Twig: reinforcement learning for language models on small hardware},
-  author = {{The Twig maintainers}},
-  version = {VERSION},
-  license = {Apache-2.0}
-}"""
 # Settings that name files: only the last part of the name is shown.
 _FILES = ("model.adapter", "task.path", "task.reward_file")
 _LONGEST_PROMPT = 120  # characters in the example; a longer one is shown below it
@@ -401,7 +369,7 @@ def _limits(subject: Subject) -> str:
 
 
 def _citing(subject: Subject) -> str:
-    papers = [PAPER, GRPO_PAPER] if subject.settings.algorithm.name == "grpo" else [PAPER]
+    papers = dict.fromkeys([PAPER, PAPERS.get(subject.settings.algorithm.name, PAPER)])
     entries = "\n\n".join([*papers, SOFTWARE.replace("VERSION", __version__)])
     return (
         "## Citing\n\nS-GRPO and T-SPMO are of [arXiv 2504.20834](https://arxiv.org/abs/2504.20834); Twig is "

@@ -18,10 +18,11 @@ import typer
 from rich.text import Text
 
 from twig import __version__
+from twig.cli_compare import compare_command
 from twig.cli_eval import eval_command
 from twig.cli_export import export_command
 from twig.cli_plan import plan_as_comment, plan_command
-from twig.cli_shared import Overrides, quiet_libraries, result_console, show_row
+from twig.cli_shared import Overrides, Stopped, quiet_libraries, result_console, show_row
 from twig.config import Settings, load, recipe_names, recipe_text
 from twig.display import clean, quoted, show_run, showing
 from twig.escape import file_name, one_line
@@ -46,12 +47,6 @@ app = typer.Typer(
     help="Train language models to reason with reinforcement learning, on small hardware.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class _Stopped(Exception):
-    """The run was stopped and is saved; the words say how to go on."""
-
-    status = STOPPED
 
 
 class _Silent(Exception):
@@ -96,7 +91,7 @@ def train(
         summary = _train(settings, folder, resume)
     show_run(result_console(), folder, summary)
     if summary["status"] == "stopped":
-        raise _Stopped(_how_to_go_on(folder))
+        raise Stopped(_how_to_go_on(folder))
 
 
 def _train_together(
@@ -120,8 +115,8 @@ def _train_together(
         if main:
             show_run(result_console(), folder, summary)
         if summary["status"] == "stopped":
-            raise _Stopped(_how_to_go_on(folder))
-    except (UserError, Ended, KeyboardInterrupt, _Stopped) as error:
+            raise Stopped(_how_to_go_on(folder))
+    except (UserError, Ended, KeyboardInterrupt, Stopped) as error:
         if main:
             raise
         raise _Silent(exit_status(error)) from error
@@ -193,12 +188,13 @@ def _stoppable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise _Stopped(_how_to_go_on(folder) if is_run(folder) else "stopped before the first step") from None
+        raise Stopped(_how_to_go_on(folder) if is_run(folder) else "stopped before the first step") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 app.command("eval")(eval_command)
+app.command("compare")(compare_command)
 app.command("export")(export_command)
 app.command("plan")(plan_command)
 
@@ -324,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end("stopped", STOPPED)
     except _Silent as ended:
         return ended.status
-    except (_Stopped, Ended) as ended:
+    except (Stopped, Ended) as ended:
         return _end(ended, ended.status)
     except BrokenPipeError:
         # Whoever read the output has enough of it; nothing may be written at exit either.

@@ -9,10 +9,17 @@ from rich.console import Console
 from rich.text import Text
 
 from twig.display import clean
+from twig.lifeline import STOPPED
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="GROUP.KEY=VALUE", help="Settings; see docs/settings.md.")
 ]
+
+
+class Stopped(Exception):
+    """What was asked for was stopped and is saved; the words say how to go on."""
+
+    status = STOPPED
 
 
 def result_console() -> Console:

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from twig.options import ALGORITHMS_WITH, Algorithm, Frozen
 from twig.records import UserError
 from twig.settings import (
-    ALGORITHMS_WITH,
-    Algorithm,
     Eval,
-    Frozen,
     Log,
     Lora,
     Memory,
@@ -47,6 +45,13 @@ class Settings(Frozen):
     eval: Eval = Field(default_factory=Eval)
     memory: Memory = Field(default_factory=Memory)
     log: Log = Field(default_factory=Log)
+
+    @model_validator(mode="after")
+    def _dr_grpo_divides_by_the_longest_length(self) -> "Settings":
+        if self.algorithm.name == "dr-grpo" and self.algorithm.divisor is None:
+            options = self.algorithm.model_copy(update={"divisor": self.rollout.max_completion_length})
+            object.__setattr__(self, "algorithm", options)
+        return self
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = (), label: str = "") -> "Settings":

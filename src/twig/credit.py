@@ -9,15 +9,16 @@ reward of the completions through node n. Weights are per group; the caller divi
 optimizer step.
 
 Lee & Tong, "Token-Efficient RL for LLM Reasoning", arXiv 2504.20834, fixes the rules of S-GRPO and T-SPMO.
-The options marked "ours" are not in the paper. Numpy only; knows nothing of models.
+The options marked "ours" are not in the paper. Below them are their neighbours, which are weights on tokens
+too. Numpy only; knows nothing of models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from twig.settings import Algorithm
+from twig.options import Algorithm
 from twig.trie import PrefixTrie
 
 
@@ -44,8 +45,8 @@ class Credit:
 
 def grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
     """Every token of completion i gets A_i / (G |o_i|). GRPO, arXiv 2402.03300, eq. 3 and 4."""
-    chosen = [np.ones(len(path), bool) for path in trie.paths]
-    return _on_tokens(trie, options, trained, chosen, [1 / max(len(path), 1) for path in trie.paths])
+    advantage = advantages(trie.rewards, options.scale_rewards)
+    return _on_tokens(trie, options, trained, advantage, [1 / max(len(path), 1) for path in trie.paths])
 
 
 def s_grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
@@ -64,7 +65,8 @@ def s_grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, train
         keep = draw[: len(path)] < options.p
         keep[: options.alpha] = True
         chosen.append(keep & (np.cumsum(keep) <= max(options.k, options.alpha)))
-    return _on_tokens(trie, options, trained, chosen, [1 / max(int(keep.sum()), 1) for keep in chosen])
+    scale = [1 / max(int(keep.sum()), 1) for keep in chosen]
+    return _on_tokens(trie, options, trained, advantages(trie.rewards, options.scale_rewards), scale, chosen)
 
 
 def t_spmo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
@@ -87,8 +89,67 @@ def t_spmo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, train
     return Credit(weight.clip(min=0), weight.clip(max=0), np.zeros(len(trie)))
 
 
+# ---- neighbours ------------------------------------------------------------------------------------------
+
+
+def dr_grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
+    """Every token of completion i gets (R_i - mean) / (G L), L the same for all. Dr. GRPO, arXiv 2503.20783.
+
+    L is `divisor`, the longest length allowed: a long wrong completion is pushed down as much per token as a
+    short one, and a group of nearly equal rewards as it is.
+    """
+    advantage = advantages(trie.rewards, "none")
+    return _on_tokens(trie, options, trained, advantage, [1 / options.divisor] * trie.num_completions)
+
+
+def rloo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
+    """Every token of completion i gets (R_i - the mean of the other rewards) / G. RLOO, arXiv 2402.14740.
+
+    A completion is one action: its log-prob is the sum over its tokens, so no length divides.
+    """
+    others = max(trie.num_completions - 1, 1)
+    advantage = advantages(trie.rewards, "none") * trie.num_completions / others
+    return _on_tokens(trie, options, trained, advantage, [1.0] * trie.num_completions)
+
+
+def lambda_grpo(
+    trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray
+) -> Credit:
+    """GRPO with each token's share divided by count(n), the completions through its node: A_i / (G |o_i|
+    count(n)). lambda-GRPO, arXiv 2509.21154.
+
+    GRPO counts what is common to many completions many times; here a node counts once, with their mean.
+    """
+    advantage = advantages(trie.rewards, options.scale_rewards)
+    scale = [1 / (max(len(path), 1) * trie.count[path]) for path in trie.paths]
+    return _on_tokens(trie, options, trained, advantage, scale)
+
+
+def tempo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
+    """GRPO with the step in value that the token makes added to the advantage: (R_i - mean + V(n) -
+    V(parent(n))) / (std + 1e-4), over G |o_i|. TEMPO, arXiv 2509.18314.
+
+    The step is 0 where completions do not part.
+    """
+    deviation = _deviation(trie.rewards, options.scale_rewards)
+    step = np.append(0.0, trie.value[1:] - trie.value[trie.parent[1:]]) / deviation
+    advantage = advantages(trie.rewards, options.scale_rewards)
+    both = [a + step[path] for a, path in zip(advantage, trie.paths, strict=True)]
+    return _on_tokens(trie, options, trained, both, [1 / max(len(path), 1) for path in trie.paths])
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
 Rule = Callable[[PrefixTrie, Algorithm, np.random.Generator, np.ndarray], Credit]
-ALGORITHMS: dict[str, Rule] = {"grpo": grpo, "s-grpo": s_grpo, "t-spmo": t_spmo}
+ALGORITHMS: dict[str, Rule] = {
+    "grpo": grpo,
+    "s-grpo": s_grpo,
+    "t-spmo": t_spmo,
+    "dr-grpo": dr_grpo,
+    "rloo": rloo,
+    "lambda-grpo": lambda_grpo,
+    "tempo": tempo,
+}
 
 
 def assign(
@@ -97,15 +158,40 @@ def assign(
     rng: np.random.Generator,
     num_prompts: int,
     trained: np.ndarray | None = None,
+    entropy_floor: float | None = None,
 ) -> Credit:
     """The credit of algorithm `options.name` on one group of a step with `num_prompts` groups.
 
     `trained[i]` False leaves completion i out of the loss (`mask_truncated_completions`): it counts in the
-    mean, in the standard deviation and in every V(n), as in TRL, but brings no weight of its own.
+    mean, in the standard deviation and in every V(n), as in TRL, but brings no weight of its own. With
+    `top_entropy_quantile` below 1 only nodes whose entropy is at least `entropy_floor` (None: that of this
+    group alone) keep their policy weights; the KL weights stay, as in TRL.
     """
     if trained is None:
         trained = np.ones(trie.num_completions, bool)
-    return ALGORITHMS[options.name](trie, options, rng, trained).divided_by(num_prompts)
+    credit = ALGORITHMS[options.name](trie, options, rng, trained).divided_by(num_prompts)
+    if options.top_entropy_quantile == 1:
+        return credit
+    if entropy_floor is None:
+        entropy_floor = entropy_at_quantile([trie], [trained], options.top_entropy_quantile)
+    keep = trie.entropy >= entropy_floor
+    return Credit(credit.plus * keep, credit.minus * keep, credit.kl)
+
+
+def entropy_at_quantile(tries: Sequence[PrefixTrie], trained: Sequence[np.ndarray], top: float) -> float:
+    """The entropy that the share `top` of a step's trained tokens reaches: the quantile 1 - `top`, linear in
+    between. "Beyond the 80/20 Rule", arXiv 2506.01939; TRL's `top_entropy_quantile`.
+
+    A token counts as often as it was sampled. The tries have entropies.
+    """
+    found = [
+        trie.entropy[path]
+        for trie, kept in zip(tries, trained, strict=True)
+        for path, train in zip(trie.paths, kept, strict=True)
+        if train
+    ]
+    tokens = np.concatenate(found) if found else np.empty(0)
+    return float(np.quantile(tokens, 1 - top)) if len(tokens) else np.inf
 
 
 def advantages(rewards: np.ndarray, scale_rewards: str) -> np.ndarray:
@@ -120,25 +206,35 @@ def advantages(rewards: np.ndarray, scale_rewards: str) -> np.ndarray:
     """
     if rewards.min() == rewards.max():
         return np.zeros(len(rewards))
-    centred = rewards - rewards.mean()
-    return centred if scale_rewards == "none" else centred / (rewards.std(ddof=1) + 1e-4)
+    return (rewards - rewards.mean()) / _deviation(rewards, scale_rewards)
+
+
+def _deviation(rewards: np.ndarray, scale_rewards: str) -> float:
+    return 1.0 if scale_rewards == "none" or len(rewards) == 1 else float(rewards.std(ddof=1)) + 1e-4
 
 
 def _on_tokens(
     trie: PrefixTrie,
     options: Algorithm,
     trained: np.ndarray,
-    chosen: list[np.ndarray],
+    advantage: np.ndarray | list[np.ndarray],
     scale: list[float] | list[np.ndarray],
+    chosen: list[np.ndarray] | None = None,
 ) -> Credit:
-    """Sums over completions A_i * scale_i / G at their chosen tokens, and scale_i / G as KL weight."""
-    advantage = advantages(trie.rewards, options.scale_rewards)
+    """Sums over completions A_i * scale_i / G at their chosen tokens (None: all); scale_i / G as KL weight.
+
+    A_i and scale_i are one number for the whole completion, or one for each of its tokens.
+    """
+    chosen = chosen or [np.ones(len(path), bool) for path in trie.paths]
     nodes = np.concatenate([path[keep] for path, keep in zip(trie.paths, chosen, strict=True)])
-    share = np.concatenate(
-        [np.broadcast_to(s, keep.shape)[keep] * t for keep, s, t in zip(chosen, scale, trained, strict=True)]
-    )
-    share = share / trie.num_completions
-    signed = share * np.repeat(advantage, [int(keep.sum()) for keep in chosen])
+
+    def at_chosen(values: Sequence[float] | Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            [np.broadcast_to(v, keep.shape)[keep] for v, keep in zip(values, chosen, strict=True)]
+        )
+
+    share = at_chosen(scale) * at_chosen(trained) / trie.num_completions
+    signed = share * at_chosen(advantage)
 
     def total(weights: np.ndarray) -> np.ndarray:
         return np.bincount(nodes, weights=weights, minlength=len(trie))
@@ -162,4 +258,4 @@ def _unbiased_s_grpo(
             factor[options.alpha :] = later / m
         chosen.append(keep)
         scale.append(factor / max(len(path), 1))
-    return _on_tokens(trie, options, trained, chosen, scale)
+    return _on_tokens(trie, options, trained, advantages(trie.rewards, options.scale_rewards), scale, chosen)

@@ -4,8 +4,10 @@ Greedy answers, one per problem, and several sampled ones: pass@k and the majori
 training.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,9 @@ class Evaluation:
     `found` is the share in which an answer was found at all (None where the task cannot tell),
     `right_lenient` the accuracy if the last number of each text were its answer (None where that means
     nothing), `reward` the mean of the rewards that were given (None where none was), `mean_length` in tokens,
-    `truncated` the share cut off by the length limit.
+    `truncated` the share cut off by the length limit. `right` and `answered` [problems] say of each problem
+    whether its answer is right and whether there is one (None where the task cannot tell); `problems` is the
+    checksum of them all.
     """
 
     value: float
@@ -40,9 +44,31 @@ class Evaluation:
     reward: float | None
     mean_length: float
     truncated: float
+    right: np.ndarray | None = field(default=None, repr=False, compare=False)
+    answered: np.ndarray | None = field(default=None, repr=False, compare=False)
+    problems: str | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The figures, without what they are made from."""
+        return {k: v for k, v in asdict(self).items() if k not in ("right", "answered", "problems")}
+
+    def each(self) -> dict[str, Any]:
+        """What the figures are made from, as evaluations.jsonl has it."""
+        right, answered = (None if a is None else _digits(a) for a in (self.right, self.answered))
+        return {"problems": self.problems, "right": right, "answered": answered}
+
+
+def _digits(flags: np.ndarray) -> str:
+    return "".join("1" if flag else "0" for flag in flags)
+
+
+def checksum_of(examples: Sequence[Example]) -> str:
+    """The checksum of problems and their answers, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        row = [example.prompt, str(example.columns.get("answer"))]
+        digest.update(json.dumps(row).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
 
 
 def evaluate_policy(
@@ -63,7 +89,8 @@ def evaluate_policy(
     completions behind it. With several processes each answers its share of them, and the result is that of
     all."""
     assert task.eval, "there is something to evaluate on"
-    examples: list[Example] = list(processes.share(task.eval[: limit or len(task.eval)]))
+    asked: list[Example] = list(task.eval[: limit or len(task.eval)])
+    examples = list(processes.share(asked))
     how = {"end_ids": end_ids, "stop": stop, "greedy": True}
     found = _answers(
         policy, tokenizer, task, task_settings, examples, 1, max_completion_length, batch_size, progress, how
@@ -71,7 +98,7 @@ def evaluate_policy(
     own = [completion for (completion,) in found]
     parts = [part for part in processes.gather(_judged(task, examples, own)) if part is not None]
     completions = [completion for part in parts for completion in part[0]]
-    return _summarise(parts), completions
+    return _summarise(asked, parts), completions
 
 
 @dataclass(frozen=True)
@@ -167,7 +194,10 @@ def _answers(
     progress = progress or Progress()
     progress.phase("evaluating", len(examples))
     prompts = [encode_prompt(task, example, tokenizer, task_settings) for example in examples]
-    refuse_too_long(task, max(map(len, prompts)), max_completion_length, policy.context_length)
+    if policy.context_length is not None:  # a shorter limit than the one asked for, where there is no room
+        longest = max(map(len, prompts), default=0)
+        max_completion_length = max(min(max_completion_length, policy.context_length - longest), 1)
+        refuse_too_long(task, longest, max_completion_length, policy.context_length)
     order = np.argsort([len(p) for p in prompts], kind="stable")  # like lengths together: less padding
     size = batch_size or 128
     found: list[list[Completion]] = [[] for _ in examples]
@@ -197,7 +227,7 @@ def _judged(task: Task, examples: list[Example], completions: list[Completion]) 
     return completions, rewards, *judge(task, examples, texts, rewards.total)
 
 
-def _summarise(parts: list[tuple]) -> Evaluation:
+def _summarise(examples: list[Example], parts: list[tuple]) -> Evaluation:
     drawn, shares, founds, rights = zip(*parts, strict=True)
     completions = [completion for each in drawn for completion in each]
     rewards, right = joined(shares), np.concatenate(rights)
@@ -214,4 +244,7 @@ def _summarise(parts: list[tuple]) -> Evaluation:
         reward=float(given.mean()) if len(given) else None,
         mean_length=float(np.mean([len(c) for c in completions])),
         truncated=float(np.mean([not c.finished for c in completions])),
+        right=right,
+        answered=found,
+        problems=checksum_of(examples),
     )

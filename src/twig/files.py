@@ -6,6 +6,7 @@ that Twig writes into a run folder goes through here. Knows nothing of what the 
 
 import os
 import shutil
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def flush_folder(path: Path) -> None:
 
 
 class FolderLock:
-    """Keeps other processes out of a folder for as long as this one lives, or until `release`.
+    """Keeps other processes out of a folder until `release`, or for as long as this object lives.
 
     The lock is the operating system's and ends with the process, however that ends. A process that was forked
     from this one does not keep it.
@@ -112,7 +113,8 @@ class FolderLock:
             return False
         self.handle = handle
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
+            lock = weakref.ref(self)  # what is registered stays so, and is not to keep the lock alive
+            os.register_at_fork(after_in_child=lambda: _forget(lock()))
         return True
 
     def release(self) -> None:
@@ -121,9 +123,14 @@ class FolderLock:
             os.close(self.handle)
             self.handle = None
 
-    def _forget(self) -> None:
-        # A forked process shares the lock until it closes its copy of the handle; closing does not unlock.
+    def __del__(self) -> None:
         self.release()
+
+
+def _forget(lock: FolderLock | None) -> None:
+    # A forked process shares the lock until it closes its copy of the handle; closing does not unlock.
+    if lock is not None:
+        lock.release()
 
 
 def _set_aside(folder: Path) -> Path:

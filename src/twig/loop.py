@@ -4,6 +4,7 @@ Everything that is decided once per run is here; what happens in a step is in `t
 and crashes leave a run folder that `resume=True` goes on from.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -233,7 +234,7 @@ class _Session:
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
         summary, step = self.processes.from_main(self.log.summary()), self.standing.step
-        if is_finished(summary) and summary["steps"] == step >= self.trainer.total_steps:
+        if is_finished(summary) and summary["steps"] == step and self._is_over():
             self.progress.done(summary)
             return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
         with self._saving("the run folder"):
@@ -259,17 +260,18 @@ class _Session:
     def _work(self) -> bool:
         """Evaluates, trains and evaluates; whether it came to the end."""
         standing, stop = self.standing, self.stop
-        total, every = self.trainer.total_steps, self.settings.train.save_steps
+        every = self.settings.train.save_steps
         if standing.step == 0 and self.settings.eval.before:
             self._evaluate("before")
         time_is_up = False
         asked = self._any(stop.asked)
-        while standing.step < total and not (asked or time_is_up):
+        while not (self._is_over() or asked or time_is_up):
             began = time.perf_counter()
-            self._step(total)
+            self._step()
             time_is_up = self._any(self.clock.ends_before_another(time.perf_counter() - began))
             asked = self._any(stop.asked)
-            if asked or time_is_up or standing.step == total or (every and standing.step % every == 0):
+            ends = asked or time_is_up or self._is_over()
+            if ends or (every and standing.step % every == 0):
                 self._save()
         asked = asked or self._any(stop.asked)
         if time_is_up and not asked:
@@ -283,7 +285,22 @@ class _Session:
         """Whether it is so in any of the processes: each has to decide the same."""
         return any(self.processes.gather(here))
 
-    def _step(self, total: int) -> None:
+    def _is_over(self) -> bool:
+        """Whether the last step is done: the number of steps or of tokens is reached."""
+        limit, standing = self.settings.train.max_tokens, self.standing
+        enough = limit is not None and standing.totals["tokens_sampled"] >= limit
+        return enough or standing.step >= self.trainer.total_steps
+
+    def _expected_steps(self) -> int:
+        """How many steps it will be, as far as can be told from those done (at least one)."""
+        total, limit, standing = self.trainer.total_steps, self.settings.train.max_tokens, self.standing
+        if limit is None:
+            return total
+        left = max(limit - standing.totals["tokens_sampled"], 0)
+        more = math.ceil(left * standing.step / max(standing.totals["tokens_sampled"], 1))
+        return min(total, standing.step + more)
+
+    def _step(self) -> None:
         began, step = time.perf_counter(), self.standing.step + 1
         batch, metrics = self.trainer.step(step)
         seconds = time.perf_counter() - began
@@ -292,7 +309,7 @@ class _Session:
         memory = {"peak_bytes": self.peak, "predicted_peak_bytes": self.sized.peak}
         metrics |= {"time/step": seconds, **{f"memory/{name}": value for name, value in memory.items()}}
         self._log(metrics)
-        self.progress.step(step, total, metrics)
+        self.progress.step(step, self._expected_steps(), metrics)
         every = self.settings.log.completions_steps
         if every and (step == 1 or step % every == 0):
             self.log.save_completions(step, completion_rows(batch, self.tokenizer))
@@ -301,7 +318,7 @@ class _Session:
         if metrics["optimizer/skipped"]:
             self._skipped(batch)
         every = self.settings.eval.steps
-        if every and step % every == 0 and step < total:
+        if every and step % every == 0 and not self._is_over():
             result = self._evaluate(f"step {step}")
             if result is not None:
                 named = {"accuracy": "value", "found": "found", "right_lenient": "right_lenient"}
@@ -350,6 +367,7 @@ class _Session:
             processes=self.processes,
         )
         self.stop.at_once = False
+        self.log.save_evaluation(self.standing.step, measured.each())
         result = measured.as_dict()
         self.progress.evaluation(when, result)
         if self.standing.add_evaluation(result):

@@ -1,7 +1,5 @@
 """`twig eval`: a model or run is loaded, answers its problems, and what came out is recorded."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +8,14 @@ import numpy as np
 from twig.adapter import attach
 from twig.answers import answer_text
 from twig.config import Settings
-from twig.evaluate import Evaluation, SampledEvaluation, evaluate_policy, judge_all, sample_policy
+from twig.evaluate import (
+    Evaluation,
+    SampledEvaluation,
+    checksum_of,
+    evaluate_policy,
+    judge_all,
+    sample_policy,
+)
 from twig.evaluations import Written
 from twig.machine import environment
 from twig.measures import Comparison, mcnemar
@@ -88,7 +93,7 @@ def measure_model(
         for number, (example, group) in enumerate(zip(examples, found, strict=True)):
             rows += _rows(task, [example] * samples, group, list(range(samples)), [number] * samples)
     revision = getattr(policy.model.config, "_commit_hash", None)
-    return Measured(settings, greedy, sampled, _checksum(examples), rows, revision)
+    return Measured(settings, greedy, sampled, checksum_of(examples), rows, revision)
 
 
 def _load(settings: Settings) -> tuple[Policy, Any, list[int]]:
@@ -136,12 +141,3 @@ def _rows(
             numbers, samples, examples, completions, right, strict=True
         )
     ]
-
-
-def _checksum(examples: list[Example]) -> str:
-    """Of the problems and their answers, in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        row = [example.prompt, str(example.columns.get("answer"))]
-        digest.update(json.dumps(row).encode() + b"\n")
-    return f"sha256:{digest.hexdigest()}"

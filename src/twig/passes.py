@@ -84,6 +84,11 @@ class Passes:
         stems = {pack.stem.group: len(pack.stem) for pack in self.packs if pack.stem}
         return sum(pack.num_tokens for pack in self.packs) + sum(stems.values())
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the head for one gradient."""
+        return sum(len(pack.rows) for pack in self.packs)
+
     def logps(self) -> NodeValues:
         """The log-probs of all weighted nodes as the policy stands, without gradient."""
         found = NodeValues(self.parts[1])

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from twig.adapter import adapted_layers
 from twig.decoder import Behind, Context, Decoder, tree_visible
@@ -159,6 +160,29 @@ class Policy:
         parameters = list(self.parameters.values())
         if outputs:
             _add(parameters, torch.autograd.grad(outputs, parameters, gradients, allow_unused=True))
+
+    def update_flops(self, nodes: int, rows: int, backward: int = 1, forward: int = 0) -> int | None:
+        """Multiplications and additions of an update's matrix products: `nodes` tokens through the layers
+        from the lowest adapter upwards, of which `rows` go on behind the keys and values of the last layer
+        and through the head, `backward` times with a gradient and `forward` times without; None where the
+        model is called whole.
+
+        A weight costs 2 a token forwards and, as it is frozen, 2 backwards, for the gradient of its input.
+        Not in it: the adapter's own matrices, the products of queries with keys, padding, and what is run
+        again. The lowest layer's inputs need no gradient: there it counts a little too much.
+        """
+        if self.decoder is None:
+            return None
+        kinds = (torch.nn.Linear, Conv1D)
+        of_all, of_rows = 0, self.model.get_output_embeddings().weight.numel()
+        for number in range(self.cut, self.num_layers):
+            for name, module in self.decoder.layers[number].named_modules():
+                if isinstance(module, kinds) and "lora_" not in name:
+                    last = number == self.num_layers - 1
+                    whole = not last or any(part in ("k_proj", "v_proj") for part in name.split("."))
+                    of_all += module.weight.numel() * whole
+                    of_rows += module.weight.numel() * (not whole)
+        return (4 * backward + 2 * forward) * (nodes * of_all + rows * of_rows)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """A numpy array on the device; floats in the precision of the loss."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from twig.options import Replay
 from twig.records import Completion, Group
-from twig.settings import Replay
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _SHOWN_GROUPS = ("eval.", "log.")
 # These decide how much is computed at once: results stay the same but for rounding.
 _SPEED = (*SIZES, "memory.budget", "model.num_threads")
 # These decide where the run ends; so may some schedules of the learning rate, at every step.
-_LENGTH = ("train.max_steps", "train.num_train_epochs")
+_LENGTH = ("train.max_steps", "train.max_tokens", "train.num_train_epochs")
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 # `auto` in one of these is decided when the model is loaded.
 _DECIDED = ("device", "dtype", "attn_implementation")

@@ -25,6 +25,7 @@ from twig.rows import parquet_bytes, plain, public_rows
 from twig.tasks.functions import RewardError, checksum_of, reward_file
 
 ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.json"
+EVALUATIONS = "evaluations.jsonl"
 COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt"
 TRACKERS = ("tensorboard", "wandb")  # folders that trackers make
 RUNS = Path("runs")
@@ -178,6 +179,12 @@ class RunLog:
         text = json.dumps(without_secrets(plain(summary)), indent=2, allow_nan=False) + "\n"
         write_whole(self.folder / SUMMARY, text)
 
+    def save_evaluation(self, step: int, each: dict[str, Any]) -> None:
+        """Writes a row of evaluations.jsonl, problem by problem, in place of one of the same step."""
+        rows = [row for row in read_evaluations(self.folder) if row["step"] != step]
+        path = self.folder / EVALUATIONS
+        self._try(EVALUATIONS, lambda: write_whole(path, _lines([*rows, {"step": step, **each}])))
+
     def save_traceback(self, text: str) -> Path:
         """Writes traceback.txt (the last fault only), without secrets, and returns its path."""
         path = self.folder / TRACEBACK
@@ -206,11 +213,14 @@ class RunLog:
         return True
 
     def rewind(self, step: int) -> None:
-        """Drops metrics and completions of later steps, and a last row that a crash tore."""
+        """Drops metrics, evaluations and completions of later steps, and a last row that a crash tore."""
         path = self.folder / METRICS
         if path.exists():
             kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_whole(path, _lines(kept))
+        if (self.folder / EVALUATIONS).exists():
+            kept = [row for row in read_evaluations(self.folder) if row["step"] <= step]
+            write_whole(self.folder / EVALUATIONS, _lines(kept))
         for file in (self.folder / COMPLETIONS).glob("step-*.parquet"):
             number = file.stem.removeprefix("step-")
             if number.isdigit() and int(number) > step:
@@ -310,6 +320,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder's evaluations.jsonl (none where there is none), by step: the checksum of the
+    `problems`, which were `right` and which `answered` (a 1 or 0 each, in a text; null where the task cannot
+    tell)."""
+    path = folder / EVALUATIONS
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return sorted(rows, key=lambda row: row["step"])
+
+
 def new_folder(name: str) -> Path:
     """Makes and returns the next folder of the form runs/NAME-N."""
     number = max([0, *_numbers(name)])
@@ -380,3 +401,7 @@ def _names(folder: Path) -> set[str]:
         raise UserError(
             f"--output {folder}: cannot be read ({error.strerror}); write another --output"
         ) from error
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -5,21 +5,13 @@ nor about what acts on a setting. `docs/settings.md` and the words of most error
 below. Names are those of TRL and transformers where the meaning is the same.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from twig.records import UserError
 from twig.task_settings import Frozen, Index, Text
 from twig.wording import check_budget, check_duration
-
-S_GRPO_DEFAULTS = {"alpha": 50, "p": 0.3, "k": 100}
-# Settings of the group `algorithm` that not every algorithm has, and those that have them.
-ALGORITHMS_WITH = {
-    **dict.fromkeys([*S_GRPO_DEFAULTS, "unbiased"], ("s-grpo",)),
-    **dict.fromkeys(["normalise", "l2", "replay"], ("t-spmo",)),
-    **dict.fromkeys(["beta", "scale_rewards"], ("grpo", "s-grpo")),
-}
 
 _PLANNED = "Changes memory and speed, not results. null: planned, see `memory.budget`."
 
@@ -116,126 +108,6 @@ class Rollout(Frozen):
     )
 
 
-class Replay(Frozen):
-    """Groups restarted from inside a completion. Used by `t-spmo` only."""
-
-    probability: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Chance that a prompt's next group restarts from inside one of its completions.",
-    )
-    prefer_correct: float = Field(
-        0.5, ge=0, le=1, description="Chance that a right completion is chosen for it."
-    )
-    cut: Literal["entropy", "uniform"] = Field(
-        "entropy",
-        description="Where the completion is cut: in proportion to the entropy recorded there, or anywhere.",
-    )
-
-
-class Algorithm(Frozen):
-    """Which tokens get credit, and how much."""
-
-    name: Literal["t-spmo", "grpo", "s-grpo"] = Field(
-        "t-spmo", description="The algorithm; see docs/algorithms.md."
-    )
-    scale_rewards: Literal["group", "none"] = Field(
-        "group",
-        description="`group` divides an advantage by the standard deviation of its group. Used by `grpo`, "
-        "`s-grpo`.",
-    )
-    beta: float = Field(
-        0.0, ge=0, description="Weight of the KL term to the base model. Used by `grpo`, `s-grpo`."
-    )
-    use_bias_correction_kl: bool = Field(
-        True,
-        description="Multiply the KL term by the probability ratio, as TRL does. Used where beta is above 0.",
-    )
-    epsilon: float = Field(
-        0.2, ge=0, le=1, description="The ratio is clipped below at 1 - epsilon (`num_iterations` > 1)."
-    )
-    epsilon_high: float | None = Field(
-        None,
-        ge=0,
-        description="The ratio is clipped above at 1 + epsilon_high. null: epsilon.",
-        examples=[0.28],
-    )
-    num_iterations: int = Field(1, ge=1, description="Optimizer steps on each sampled batch.")
-    mask_truncated_completions: bool = Field(
-        False, description="Give no credit to completions that were cut off at max_completion_length."
-    )
-    alpha: int | None = Field(
-        None,
-        ge=0,
-        description="The first alpha tokens are always trained. null: 50. Used by `s-grpo` only.",
-        examples=[50],
-    )
-    p: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Chance that a later token is trained. null: 0.3. Used by `s-grpo` only.",
-        examples=[0.3],
-    )
-    k: int | None = Field(
-        None,
-        ge=1,
-        description="Most tokens trained per completion. null: 100. Used by `s-grpo` only.",
-        examples=[100],
-    )
-    unbiased: bool = Field(
-        False,
-        description="Draw the later tokens so that the expected gradient is that of `grpo`. Used by "
-        "`s-grpo` only.",
-    )
-    normalise: Literal["unique", "branches"] = Field(
-        "unique",
-        description="Divide by all unique nodes of a group, or by those with credit only. Used by "
-        "`t-spmo` only.",
-    )
-    l2: float = Field(
-        0.0,
-        ge=0,
-        description="Lambda, the weight of the adapter's squared L2 norm (decoupled). Used by `t-spmo` only.",
-    )
-    replay: Replay = Field(default_factory=Replay, description="Groups restarted from inside a completion.")
-
-    @model_validator(mode="after")
-    def _one_algorithm(self) -> "Algorithm":
-        if self.name == "s-grpo":
-            for key, value in S_GRPO_DEFAULTS.items():
-                _resolve(self, key, value)
-            if self.unbiased and self.k <= self.alpha:
-                raise UserError(
-                    f"algorithm.k: {self.k} is not above algorithm.alpha={self.alpha}, "
-                    "as algorithm.unbiased needs; "
-                    f"write algorithm.k={self.alpha + 50} or a smaller algorithm.alpha"
-                )
-        else:
-            for key in S_GRPO_DEFAULTS:
-                self._refuse(getattr(self, key) is not None, key, "s-grpo", "null")
-            self._refuse(self.unbiased, "unbiased", "s-grpo", "false")
-        if self.name == "t-spmo":
-            self._refuse(
-                self.beta > 0, "beta", "grpo and s-grpo", "0 (and algorithm.l2 to stay near the base)"
-            )
-            self._refuse(self.scale_rewards != "group", "scale_rewards", "grpo and s-grpo", "group")
-        else:
-            self._refuse(self.normalise != "unique", "normalise", "t-spmo", "unique")
-            self._refuse(self.l2 > 0, "l2", "t-spmo", "0 (and algorithm.beta to stay near the base)")
-            self._refuse(self.replay.probability > 0, "replay.probability", "t-spmo", "0")
-        _resolve(self, "epsilon_high", self.epsilon)
-        return self
-
-    def _refuse(self, wrong: bool, key: str, users: str, instead: str) -> None:
-        if wrong:
-            raise UserError(
-                f"algorithm.{key}: not used by algorithm.name={self.name}, only by {users}; "
-                f"write algorithm.{key}={instead}"
-            )
-
-
 class Train(Frozen):
     """The optimizer, how long, and how often the run is saved."""
 
@@ -246,6 +118,13 @@ class Train(Frozen):
         description="Steps; each samples one batch and takes algorithm.num_iterations optimizer steps on it. "
         "null: as many as num_train_epochs takes.",
         examples=[100],
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens to sample: the run ends after the step that reaches them, if not before. Runs "
+        "that are compared get the same number. null: no such end.",
+        examples=[500000],
     )
     num_train_epochs: float = Field(
         1.0, gt=0, description="Passes over the training data. Used where max_steps is null."
@@ -349,9 +228,3 @@ class Log(Frozen):
     progress: Literal["auto", "live", "plain", "quiet"] = Field(
         "auto", description="Progress display. `auto`: live on a terminal, plain lines elsewhere."
     )
-
-
-def _resolve(group: Frozen, key: str, value: Any) -> None:
-    # The one write into a frozen group: null becomes what it stands for, while the group is being built.
-    if getattr(group, key) is None:
-        object.__setattr__(group, key, value)

@@ -11,6 +11,7 @@ TOTALS = {
     "tokens_sampled": "tokens/sampled",
     "tokens_selected": "tokens/selected",
     "nodes_run": "tokens/nodes_run",
+    "update_flops": "flops/update",
 }
 
 
@@ -27,7 +28,7 @@ class Standing:
         self.step += 1
         self.totals["seconds"] += seconds
         for total, metric in TOTALS.items():
-            self.totals[total] += metrics[metric]
+            self.totals[total] += metrics.get(metric, 0)
 
     def add_evaluation(self, result: Mapping[str, Any]) -> bool:
         """Keeps an evaluation of this step; whether it is the best since training began."""

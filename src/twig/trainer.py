@@ -19,7 +19,7 @@ from transformers import TrainerState, get_scheduler
 
 from twig.batch import Batch, gaps
 from twig.config import Settings
-from twig.credit import assign
+from twig.credit import assign, entropy_at_quantile
 from twig.memory import DEFAULT_SIZES, with_sizes
 from twig.noise import CREDIT, DATA, REPLAY, generator
 from twig.objective import Surrogate, shrink
@@ -182,19 +182,23 @@ class Trainer:
     def assign_credit(self, batch: Batch, step: int) -> None:
         """Fills in the batch's tries and credits, one per group that has any reward."""
         options = self.settings.algorithm
+        trained = []
         for slot, group in enumerate(batch.groups):
             group = group.where(~np.isnan(group.rewards))
             if not group.completions:
                 continue
-            trie = PrefixTrie.build([c.ids for c in group.completions], group.rewards)
-            trained = np.ones(len(group.completions), bool)
-            if options.mask_truncated_completions:
-                trained = np.array([c.finished for c in group.completions])
-            rng = generator(self.settings.train.seed, CREDIT, slot, step)
+            ids, entropies = zip(*((c.ids, c.entropies) for c in group.completions), strict=True)
+            finished = np.array([c.finished for c in group.completions])
             batch.slots.append(slot)
+            trained.append(finished if options.mask_truncated_completions else np.ones(len(ids), bool))
             batch.rewarded.append(group)
-            batch.tries.append(trie)
-            batch.credits.append(assign(trie, options, rng, len(batch.groups), trained))
+            batch.tries.append(PrefixTrie.build(ids, group.rewards, entropies))
+        floor = None  # of the whole step, as in the paper
+        if options.top_entropy_quantile < 1:
+            floor = entropy_at_quantile(batch.tries, trained, options.top_entropy_quantile)
+        for slot, trie, kept in zip(batch.slots, batch.tries, trained, strict=True):
+            rng = generator(self.settings.train.seed, CREDIT, slot, step)
+            batch.credits.append(assign(trie, options, rng, len(batch.groups), kept, floor))
 
     def update(self, batch: Batch, learning_rate: float) -> dict[str, Any]:
         """Takes `num_iterations` optimizer steps on the batch; returns their metrics.
@@ -232,8 +236,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             logps, loss = passes.backward(surrogate, old, ref)
             self.processes.sum_gradients(self.parameters)
-            done = (loss, passes.num_tokens, *gaps(*parts, logps, ref))
-            losses, runs, *found = zip(*self.processes.gather(done), strict=True)
+            done = (loss, passes.num_tokens, passes.num_rows, *gaps(*parts, logps, ref))
+            losses, runs, rows, *found = zip(*self.processes.gather(done), strict=True)
             loss = sum(losses)
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf))
             if iteration == 0:
@@ -247,6 +251,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["optimizer/skipped"] else 0
         metrics["tokens/nodes_run"] = sum(runs) * (iteration + 1)
+        without_gradient = (old is not None) + (ref is not None)
+        flops = policy.update_flops(sum(runs), sum(rows), iteration + 1, without_gradient)
+        if flops is not None:
+            metrics["flops/update"] = flops
         return metrics
 
     def _use_smallest_sizes(self) -> None:

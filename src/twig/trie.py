@@ -8,7 +8,7 @@ Numpy only; knows nothing of models or algorithms.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,7 +23,8 @@ class PrefixTrie:
     Per node: `token` (root: -1), `parent` (root: -1), `depth` (root: 0; the first sampled token: 1),
     `count` (completions that pass through), `reward_sum` (sum of their rewards), `end` (the subtree of n is
     n .. end[n] - 1) and `owner` (a completion that passes through n and, if any does, goes on after it).
-    Per completion: `paths[i]` (its nodes, without the root) and `rewards[i]`.
+    Per completion: `paths[i]` (its nodes, without the root) and `rewards[i]`. `entropy`, if it was recorded,
+    is per node that of the distribution from which its token was drawn (nats; root: NaN).
 
     >>> trie = PrefixTrie.build([[7, 8], [7, 9], [7]], [1.0, 0.0, 0.0])
     >>> trie.token.tolist(), trie.parent.tolist(), trie.count.tolist()
@@ -41,10 +42,17 @@ class PrefixTrie:
     owner: np.ndarray
     paths: list[np.ndarray]
     rewards: np.ndarray
+    entropy: np.ndarray | None = None
 
     @classmethod
-    def build(cls, completions: Sequence[Sequence[int] | np.ndarray], rewards: Sequence[float] | np.ndarray):
-        """The trie of `completions` (token ids, any lengths, empty ones too) with one reward each.
+    def build(
+        cls,
+        completions: Sequence[Sequence[int] | np.ndarray],
+        rewards: Sequence[float] | np.ndarray,
+        entropies: Sequence[np.ndarray] | None = None,
+    ) -> "PrefixTrie":
+        """The trie of `completions` (token ids, any lengths, empty ones too) with one reward each, and, if
+        they are known, the entropies of their tokens.
 
         Sorted completions share each prefix with a neighbour, so row i adds exactly the nodes behind its
         longest common prefix with row i - 1: linear in the number of tokens after one sort.
@@ -86,7 +94,7 @@ class PrefixTrie:
         first_row = np.concatenate([[0], rows])  # a node is made by the first sorted row that has it
         made_before = np.concatenate([[1], 1 + np.cumsum(new.sum(1))])  # nodes made before each sorted row
         last_row = first_row + count - 1
-        return cls(
+        trie = cls(
             token,
             parent,
             depth,
@@ -97,6 +105,10 @@ class PrefixTrie:
             paths,
             rewards,
         )
+        if entropies is None:
+            return trie
+        recorded = np.concatenate(entropies)[trie.position(np.arange(1, num_nodes))]
+        return replace(trie, entropy=np.concatenate([[np.nan], recorded]))
 
     def __len__(self) -> int:
         """Number of nodes, the root included."""

@@ -7,7 +7,7 @@ there are, nor about where they were written.
 import difflib
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -73,6 +73,15 @@ def either(names: list[str]) -> str:
     'a, b or c'
     """
     return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names with commas and an "and".
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
 def _alternatives(kind: Any, limits: list[Any]) -> list[str]:

@@ -149,6 +149,18 @@ def refuse_too_long(task: Task, prompt: int, completion: int, context: int | Non
     )
 
 
+def data_revision(task: Task) -> str:
+    """A checksum of the problems in their order, wherever they came from."""
+    digest = hashlib.sha256()
+    for examples in (task.train, task.eval):
+        for example in examples:
+            row = [example.prompt, example.columns]
+            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
+            digest.update(text.encode() + b"\n")
+        digest.update(b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
 def _is_chat(example: Example, tokenizer: Any, task_settings: Any) -> bool:
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if not isinstance(example.prompt, str):
@@ -199,15 +211,3 @@ def _render_chat(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any]) 
             f"the chat template refuses messages with the roles {roles}: {reason}; "
             "change the roles, leave task.system_prompt out, or write task.chat=never for plain text"
         ) from error
-
-
-def data_revision(task: Task) -> str:
-    """A checksum of the problems in their order, wherever they came from."""
-    digest = hashlib.sha256()
-    for examples in (task.train, task.eval):
-        for example in examples:
-            row = [example.prompt, example.columns]
-            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
-            digest.update(text.encode() + b"\n")
-        digest.update(b"\n")
-    return f"sha256:{digest.hexdigest()}"
