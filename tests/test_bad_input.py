@@ -560,9 +560,9 @@ def run_folders(model, folder):
     shutil.copytree(other / "checkpoints", replaced / "checkpoints")
     odd = copy("odd_checkpoint") / "checkpoints" / "step-1"
     (odd / "state.json").write_text("{}")
-    sums = json.loads((odd / "checksums.json").read_text())
-    sums["state.json"] = hashlib.sha256(b"{}").hexdigest()
-    (odd / "checksums.json").write_text(json.dumps(sums))
+    manifest = json.loads((odd / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    (odd / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture

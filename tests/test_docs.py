@@ -385,6 +385,8 @@ def test_the_thick_line_is_the_mean_of_the_last_steps():
 def test_runs_are_drawn_and_their_table_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     summary = {
+        **{"status": "finished", "algorithm": "t-spmo", "task": "multiplication"},
+        **{"steps": 2, "nodes_run": 3, "accuracy_best": None},
         "accuracy_before": ACCURACY,
         "accuracy_after": ACCURACY | {"value": 0.913},
         "tokens_sampled": 1_000_000,

@@ -165,7 +165,7 @@ def generated(adapter, stop):
     return found
 
 
-@pytest.mark.parametrize(("adapted", "stop"), [(False, ""), (True, ""), (True, "+")])
+@pytest.mark.parametrize(("adapted", "stop"), [(False, ""), (True, ""), (True, "2")])
 def test_the_command_agrees_with_a_loop_over_generate_item_by_item(
     adapted, stop, adapter, tmp_path, monkeypatch
 ):

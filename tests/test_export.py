@@ -879,7 +879,7 @@ def evaluations(monkeypatch, right):
         number = next(left)
         return Evaluation(number / 10, *wilson(number, 10), 10, None, None, None, 5.0, 0.0), []
 
-    monkeypatch.setattr("twig.loop.evaluate_policy", evaluate)
+    monkeypatch.setattr("twig.session.evaluate_policy", evaluate)
 
 
 @pytest.mark.parametrize(
@@ -903,14 +903,14 @@ def test_the_best_adapter_is_the_earliest_of_the_best_evaluated(right, best, bas
 
     from twig import loop
 
-    class Session(loop._Session):
+    class Session(loop.Session):
         def __init__(self, *args):
             nonlocal session
             session = self
             super().__init__(*args)
 
     session = None
-    monkeypatch.setattr(loop, "_Session", Session)
+    monkeypatch.setattr(loop, "Session", Session)
     done = train(base, tmp_path / "run", "train.max_steps=4", "eval.steps=1", progress=Keep())
     summary = read_summary(done.folder)
     assert summary["accuracy_best"]["step"] == best

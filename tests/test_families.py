@@ -253,7 +253,7 @@ def test_a_layer_that_needs_more_than_it_is_given_is_refused():
     own = decoder.layers[1].forward
 
     def demanding(hidden, *args, **kwargs):
-        if hidden.shape[1] == 14:  # the tree; the model's own forward has rows of 10
+        if hidden.shape[1] == 12:  # the tree behind its stem; the model's own forward has rows of 10
             raise TypeError("forward() missing 1 required positional argument: 'per_layer_input'")
         return own(hidden, *args, **kwargs)
 
@@ -280,7 +280,9 @@ def test_a_whole_run_is_refused_and_with_the_plain_engine_it_trains(name, tmp_pa
     capsys.readouterr()
     assert main([*words, "log.progress=quiet"]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"'{name}' cannot be served" in said and "model.engine=plain" in said
+    shown, line = said.splitlines()
+    assert shown == f"running the Python file {tmp_path / 'rewards.py'}"
+    assert f"'{name}' cannot be served" in line and "model.engine=plain" in line
     assert not (tmp_path / "run").exists()
     assert main([*words, "log.progress=quiet", "model.engine=plain"]) == 0
     assert read_summary(tmp_path / "run")["steps"] == 2

@@ -349,7 +349,7 @@ def test_the_command_line_ends_the_same_wherever_it_is_stopped(base, tmp_path, m
     words = f"train quickstart --output run model.name={base} train.max_steps=1 eval.limit=3".split()
     words += "rollout.max_completion_length=4 rollout.prompts_per_step=1 rollout.num_generations=2".split()
     for before in ("true", "false"):  # interrupted before training, then after it
-        monkeypatch.setattr("twig.loop.evaluate_policy", interrupted)
+        monkeypatch.setattr("twig.session.evaluate_policy", interrupted)
         more = [f"eval.before={before}", *(["--resume"] if before == "false" else [])]
         assert main([*words, *more]) == 130
         shown, said = capsys.readouterr()
@@ -448,6 +448,7 @@ def test_objects_give_the_run_of_the_same_files(run, base, tmp_path, monkeypatch
     assert any(row["rewards/wanted/mean"] > 0 for row in rows_of(given.folder) if "reward" in row)
     environments = [json.loads((r.folder / "environment.json").read_text()) for r in (files, given)]
     passed = [environment.pop("passed") for environment in environments]
+    assert [e.pop("reward_file_sha256") is None for e in environments] == [False, True]
     assert passed == [None, "model, tokenizer, reward_funcs, train_dataset, eval_dataset"]
     assert environments[0] == environments[1]
 
@@ -731,7 +732,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(run, mo
     def never(*arguments):
         raise AssertionError("the model is not to be loaded")
 
-    monkeypatch.setattr("twig.loop.load_model", never)
+    monkeypatch.setattr("twig.session.load_model", never)
     with pytest.raises(UserError, match=r"^memory\.budget: 1MiB is too little: the run takes up to"):
         run("run", "memory.budget=1MiB")
     with pytest.raises(UserError, match=r"^memory\.budget: 0\.001 is too little"):

@@ -136,5 +136,6 @@ def test_the_plan_of_this_machine_is_shown_item_by_item(capsys):
     assert main(["plan", "quickstart"]) == 0
     shown = capsys.readouterr().out
     assert "tiny-arithmetic on a CPU, prompts of up to 7 tokens\n" in shown
-    assert re.search(r"together +\d+ MiB +\d+ MiB +\d+ MiB +\d+ MiB", shown)
+    assert re.search(r"^MiB at the peak of .*loading +sampling +update +evaluation", shown, re.MULTILINE)
+    assert re.search(r"^together( +[\d,.]+){4}", shown, re.MULTILINE)
     assert "this machine: fits" in shown

@@ -23,7 +23,7 @@ ORDER = (
     "lifeline processes passes batch measures evaluate shape workload footprint memory "
     "checkpoint machine usage sizing evaluations measure rows runlog resume randomness standing "
     "trackers signals watch symptoms diagnose series creditmap report "
-    "trainer samples loop study compare tables "
+    "trainer samples session loop study compare tables "
     "hub methods card export __init__ "
     "display cli_shared cli_compare cli_eval cli_export cli_plan cli "
     "__main__"

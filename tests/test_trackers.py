@@ -10,7 +10,7 @@ from saved import save_model
 
 import twig
 from twig.cli import main
-from twig.config import Settings
+from twig.config import Settings, load
 from twig.records import UserError
 from twig.runlog import read_metrics
 from twig.trackers import reporting
@@ -83,7 +83,7 @@ def test_a_tracker_gets_the_rows_of_metrics_jsonl(name, settings, fake, tmp_path
     assert [step for step, _ in fake.rows] == [1, 1, 2]
     (begun,) = fake.begun
     assert (begun["project"], begun["name"]) == ("twig", "my-run")
-    assert begun["config"] == settings(name).model_dump()
+    assert begun["config"] == load(str(run.folder)).model_dump(), "sizes that were chosen included"
     assert fake.ended == 1
 
 

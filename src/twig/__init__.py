@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from twig.credit import ALGORITHMS, Credit, assign
     from twig.evaluate import Evaluation, evaluate_policy
     from twig.export import Exported, export_run
-    from twig.loop import Run, train
+    from twig.loop import train
     from twig.models import end_ids, load_model
     from twig.objective import Surrogate
     from twig.options import Algorithm
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from twig.progress import Progress
     from twig.records import Completion, Example, Group, UserError
     from twig.rollout import Request, sample
+    from twig.session import Run
     from twig.tasks import Task, load_task
     from twig.tasks.rewards import score_completions
     from twig.trie import PrefixTrie
@@ -87,7 +88,7 @@ _EXPORTS = {
     "Progress": "twig.progress",
     "Evaluation": "twig.evaluate",
     "evaluate_policy": "twig.evaluate",
-    "Run": "twig.loop",
+    "Run": "twig.session",
     "Exported": "twig.export",
     "export_run": "twig.export",
     "train": "twig.loop",

@@ -62,7 +62,7 @@ def open_run(settings: Settings, output: str | Path | None, resume: bool, progre
 
 def _go_on(log: RunLog, settings: Settings, progress: Progress) -> Start:
     found, damaged = checkpoint.newest_valid(log.folder / CHECKPOINTS)
-    decided = {} if found is None else checkpoint.load_state(found)["decided"]
+    decided = {} if found is None else checkpoint.load_state(found).get("decided", {})
     changed = changes(log.settings, settings, decided)
     log.refuse_another_reward_file(settings)
     for path in damaged:
@@ -120,7 +120,7 @@ def decided_model(wanted: Model, start: Start) -> Model:
     """`wanted` with what its `auto`s stood for when the run began."""
     if start.checkpoint is None:
         return wanted
-    decided = checkpoint.load_state(start.checkpoint)["decided"]
+    decided = checkpoint.load_state(start.checkpoint).get("decided", {})
     values = {name: decided.get(f"model.{name}") for name in _DECIDED}
     return wanted.model_copy(
         update={name: v for name, v in values.items() if v is not None and getattr(wanted, name) == "auto"}
