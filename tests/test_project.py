@@ -24,7 +24,7 @@ ORDER = (
     "trackers signals watch symptoms diagnose series creditmap report "
     "trainer samples loop study compare tables redact "
     "hub methods card export __init__ "
-    "display cli_shared cli_compare cli_eval cli_export cli_plan cli "
+    "display cli_shared cli_compare cli_eval cli_export cli_plan cli_report cli "
     "__main__"
 ).split()
 
@@ -36,7 +36,7 @@ WITHOUT_TORCH = (
     "trie noise credit pack replay progress measures shape workload footprint memory "
     "machine usage sizing evaluations runlog standing trackers signals watch symptoms diagnose series "
     "creditmap report study compare tables redact hub methods card "
-    "display cli_shared cli_compare cli_eval cli_export cli_plan cli"
+    "display cli_shared cli_compare cli_eval cli_export cli_plan cli_report cli"
 ).split()
 
 HEAVY = ("torch", "transformers", "matplotlib")

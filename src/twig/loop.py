@@ -35,6 +35,7 @@ from twig.policy import Policy, adapter_shape, attach
 from twig.progress import Progress
 from twig.randomness import random_states, restore_random_states, seed_all
 from twig.records import UserError
+from twig.report import report_of_run
 from twig.resume import CHECKPOINTS, Start, decided_model, decisions, is_finished, open_run
 from twig.samples import completion_rows
 from twig.settings import Lora
@@ -352,6 +353,9 @@ class _Session:
         }
         with self._saving("summary.json"):
             self.log.save_summary(summary)
+        problem = report_of_run(self.log.folder)
+        if problem is not None:
+            self.progress.message(problem)
         self.progress.done(summary)
         return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
 
