@@ -1,5 +1,7 @@
 """Run folders made up for tests: metrics, completions and results without any training."""
 
+import json
+
 import numpy as np
 
 from twig.config import Settings
@@ -55,12 +57,10 @@ def write_run(folder, overrides=(), steps=40, saved=(1, 20), seed=0, groups=2, *
     settings = Settings.from_dict(MINIMAL, [*overrides, f"train.seed={seed}"])
     log = RunLog.create(folder, settings)
     rng = np.random.default_rng(seed)
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8"):
-        pass
-    for step in range(1, steps + 1):
-        log.log(step, metrics_row(step, 0.4 + 0.02 * seed))
-        if step == steps // 2:
-            log.log(step, {"eval/accuracy": 0.6})
+    rows = [{"step": step, **metrics_row(step, 0.4 + 0.02 * seed)} for step in range(1, steps + 1)]
+    rows.insert(steps // 2, {"step": steps // 2, "eval/accuracy": 0.6})
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     for step in saved:
         log.save_completions(step, [row for i in range(groups) for row in group_rows(rng, index=i, **made)])
     after = ACCURACY | {"value": 0.8, "low": 0.77, "high": 0.83}

@@ -134,7 +134,16 @@ def test_the_commands_of_the_readme_run(quickstart, capsys):
         if language == "sh"
         for line in text.splitlines()
     ]
-    assert {words[1] for words in commands} == {"train", "eval", "export", "tasks", "recipes", "plan", "env"}
+    assert {words[1] for words in commands} == {
+        "train",
+        "eval",
+        "export",
+        "tasks",
+        "recipes",
+        "plan",
+        "report",
+        "env",
+    }
     assert all(words[0] == "twig" for words in commands)
     for _, *words in commands:
         assert main([*words, *SMALL.get(words[0], "").split()]) == 0, words

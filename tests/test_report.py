@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -339,3 +340,23 @@ def test_a_damaged_file_of_metrics_is_named(run):
     (run / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
     with pytest.raises(UserError, match="metrics.jsonl is damaged"):
         read_run(run)
+
+
+@pytest.mark.slow
+def test_five_runs_of_two_thousand_steps_are_a_small_page_in_seconds(tmp_path):
+    """As a study leaves them: completions of every 25th step, 8 groups of 16, up to 200 tokens each."""
+    saved = [1, *range(25, 2001, 25)]
+    runs = []
+    for seed in range(5):
+        name = ["algorithm.name=grpo"] if seed > 2 else []
+        runs.append(write_run(tmp_path / str(seed), name, 2000, saved, seed, groups=8, size=16, length=200))
+    began = time.process_time()  # of this process: what others do on the machine is not counted
+    path = write_report(runs, tmp_path / "report.html")
+    assert time.process_time() - began < 20
+    assert path.stat().st_size < 5_000_000
+    data = data_of(path.read_text(encoding="utf-8"))
+    assert [arm["runs"] for arm in data["arms"]] == [3, 2]
+    assert max(len(series["mean"]) for arm in data["arms"] for series in arm["series"].values()) <= 240
+    for run in range(5):
+        steps = {group["step"] for group in data["groups"] if group["run"] == run}
+        assert {1, 2000} <= steps and len(steps) >= 10, "spread over the run"

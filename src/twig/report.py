@@ -111,7 +111,9 @@ def _hash(text: str) -> str:
 
 
 def _escape(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    # What could not be seen, or would move other letters about, is written out.
+    text = "".join(c if c.isprintable() or c in "\n\xa0" else repr(c)[1:-1] for c in str(value))
+    return html.escape(text, quote=True)
 
 
 # ---- words ------------------------------------------------------------------------------------------------

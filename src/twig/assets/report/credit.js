@@ -164,7 +164,7 @@ function describe(group, segment) {
     const [[, size, pair]] = runsOf(group.credit[algorithm], segment);
     return `${named(algorithm)} ${total(pair) ? signed(total(pair)) + (size > 1 ? ` on ${size} tokens` : " on the first token") : "no credit"}`;
   });
-  const text = tokens.slice(0, 12).map(tokenText).join("");
+  const text = plain(tokens.slice(0, 12).map(tokenText).join(""));
   const ending = ends.length ? ` ${ends.length} end here, ${ends.filter((end) => group.completions[end][1]).length} right.` : "";
   return `${text}${tokens.length > 12 ? " and so on" : ""}: ${count} of ${group.size} completions, mean reward ${score(value)}.${ending} ${weights.join("; ")}.`;
 }
@@ -257,7 +257,7 @@ function onHover(event) {
 const step = (group) => group.step;
 
 function cleanPrompt(text) {
-  return text.replace(/<\|[^|<>]*\|>/g, " ").replace(/\s+/g, " ").trim();
+  return plain(text.replace(/<\|[^|<>]*\|>/g, " ")).trim();
 }
 
 function lineOf(group) {

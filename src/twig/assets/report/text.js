@@ -56,13 +56,21 @@ function signed(value) {
   return (value > 0 ? "+" : "−") + Number(Math.abs(value).toPrecision(3));
 }
 
-// Characters that would be invisible, or move others about, are written out.
+const ODD = /[\p{C}\p{Zl}\p{Zp}\uFFFD]/u;
+const written = (letter) => "\\u" + letter.codePointAt(0).toString(16).padStart(4, "0");
+
+// Characters that would be invisible, or move others about, are written out: in a line of text,
+function plain(text) {
+  return Array.from(text.replace(/\s+/g, " "), (letter) => (ODD.test(letter) ? written(letter) : letter)).join("");
+}
+
+// and in elements of their own.
 function visible(text) {
   const parts = [];
-  let plain = "";
+  let usual = "";
   const flush = () => {
-    if (plain) parts.push(document.createTextNode(plain));
-    plain = "";
+    if (usual) parts.push(document.createTextNode(usual));
+    usual = "";
   };
   const odd = (shown) => {
     flush();
@@ -71,20 +79,27 @@ function visible(text) {
   for (const letter of text) {
     if (letter === "\n") {
       odd("⏎");
-      plain = "\n";
+      usual = "\n";
     } else if (letter === "\t") odd("⇥");
-    else if (/[\p{C}\p{Zl}\p{Zp}\uFFFD]/u.test(letter)) odd("\\u" + letter.codePointAt(0).toString(16).padStart(4, "0"));
-    else plain += letter;
+    else if (ODD.test(letter)) odd(written(letter));
+    else usual += letter;
   }
   flush();
   return parts.length ? parts : [h("span", { class: "odd" }, "◌")];
 }
 
 const tip = document.getElementById("tip");
+let tipTarget = null;
 
 function showTip(target, ...children) {
   tip.replaceChildren(...children.filter(Boolean));
   tip.hidden = false;
+  tipTarget = target;
+  placeTip();
+}
+
+function placeTip() {
+  const target = tipTarget;
   const at = target.getClientRects()[0] || target.getBoundingClientRect();
   const box = tip.getBoundingClientRect();
   const above = at.top - box.height - 8;
@@ -97,5 +112,6 @@ function hideTip() {
   tip.hidden = true;
 }
 
-addEventListener("scroll", hideTip, { passive: true });
+// What has the focus keeps its tip while the page moves.
+addEventListener("scroll", () => (tip.hidden || tipTarget !== document.activeElement ? hideTip() : placeTip()), { passive: true });
 addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
