@@ -42,7 +42,12 @@ def metrics_row(step, level=0.5):
     row = {"reward": reward, "answers/right": reward, "entropy": 1 / step, "completions/mean_length": 20.0}
     row |= {"completions/clipped_ratio": 0.02, "frac_reward_zero_std": 0.3, "grad_norm": 0.5}
     row |= {"tokens/sampled": 2560, "tokens/selected": 64, "tokens/nodes_run": 128, "learning_rate": 1e-3}
-    row |= {"sampling/logp_gap": 1e-6, "memory/peak_bytes": 5e8, "replay/groups": 0}
+    row |= {
+        "sampling/logp_gap": 1e-6,
+        "memory/peak_bytes": 5e8,
+        "memory/predicted_peak_bytes": 52e7,
+        "replay/groups": 0,
+    }
     return row | {
         "time/sample": 0.6,
         "time/reward": 0.01,

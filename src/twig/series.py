@@ -194,7 +194,7 @@ def arm_series(arm: Arm, num_runs: int = 1) -> dict[str, Any]:
         "x": {axis: _numbers(_at(columns, ends), 6) for axis, columns in xs.items()},
         "series": series,
         "evals": _evals(arm),
-        "predicted": arm.runs[0].summary.get("predicted_peak_bytes"),
+        "predicted": _predicted(arm),
         "phases": {name: _mean_time(arm, f"time/{name}") for name in PHASES},
         "time": _mean_time(arm, "time/step"),
     }
@@ -248,6 +248,11 @@ def _evals(arm: Arm) -> list[list[float]]:
         at = [_until(arm, metric, step) for metric in ("tokens/sampled", "time/step")]
         rows.append([step, *at, *_numbers(np.array([np.mean(values), *interval]))])
     return rows
+
+
+def _predicted(arm: Arm) -> float | None:
+    known = [run.history.last("memory/predicted_peak_bytes") for run in arm.runs]
+    return max([value for value in known if not np.isnan(value)], default=None)
 
 
 def _until(arm: Arm, metric: str, step: int) -> float:

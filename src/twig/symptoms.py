@@ -260,7 +260,7 @@ def _dtype(run: History) -> str:
 
 def mispredicted(run: History) -> str | None:
     predicted, measured = run.summary.get("predicted_peak_bytes"), run.summary.get("peak_memory_bytes")
-    if not predicted or not measured or 0.5 <= measured / predicted <= 1.1:
+    if not predicted or not measured or 0.3 <= measured / predicted <= 1.1:
         return None
     return f"{measured / 2**30:.2f} GiB were used and {predicted / 2**30:.2f} predicted"
 
