@@ -185,7 +185,7 @@ def lost(run: History) -> str | None:
 
 def entropy_gone(run: History) -> str | None:
     first, last = run.first("entropy"), run.last("entropy")
-    if len(run) >= _ENOUGH and last < _LOW * first and run.last("answers/right") < _HIGH:
+    if len(run) >= _ENOUGH and last < _LOW * first and run.last("answers/right") < 0.8:
         return f"the entropy fell from {first:.3g} to {last:.3g} nats a token"
     return None
 

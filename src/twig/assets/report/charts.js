@@ -108,7 +108,7 @@ function draw(view) {
     s("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }),
     s("text", { x: left - 7, y: y(v) + 4, "text-anchor": "end" }, minus(worded(v, chart.unit))),
   ]);
-  const wanted = ticks(least, most, width > 420 ? 4 : 2);
+  const wanted = ticks(least, most, width > 420 ? 5 : 3);
   parts.push(wanted.map((v) => s("text", { x: x(v), y: height - 4, "text-anchor": "middle" }, short(v))));
   for (const line of lines) {
     const { class: colour, dash } = look(line.arm);
@@ -283,7 +283,7 @@ function drawAccuracy(host) {
   const base = height - 24;
   const parts = [0, 0.25, 0.5, 0.75, 1].map((v) => [
     s("line", { class: "grid", x1: x(v), x2: x(v), y1: top, y2: base }),
-    s("text", { x: x(v), y: height - 6, "text-anchor": v === 1 ? "end" : v === 0 ? "start" : "middle" }, 100 * v + (v === 1 ? " % right" : "")),
+    s("text", { x: x(v), y: height - 6, "text-anchor": v === 1 ? "end" : v === 0 ? "start" : "middle" }, v === 1 ? "100 % right" : width < 500 && v % 0.5 ? "" : 100 * v),
   ]);
   rows.forEach((row, i) => {
     const y = top + (i + 0.62) * tall;

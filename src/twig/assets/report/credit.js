@@ -308,7 +308,7 @@ function first() {
     const share = group.num_right / group.size;
     const forks = Math.min(12, group.credit["t-spmo"].trained) + Math.min(6, group.segments.length) / 10;
     const sparse = group.credit["t-spmo"].trained < 0.05 * group.sampled ? 1.5 : 1;
-    return Math.min(0.16, share * (1 - share)) * forks * sparse * (ownOf(group) === "t-spmo" ? 1.01 : 1);
+    return Math.min(0.16, share * (1 - share)) * forks * sparse * (ownOf(group) === "t-spmo" ? 1.3 : 1);
   };
   return DATA.groups.reduce((best, group) => (worth(group) > worth(best) ? group : best));
 }
