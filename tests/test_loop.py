@@ -612,7 +612,8 @@ def test_completions_agree_with_metrics_and_summary(run):
                 )
         assert row["tokens/selected"] == sum(weight != 0 for weight in nodes.values())
         weighted += row["tokens/selected"]
-        for group in read_groups(row["step"], done.folder / "completions" / f"step-{row['step']}.parquet"):
+        path = done.folder / "completions" / f"step-{row['step']}.parquet"
+        for group in read_groups(row["step"], path, set_to.algorithm):
             trie = group.trie()
             again = group.credit(trie, set_to.algorithm, set_to.train.seed)
             saved = found[4 * group.slot : 4 * group.slot + 4]
@@ -655,12 +656,15 @@ def test_evaluations_are_kept_problem_by_problem(run):
     assert len({row["problems"] for row in rows}) == 1 and rows[0]["problems"].startswith("sha256:")
 
 
-@pytest.mark.parametrize("name", ["s-grpo", "grpo twice on a batch"])
-def test_credit_of_a_saved_step_is_computed_again_to_the_last_bit(run, name):
-    """S-GRPO draws tokens: the numbers behind them are those of the step and the group's place in it."""
-    done = run("run", *ALGORITHMS[name], "train.max_steps=2")
+@pytest.mark.parametrize(
+    "overrides", [ALGORITHMS["s-grpo"], ["algorithm.name=tempo", "algorithm.top_entropy_quantile=0.4"]]
+)
+def test_credit_of_a_saved_step_is_computed_again_to_the_last_bit(run, overrides):
+    """Drawn tokens come from numbers of the step and the group's place in it; a floor is that of all groups."""
+    done = run("run", *overrides, "train.max_steps=2")
     set_to, step = load(str(done.folder)), 2
-    found, groups = completions_of(done.folder, step), read_groups(step, saved_steps(done.folder)[step])
+    found = completions_of(done.folder, step)
+    groups = read_groups(step, saved_steps(done.folder)[step], set_to.algorithm)
     assert len(groups) == 2
     for group in groups:
         trie = group.trie()

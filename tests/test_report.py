@@ -16,10 +16,10 @@ from twig.config import load
 from twig.credit import assign
 from twig.creditmap import SHOWN, Strings, choose, group_map, read_groups, saved_steps
 from twig.noise import CREDIT, generator
+from twig.options import Algorithm
 from twig.records import UserError
 from twig.report import json_text, page_of, write_report
 from twig.series import arm_series, arms_of, differing, read_run
-from twig.settings import Algorithm
 from twig.trie import PrefixTrie
 
 HOSTILE = ["</script><script>alert(1)</script>", "<!--", "<img src=x onerror=alert(2)>", "{{data}}", "&lt;"]
@@ -124,7 +124,7 @@ def test_counts_values_and_ends_by_hand(tmp_path):
 
     settings = load("quickstart")
     path = RunLog.create(tmp_path / "run", settings).save_completions(3, rows)
-    (group,) = read_groups(3, path)
+    (group,) = read_groups(3, path, settings.algorithm)
     drawn = group_map(group, settings, Strings())
     assert drawn["segments"] == [
         [-1, 1, 4, 0.5, [0], []],
@@ -146,7 +146,7 @@ def test_counts_values_and_ends_by_hand(tmp_path):
 def test_groups_are_those_of_the_step_the_most_divided_first(tmp_path):
     folder = write_run(tmp_path / "run", saved=(3, 11, 2), groups=3)
     assert list(saved_steps(folder)) == [2, 3, 11]
-    groups = read_groups(3, saved_steps(folder)[3])
+    groups = read_groups(3, saved_steps(folder)[3], Algorithm())
     assert sorted(group.slot for group in groups) == [0, 1, 2] and {g.num_groups for g in groups} == {3}
     spread = [group.rewards.var() for group in groups]
     assert spread == sorted(spread, reverse=True)
@@ -167,7 +167,7 @@ def test_completions_of_a_file_without_texts_are_shown_by_number(run):
     path = run / "completions" / "step-1.parquet"
     parquet.write_table(parquet.read_table(path).drop_columns(["tokens"]), path)
     strings = Strings()
-    group_map(read_groups(1, path)[0], load(str(run)), strings)
+    group_map(read_groups(1, path, Algorithm())[0], load(str(run)), strings)
     assert set(strings.texts) <= {f"[{i}]" for i in range(len(WORDS))}
 
 

@@ -6,49 +6,55 @@ and the same random numbers, so the run's own algorithm shows the very weights t
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from twig.config import Settings
-from twig.credit import Credit, assign
+from twig.credit import Credit, assign, entropy_at_quantile
 from twig.noise import CREDIT, generator
+from twig.options import Algorithm
 from twig.runlog import COMPLETIONS
-from twig.settings import Algorithm
 from twig.trie import PrefixTrie
 
 COMPARED = ("grpo", "s-grpo", "t-spmo")
 SHOWN = 16  # completions of a group, at most
 _COLUMNS = ("prompt_index", "completion_index", "prompt", "prefix_length", "token_ids", "tokens", "finished")
-_COLUMNS += ("reward", "right")
+_COLUMNS += ("reward", "right", "entropies")
 
 
 @dataclass(frozen=True)
 class SavedGroup:
     """A group as its step saved it: `slot` is its place among the step's `num_groups`; `rows` are those of
-    its completions that have a reward."""
+    its completions that have a reward; `entropy_floor` is that of the whole step."""
 
     step: int
     slot: int
     num_groups: int
     rows: list[dict[str, Any]]
+    entropy_floor: float | None = None
 
     @property
     def rewards(self) -> np.ndarray:
         return np.array([row["reward"] for row in self.rows], np.float64)
 
     def trie(self) -> PrefixTrie:
-        return PrefixTrie.build([row["token_ids"] for row in self.rows], self.rewards)
+        ids = [row["token_ids"] for row in self.rows]
+        entropies = [np.array(row.get("entropies") or np.zeros(len(row["token_ids"]))) for row in self.rows]
+        return PrefixTrie.build(ids, self.rewards, entropies)
+
+    def trained(self, options: Algorithm) -> np.ndarray:
+        """[completions] of bool: those that training with these options gives credit."""
+        if options.mask_truncated_completions:
+            return np.array([row["finished"] for row in self.rows])
+        return np.ones(len(self.rows), bool)
 
     def credit(self, trie: PrefixTrie, options: Algorithm, seed: int) -> Credit:
         """The credit that training with these options gives the group in this step."""
-        trained = np.ones(len(self.rows), bool)
-        if options.mask_truncated_completions:
-            trained = np.array([row["finished"] for row in self.rows])
         rng = generator(seed, CREDIT, self.slot, self.step)
-        return assign(trie, options, rng, self.num_groups, trained)
+        return assign(trie, options, rng, self.num_groups, self.trained(options), self.entropy_floor)
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:
@@ -61,10 +67,10 @@ def saved_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read_groups(step: int, path: Path) -> list[SavedGroup]:
+def read_groups(step: int, path: Path, options: Algorithm) -> list[SavedGroup]:
     """The groups of a step's file in which a completion has a reward, the most instructive first.
 
-    Those are the groups that are split most evenly into high and low rewards.
+    Those are the groups that are split most evenly into high and low rewards. `options` are the run's.
     """
     from pyarrow import parquet
 
@@ -79,6 +85,10 @@ def read_groups(step: int, path: Path) -> list[SavedGroup]:
         for slot, rows in enumerate(slots)
         if (rewarded := [row for row in rows if row["reward"] is not None])
     ]
+    if groups and options.top_entropy_quantile < 1:
+        trained = [group.trained(options) for group in groups]
+        floor = entropy_at_quantile([g.trie() for g in groups], trained, options.top_entropy_quantile)
+        groups = [replace(group, entropy_floor=floor) for group in groups]
     return sorted(groups, key=lambda group: -float(group.rewards.var()))
 
 
@@ -218,7 +228,7 @@ def choose(runs: Sequence[tuple[Path, Settings]], strings: Strings, budget: int)
     coarse to fine, so that what has room is spread over the run.
     """
     found, size, known = [], 0, 0
-    for number, group in _by_worth([folder for folder, _ in runs]):
+    for number, group in _by_worth(runs):
         drawn = {"run": number, **group_map(group, runs[number][1], strings)}
         size += len(json.dumps(drawn, separators=(",", ":")))
         size += sum(len(json.dumps(text)) + 1 for text in strings.texts[known:])
@@ -229,8 +239,8 @@ def choose(runs: Sequence[tuple[Path, Settings]], strings: Strings, budget: int)
     return sorted(found, key=lambda each: (each["run"], each["step"]))
 
 
-def _by_worth(folders: Sequence[Path]) -> Iterator[tuple[int, SavedGroup]]:
-    files = [saved_steps(folder) for folder in folders]
+def _by_worth(runs: Sequence[tuple[Path, Settings]]) -> Iterator[tuple[int, SavedGroup]]:
+    files = [saved_steps(folder) for folder, _ in runs]
     orders = [_coarse_to_fine(list(steps)) for steps in files]
     groups: dict[tuple[int, int], list[SavedGroup]] = {}
     rank, left = 0, True
@@ -241,7 +251,8 @@ def _by_worth(folders: Sequence[Path]) -> Iterator[tuple[int, SavedGroup]]:
                 if place < len(order):
                     key = number, order[place]
                     if key not in groups:
-                        groups[key] = read_groups(order[place], files[number][order[place]])
+                        path = files[number][order[place]]
+                        groups[key] = read_groups(order[place], path, runs[number][1].algorithm)
                     if rank < len(groups[key]):
                         left = True
                         yield number, groups[key][rank]

@@ -12,9 +12,9 @@ import numpy as np
 
 from twig.config import RUN_CONFIG, Settings, load
 from twig.measures import wilson
+from twig.options import ALGORITHMS_WITH
 from twig.records import UserError
 from twig.runlog import ENVIRONMENT, METRICS, is_run, read_metrics, read_summary
-from twig.settings import ALGORITHMS_WITH
 from twig.symptoms import History
 
 _POINTS = 240  # of a curve, at most

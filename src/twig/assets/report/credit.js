@@ -1,6 +1,6 @@
 // The credit map: one group of completions as a trie, under several algorithms side by side.
 
-const NAMES = { grpo: "GRPO", "s-grpo": "S-GRPO", "t-spmo": "T-SPMO" };
+const NAMES = { grpo: "GRPO", "s-grpo": "S-GRPO", "t-spmo": "T-SPMO", "dr-grpo": "Dr. GRPO", rloo: "RLOO", "lambda-grpo": "λ-GRPO", tempo: "TEMPO" };
 const named = (algorithm) => NAMES[algorithm] || algorithm;
 const FOLD = 4; // tokens without credit that fold to a note, to the end of a segment
 const FOLD_INSIDE = 12; // and between tokens with credit
