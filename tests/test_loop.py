@@ -660,7 +660,7 @@ def test_evaluations_are_kept_problem_by_problem(run):
     "overrides", [ALGORITHMS["s-grpo"], ["algorithm.name=tempo", "algorithm.top_entropy_quantile=0.4"]]
 )
 def test_credit_of_a_saved_step_is_computed_again_to_the_last_bit(run, overrides):
-    """Drawn tokens come from numbers of the step and the group's place in it; a floor is that of all groups."""
+    """Tokens are drawn by the step and the group's place in it; an entropy floor is that of all groups."""
     done = run("run", *overrides, "train.max_steps=2")
     set_to, step = load(str(done.folder)), 2
     found = completions_of(done.folder, step)
