@@ -188,7 +188,7 @@ def _answers(
     progress = progress or Progress()
     progress.phase("evaluating", len(examples))
     prompts = [encode_prompt(task, example, tokenizer, task_settings) for example in examples]
-    refuse_too_long(task, max(map(len, prompts)), max_completion_length, policy.context_length)
+    refuse_too_long(task, max(map(len, prompts)), policy.context_length)
     order = np.argsort([len(p) for p in prompts], kind="stable")  # like lengths together: less padding
     size = batch_size or 128
     found: list[list[Completion]] = [[] for _ in examples]

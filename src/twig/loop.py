@@ -192,8 +192,13 @@ class _Session:
             head_chunk=settings.train.head_chunk,
             checkpoint_layers=settings.train.checkpoint_layers,
         )
-        room = (settings.rollout.max_completion_length, self.policy.context_length)
-        refuse_too_long(self.task, self.sized.longest_prompt, *room)
+        longest, context = self.sized.longest_prompt, self.policy.context_length
+        refuse_too_long(self.task, longest, context)
+        if context is not None and longest + settings.rollout.max_completion_length > context:
+            self._warn(
+                f"a prompt of {longest} tokens and its completion may be longer than the {context} of the "
+                f"model's context; write rollout.max_completion_length={context - longest}"
+            )
         self.trainer = Trainer(settings, self.policy, tokenizer, self.task, self.end_ids, self.progress)
 
     # ---- the run
