@@ -202,7 +202,6 @@ class _Session:
         self.trainer = Trainer(settings, self.policy, tokenizer, self.task, self.end_ids, self.progress)
 
     # ---- the run
-    # -------------------------------------------------------------------------------------------------
 
     def run(self) -> Run:
         seed_all(self.settings.train.seed)
@@ -358,14 +357,11 @@ class _Session:
         }
         with self._saving("summary.json"):
             self.log.save_summary(summary)
-        problem = report_of_run(self.log.folder)
-        if problem is not None:
-            self.progress.message(problem)
+        report_of_run(self.log.folder, self.progress.message)
         self.progress.done(summary)
         return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
 
     # ---- saving
-    # --------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         self.log.flush()  # a checkpoint stands for the rows up to it

@@ -10,7 +10,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -48,8 +48,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     return path
 
 
-def report_of_run(folder: Path) -> str | None:
-    """Writes report.html into a run's folder; returns None, or in words why there is none.
+def report_of_run(folder: Path, tell: Callable[[str], None]) -> None:
+    """Writes report.html into a run's folder, or tells why there is none.
 
     Raises nothing: no fault of a picture may cost a run its result.
     """
@@ -57,8 +57,7 @@ def report_of_run(folder: Path) -> str | None:
         write_report([folder])
     except Exception as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"{folder / NAME} is not written ({words}); to try again: twig report {folder}"
-    return None
+        tell(f"{folder / NAME} is not written ({words}); to try again: twig report {folder}")
 
 
 def page_of(runs: Sequence[RunData]) -> str:
