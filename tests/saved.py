@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 CHARACTERS = "0123456789*=+,:#abcdefghijklmnopqrstuvwxyz .?"
 
 
-def save_model(folder: Path, seed: int = 0, layers: int = 3, width: int = 16) -> Path:
+def save_model(folder: Path, seed: int = 0, layers: int = 3, width: int = 16, context: int = 1024) -> Path:
     """Writes the model and its tokenizer to `folder` and returns it."""
     tokenizer = build_tokenizer()
     config = Qwen2Config(
@@ -19,7 +19,7 @@ def save_model(folder: Path, seed: int = 0, layers: int = 3, width: int = 16) ->
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=1024,
+        max_position_embeddings=context,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

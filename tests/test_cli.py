@@ -177,7 +177,7 @@ def test_a_run_from_start_to_evaluation(twig, model):
     assert "step 3/3" in progress
     summary = read_summary(RunLog.open("runs/quickstart-1").folder)
     assert (summary["status"], summary["steps"], summary["algorithm"]) == ("finished", 3, "t-spmo")
-    assert summary["accuracy_after"]["n"] == 20 and summary["predicted_peak_bytes"] > 2**20
+    assert summary["accuracy_after"]["n"] == 20 and summary["predicted_peak_bytes"] > 0
 
     again = twig("train", "quickstart", "--resume", f"model.name={model}", "train.max_steps=3", *SMALL)
     assert again == (0, shown, ""), "a finished run is shown again, without work"

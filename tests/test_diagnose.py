@@ -1,12 +1,15 @@
 """Each symptom is seen in a run that has it, and not in one that only comes near; a healthy run has none."""
 
+import io
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from twig.config import Settings
 from twig.diagnose import SYMPTOMS, findings
+from twig.display import show_findings
 from twig.symptoms import History
 
 STEPS = 60
@@ -194,3 +197,14 @@ def test_the_middle_third_does_not_count_as_first_or_last():
 def test_words_say_what_was_seen():
     (finding,) = findings(history({"kl": 0.75}))
     assert finding.seen == "the KL divergence from the base is 0.75 nats a token"
+
+
+def test_training_prints_the_first_few():
+    out, found = io.StringIO(), findings(history({"kl": 0.75, "completions/clipped_ratio": 0.95}))
+    show_findings(Console(file=out, width=80), [*found, *found])
+    lines = [line for line in out.getvalue().splitlines() if line]
+    assert lines[0].startswith("problem  All completions are cut off: 95 % of the completions")
+    assert lines[1].strip().startswith("change a larger rollout.max_completion_length")
+    assert len(lines) == 7 and lines[6].strip() == "and 1 more, in the report"
+    show_findings(Console(file=out), [])
+    assert out.getvalue().endswith("in the report\n")

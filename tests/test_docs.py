@@ -44,7 +44,7 @@ SMALL = {
     "rollout.max_completion_length=12 log.progress=quiet",
     "eval": "eval.limit=8 log.progress=quiet",
 }
-SUFFIXES = (".py", ".md", ".json", ".jsonl", ".yaml", ".parquet", ".cff")
+SUFFIXES = (".py", ".md", ".html", ".json", ".jsonl", ".yaml", ".parquet", ".cff")
 DOTTED = re.compile(r"([a-z][\w]*)(\.[\w]+)+")
 MINIMAL = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
 # Written by runs and by readers of the README.
@@ -54,6 +54,7 @@ MADE = {
     "metrics.jsonl",
     "evaluations.jsonl",
     "summary.json",
+    "report.html",
     "problems.jsonl",
     "rewards.py",
     "my.yaml",
@@ -133,7 +134,16 @@ def test_the_commands_of_the_readme_run(quickstart, capsys):
         if language == "sh"
         for line in text.splitlines()
     ]
-    assert {words[1] for words in commands} == {"train", "eval", "export", "tasks", "recipes", "plan", "env"}
+    assert {words[1] for words in commands} == {
+        "train",
+        "eval",
+        "export",
+        "tasks",
+        "recipes",
+        "plan",
+        "report",
+        "env",
+    }
     assert all(words[0] == "twig" for words in commands)
     for _, *words in commands:
         assert main([*words, *SMALL.get(words[0], "").split()]) == 0, words

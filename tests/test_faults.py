@@ -31,7 +31,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("base"))
+    return save_model(tmp_path_factory.mktemp("base"), context=256)
 
 
 @pytest.fixture
@@ -283,12 +283,15 @@ def test_without_any_end_token_a_run_is_refused(run, base):
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_its_length(run):
-    long = [{"prompt": "7" * 252, "wanted": "1"}]
-    with pytest.raises(UserError, match="252 tokens.*256 of the model's context; write .*length=4"):
+    long = [{"prompt": "7" * 256, "wanted": "1"}]
+    with pytest.raises(UserError, match="a prompt has 256 tokens, and the model's context only 256"):
         run("train", train_dataset=long)
-    with pytest.raises(UserError, match="a prompt has 252 tokens"):
+    with pytest.raises(UserError, match="a prompt has 256 tokens"):
         run("eval", eval_dataset=long)
-    assert run("fits", "rollout.max_completion_length=4", "train.max_steps=1", train_dataset=long).summary
+    heard = Heard()
+    fits = [{"prompt": "7" * 252, "wanted": "1"}]
+    assert run("fits", "train.max_steps=1", train_dataset=fits, progress=heard).summary["steps"] == 1
+    assert heard.heard("252 tokens and its completion.*256.*write rollout.max_completion_length=4") == 1
 
 
 # Time, random numbers, and settings that change

@@ -23,6 +23,7 @@ from twig import checkpoint, rollout
 from twig.adapter import attach
 from twig.cli import main
 from twig.config import Settings, load
+from twig.creditmap import read_groups, saved_steps
 from twig.memory import SIZES
 from twig.models import load_model
 from twig.progress import Progress
@@ -584,6 +585,7 @@ def test_the_environment_names_the_revisions_of_model_and_data(run, base):
 
 def test_completions_agree_with_metrics_and_summary(run):
     done = run("run", *ALGORITHMS["t-spmo with replay"])
+    set_to = load(str(done.folder))
     tokenizer, weighted = done.tokenizer, 0
     rows = [row for row in rows_of(done.folder) if "reward" in row]
     for row in rows:
@@ -611,6 +613,13 @@ def test_completions_agree_with_metrics_and_summary(run):
                 )
         assert row["tokens/selected"] == sum(weight != 0 for weight in nodes.values())
         weighted += row["tokens/selected"]
+        path = done.folder / "completions" / f"step-{row['step']}.parquet"
+        for group in read_groups(row["step"], path, set_to.algorithm):
+            trie = group.trie()
+            again = group.credit(trie, set_to.algorithm, set_to.train.seed)
+            saved = found[4 * group.slot : 4 * group.slot + 4]
+            for path, c in zip(trie.paths, saved, strict=True):
+                assert (again.plus + again.minus)[path].tolist() == c["weights"], "the very weights, again"
     assert weighted > 0 and any(row["replay/groups"] for row in rows)
     for total, name in (
         ("tokens_sampled", "sampled"),
@@ -646,6 +655,40 @@ def test_evaluations_are_kept_problem_by_problem(run):
         assert np.mean([int(digit) for digit in row["right"]]) == done.summary[result]["value"]
         assert row["answered"] is None, "the task cannot tell"
     assert len({row["problems"] for row in rows}) == 1 and rows[0]["problems"].startswith("sha256:")
+
+
+@pytest.mark.parametrize(
+    "overrides", [ALGORITHMS["s-grpo"], ["algorithm.name=tempo", "algorithm.top_entropy_quantile=0.4"]]
+)
+def test_credit_of_a_saved_step_is_computed_again_to_the_last_bit(run, overrides):
+    """Tokens are drawn by the step and the group's place in it; an entropy floor is that of all groups."""
+    done = run("run", *overrides, "train.max_steps=2")
+    set_to, step = load(str(done.folder)), 2
+    found = completions_of(done.folder, step)
+    groups = read_groups(step, saved_steps(done.folder)[step], set_to.algorithm)
+    assert len(groups) == 2
+    for group in groups:
+        trie = group.trie()
+        credit = group.credit(trie, set_to.algorithm, set_to.train.seed)
+        saved = found[4 * group.slot : 4 * group.slot + 4]
+        for path, c in zip(trie.paths, saved, strict=True):
+            assert (credit.plus + credit.minus)[path].tolist() == c["weights"]
+    assert (done.folder / "report.html").stat().st_size > 20_000, "a run ends with its report"
+
+
+def test_a_report_that_cannot_be_made_costs_no_run(run, monkeypatch):
+    def broken(folders):
+        raise ZeroDivisionError("of a mean")
+
+    class Heard(Progress):
+        def message(self, text):
+            heard.append(text)
+
+    heard = []
+    monkeypatch.setattr("twig.report.write_report", broken)
+    done = run("run", "train.max_steps=1", progress=Heard())
+    assert done.summary["status"] == "finished"
+    assert any("report.html is not written (ZeroDivisionError: of a mean)" in text for text in heard)
 
 
 def documented(title):

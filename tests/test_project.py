@@ -25,7 +25,7 @@ ORDER = (
     "trackers signals watch symptoms diagnose series creditmap report "
     "trainer samples session loop study compare tables "
     "hub methods card export __init__ "
-    "display cli_shared cli_compare cli_eval cli_export cli_plan cli "
+    "display cli_shared cli_compare cli_eval cli_export cli_plan cli_report cli "
     "__main__"
 ).split()
 
@@ -37,7 +37,7 @@ WITHOUT_TORCH = (
     "trie noise credit pack replay progress lifeline processes measures shape workload footprint memory "
     "machine usage sizing evaluations rows runlog standing trackers signals watch symptoms diagnose series "
     "creditmap report study compare tables hub methods card "
-    "display cli_shared cli_compare cli_eval cli_export cli_plan cli"
+    "display cli_shared cli_compare cli_eval cli_export cli_plan cli_report cli"
 ).split()
 
 HEAVY = ("torch", "transformers", "matplotlib")

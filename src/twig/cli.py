@@ -22,9 +22,11 @@ from twig.cli_compare import compare_command
 from twig.cli_eval import eval_command
 from twig.cli_export import export_command
 from twig.cli_plan import plan_as_comment, plan_command
+from twig.cli_report import report_command
 from twig.cli_shared import Overrides, Stopped, quiet_libraries, result_console, show_row
 from twig.config import Settings, load, recipe_names, recipe_text
-from twig.display import clean, quoted, show_run, showing
+from twig.diagnose import findings
+from twig.display import clean, quoted, show_findings, show_run, showing
 from twig.escape import file_name, one_line
 from twig.lifeline import FAULT, STOPPED, USAGE_ERROR, Ended
 from twig.machine import device_words, environment, gpu_warning, has_nvidia_gpu
@@ -33,6 +35,7 @@ from twig.processes import ALONE, Processes, exit_status, launched, together
 from twig.records import UserError
 from twig.redact import hidden
 from twig.runlog import RunLog, is_run, new_folder, newest_folder, read_summary
+from twig.series import read_run
 from twig.tasks import TASKS, load_task, render_prompt
 from twig.wording import either
 
@@ -84,14 +87,19 @@ def train(
         return
     folder = _folder_to_resume(source, output) if resume else output
     if resume and _is_finished(folder, settings):
-        show_run(result_console(), folder, read_summary(folder))
+        _show(folder, read_summary(folder))
         return
     folder = folder or new_folder(_run_name(source))
     with _stoppable(folder):
         summary = _train(settings, folder, resume)
-    show_run(result_console(), folder, summary)
+    _show(folder, summary)
     if summary["status"] == "stopped":
         raise Stopped(_how_to_go_on(folder))
+
+
+def _show(folder: Path, summary: dict[str, Any]) -> None:
+    show_run(result_console(), folder, summary)
+    show_findings(result_console(), findings(read_run(folder).history))
 
 
 def _train_together(
@@ -113,7 +121,7 @@ def _train_together(
             with _stoppable(folder):
                 summary = _train(settings, folder, resume, processes)
         if main:
-            show_run(result_console(), folder, summary)
+            _show(folder, summary)
         if summary["status"] == "stopped":
             raise Stopped(_how_to_go_on(folder))
     except (UserError, Ended, KeyboardInterrupt, Stopped) as error:
@@ -197,6 +205,7 @@ app.command("eval")(eval_command)
 app.command("compare")(compare_command)
 app.command("export")(export_command)
 app.command("plan")(plan_command)
+app.command("report")(report_command)
 
 
 # ---- what there is --------------------------------------------------------------------------------------

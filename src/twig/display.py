@@ -8,7 +8,7 @@ metrics and of the fields of summary.json, nothing about training.
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from twig.diagnose import Finding
 from twig.escape import one_line, printable, shortened
 from twig.progress import Progress
+from twig.report import NAME
 
 _LONGEST_TEXT = 20_000
 _SECONDS_BETWEEN_LINES = 5.0
 _SMOOTHING = 0.1
+_FINDINGS = 3
 
 
 def clean(value: Any) -> str:
@@ -248,10 +251,22 @@ def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
         "seconds": f"{summary['seconds']:.1f} of training",
         "folder": str(folder),
     }
+    if (folder / NAME).is_file():
+        facts["report"] = str(folder / NAME)
     for name, words in facts.items():
         console.print(Text(f"{name:<8} {one_line(words)}"), soft_wrap=True)
     if summary["status"] == "finished" and after:
         console.print(Text(f"next     twig eval {quoted(folder)} --limit 100"), soft_wrap=True)
+
+
+def show_findings(console: Console, found: Sequence[Finding]) -> None:
+    """Prints what a run's numbers say is wrong: two lines each, the first few."""
+    for finding in found[:_FINDINGS]:
+        kind = "problem" if finding.is_problem else "note"
+        console.print(Text(f"\n{kind:<8} {one_line(finding.name)}: {one_line(finding.seen)}"), soft_wrap=True)
+        console.print(Text(f"{'':<8} change {one_line(finding.change)}"), soft_wrap=True)
+    if len(found) > _FINDINGS:
+        console.print(Text(f"\n{'':<8} and {len(found) - _FINDINGS} more, in the report"), soft_wrap=True)
 
 
 def quoted(path: Path) -> str:

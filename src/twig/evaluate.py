@@ -194,10 +194,7 @@ def _answers(
     progress = progress or Progress()
     progress.phase("evaluating", len(examples))
     prompts = [encode_prompt(task, example, tokenizer, task_settings) for example in examples]
-    if policy.context_length is not None:  # a shorter limit than the one asked for, where there is no room
-        longest = max(map(len, prompts), default=0)
-        max_completion_length = max(min(max_completion_length, policy.context_length - longest), 1)
-        refuse_too_long(task, longest, max_completion_length, policy.context_length)
+    refuse_too_long(task, max(map(len, prompts), default=0), policy.context_length)
     order = np.argsort([len(p) for p in prompts], kind="stable")  # like lengths together: less padding
     size = batch_size or 128
     found: list[list[Completion]] = [[] for _ in examples]

@@ -35,6 +35,7 @@ from twig.processes import ALONE, Processes
 from twig.progress import Progress
 from twig.randomness import random_states, restore_random_states, seed_all
 from twig.records import UserError
+from twig.report import report_of_run
 from twig.resume import CHECKPOINTS, Start, decided_by_main, decisions, is_finished
 from twig.samples import completion_rows
 from twig.signals import Clock, Stop, stoppable
@@ -114,8 +115,6 @@ class Session:
         sized = size_run(settings, self.task, tokenizer, model, self.memory, **options)
         self.sized = self.processes.from_main(sized)
         self.settings = settings = self.sized.settings
-        if self.sized.warning is not None:
-            self._warn(self.sized.warning)
         if loaded:
             model, _ = load_model(decided_by_main(settings, self.start, self.processes), tokenizer)
         lora = settings.lora
@@ -143,8 +142,15 @@ class Session:
             head_chunk=settings.train.head_chunk,
             checkpoint_layers=settings.train.checkpoint_layers,
         )
-        room = (settings.rollout.max_completion_length, self.policy.context_length)
-        refuse_too_long(self.task, self.sized.longest_prompt, *room)
+        if self.sized.warning is not None:  # now that the model is known to be one that can be trained
+            self._warn(self.sized.warning)
+        longest, context = self.sized.longest_prompt, self.policy.context_length
+        refuse_too_long(self.task, longest, context)
+        if context is not None and longest + settings.rollout.max_completion_length > context:
+            self._warn(
+                f"a prompt of {longest} tokens and its completion may be longer than the {context} of the "
+                f"model's context; write rollout.max_completion_length={context - longest}"
+            )
         self.processes.check_device(self.policy.device)
         self.processes.copy_from_main(list(self.policy.parameters.values()))
         known = (self.policy, tokenizer, self.task, self.end_ids, self.progress, self.processes)
@@ -317,6 +323,8 @@ class Session:
         }
         with self._saving("summary.json"):
             self.log.save_summary(summary)
+        if self.processes.main:
+            report_of_run(self.log.folder, self.progress.message)
         self.progress.done(summary)
         return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
 
@@ -338,8 +346,8 @@ class Session:
         values = self.settings.flat()
         # What memory had room for goes on; a size that is written now does too.
         wanted = {key.rpartition(".")[2]: values[key] for key in SIZES if key in self.start.changed}
-        sizes = {name: wanted.get(name, size) for name, size in state["sizes"].items()}
         try:
+            sizes = {name: wanted.get(name, size) for name, size in state["sizes"].items()}
             self.trainer.restore(tensors, state | {"sizes": sizes})
             self.standing = Standing(**state["standing"])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -185,7 +185,7 @@ def lost(run: History) -> str | None:
 
 def entropy_gone(run: History) -> str | None:
     first, last = run.first("entropy"), run.last("entropy")
-    if len(run) >= _ENOUGH and last < _LOW * first and run.last("answers/right") < _HIGH:
+    if len(run) >= _ENOUGH and last < _LOW * first and run.last("answers/right") < 0.8:
         return f"the entropy fell from {first:.3g} to {last:.3g} nats a token"
     return None
 
@@ -260,7 +260,7 @@ def _dtype(run: History) -> str:
 
 def mispredicted(run: History) -> str | None:
     predicted, measured = run.summary.get("predicted_peak_bytes"), run.summary.get("peak_memory_bytes")
-    if not predicted or not measured or 0.5 <= measured / predicted <= 1.1:
+    if not predicted or not measured or 0.3 <= measured / predicted <= 1.1:
         return None
     return f"{measured / 2**30:.2f} GiB were used and {predicted / 2**30:.2f} predicted"
 

@@ -303,9 +303,7 @@ class Trainer:
     @lru_cache(maxsize=1024)  # noqa: B019
     def _prompt_ids(self, index: int) -> np.ndarray:
         ids = encode_prompt(self.task, self.task.train[index], self.tokenizer, self.settings.task)
-        refuse_too_long(
-            self.task, len(ids), self.settings.rollout.max_completion_length, self.policy.context_length
-        )
+        refuse_too_long(self.task, len(ids), self.policy.context_length)
         return ids
 
     def _expected_length(self, index: int) -> float:

@@ -136,17 +136,14 @@ def longest_prompt(task: Task, examples: Sequence[Example], tokenizer: Any, task
     return max(counts, default=0)
 
 
-def refuse_too_long(task: Task, prompt: int, completion: int, context: int | None) -> None:
-    """Raises UserError where a prompt and its longest completion, in tokens, are more than a model's context
-    (None: it has no limit)."""
-    if context is None or prompt + completion <= context:
-        return
-    room = context - prompt
-    instead = f"write rollout.max_completion_length={room}, or leave" if room > 0 else "leave"
-    raise UserError(
-        f"task {task.name}: a prompt has {prompt} tokens, and with rollout.max_completion_length="
-        f"{completion} that is more than the {context} of the model's context; {instead} out such rows"
-    )
+def refuse_too_long(task: Task, prompt: int, context: int | None) -> None:
+    """Raises UserError where a prompt of so many tokens leaves no room in a model's context (None: it has no
+    limit)."""
+    if context is not None and prompt >= context:
+        raise UserError(
+            f"task {task.name}: a prompt has {prompt} tokens, and the model's context only {context}; leave "
+            "out such rows, or choose a model with a longer context"
+        )
 
 
 def data_revision(task: Task) -> str:

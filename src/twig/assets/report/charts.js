@@ -1,0 +1,321 @@
+// Curves of the arms, small multiples with one cross-hair, and the dots of accuracy before and after.
+
+const DASHES = ["", "7 4", "2 4", "9 3 2 3", "5 2", "1 3"];
+const state = { axis: "step", at: null, charts: [] };
+const AXES = { step: "step", tokens: "tokens sampled", seconds: "seconds of training" };
+const look = (arm) => ({ class: "a" + (arm % 6), dash: DASHES[arm % 6] });
+
+function ticks(low, high, count) {
+  const rough = (high - low) / count || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((k) => k * power).find((k) => k >= rough - 1e-12);
+  const found = [];
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(k * step || 0);
+  return found;
+}
+
+// A centred mean over about a twelfth of the curve.
+function smooth(values) {
+  const reach = Math.round(values.length / 24);
+  if (reach < 1) return values;
+  return values.map((value, i) => {
+    if (value === null) return null;
+    const near = values.slice(Math.max(0, i - reach), i + reach + 1).filter((v) => v !== null);
+    return near.reduce((a, b) => a + b, 0) / near.length;
+  });
+}
+
+function path(xs, ys, x, y) {
+  let text = "";
+  let pen = "M";
+  xs.forEach((at, i) => {
+    if (ys[i] === null) pen = "M";
+    else {
+      text += pen + x(at).toFixed(1) + " " + y(ys[i]).toFixed(1);
+      pen = "L";
+    }
+  });
+  return text;
+}
+
+function area(xs, low, high, x, y) {
+  const known = xs.map((_, i) => i).filter((i) => low[i] !== null);
+  if (known.length < 2) return "";
+  const up = known.map((i) => x(xs[i]).toFixed(1) + " " + y(high[i]).toFixed(1));
+  const down = known.reverse().map((i) => x(xs[i]).toFixed(1) + " " + y(low[i]).toFixed(1));
+  return "M" + up.join("L") + "L" + down.join("L") + "Z";
+}
+
+// The lines of one chart, by arm: where, what, between what.
+function linesOf(chart) {
+  return DATA.arms.flatMap((arm, number) => {
+    if (chart.metric === "eval/accuracy") {
+      const place = { step: 0, tokens: 1, seconds: 2 }[state.axis];
+      if (!arm.evals.length) return [];
+      const xs = arm.evals.map((row) => row[place]);
+      const [mean, low, high] = [3, 4, 5].map((column) => arm.evals.map((row) => row[column]));
+      return [{ arm: number, xs, mean, low, high, whiskers: true }];
+    }
+    const found = arm.series[chart.metric];
+    if (!found) return [];
+    const many = arm.runs > 1;
+    const soft = chart.noisy ? smooth : (values) => values;
+    return [{
+      arm: number, xs: arm.x[state.axis], mean: soft(found.mean), raw: chart.noisy && !many ? found.mean : null,
+      low: soft(many ? found.low : found.mean), high: soft(many ? found.high : found.mean), band: many,
+    }];
+  });
+}
+
+function domain(chart, lines) {
+  if (chart.unit === "share") return [0, 1];
+  const all = lines.flatMap((line) => [...line.low, ...line.high, ...(line.raw || [])]).filter((v) => v !== null);
+  if (chart.metric === "memory/peak_bytes") all.push(...DATA.arms.map((arm) => arm.predicted || 0));
+  const low = Math.min(0, ...all);
+  const high = Math.max(...all, low + 1e-12);
+  return [low, high + 0.06 * (high - low)];
+}
+
+// Labels beside the ends of lines, pushed apart.
+function labels(lines, y, height) {
+  const found = lines.map((line) => {
+    const last = line.mean.findLastIndex((v) => v !== null);
+    return { line, value: line.mean[last], x: line.xs[last], y: y(line.mean[last]) };
+  }).sort((a, b) => a.y - b.y);
+  found.forEach((label, i) => {
+    label.at = Math.max(label.y, i ? found[i - 1].at + 14 : 8);
+  });
+  for (let i = found.length - 1, most = height; i >= 0; i--, most -= 14) {
+    found[i].at = Math.min(found[i].at, most);
+  }
+  return found;
+}
+
+function draw(view) {
+  const { chart, host } = view;
+  const width = Math.max(220, host.clientWidth);
+  const [top, bottom, left] = [10, 24, 44];
+  const right = DATA.arms.length > 1 ? Math.min(128, 16 + 6.6 * Math.max(...DATA.arms.map((a) => a.label.length))) : 54;
+  const height = 190;
+  const lines = linesOf(chart);
+  const most = Math.max(1, ...lines.map((line) => line.xs[line.xs.length - 1]));
+  const least = state.axis === "step" && !lines.some((line) => line.whiskers) ? 1 : 0;
+  const [low, high] = domain(chart, lines);
+  const x = (v) => left + ((v - least) / Math.max(most - least, 1e-9)) * (width - left - right);
+  const y = (v) => top + (1 - (v - low) / (high - low)) * (height - top - bottom);
+  const scale = chart.unit === "bytes" ? (high >= 2 ** 30 ? 2 ** 30 : 2 ** 20) : 1;
+  const parts = ticks(low / scale, high / scale, 3).map((v) => v * scale).map((v) => [
+    s("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }),
+    s("text", { x: left - 7, y: y(v) + 4, "text-anchor": "end" }, minus(worded(v, chart.unit))),
+  ]);
+  const wanted = ticks(least, most, width > 420 ? 5 : 3);
+  parts.push(wanted.map((v) => s("text", { x: x(v), y: height - 4, "text-anchor": "middle" }, short(v))));
+  for (const line of lines) {
+    const { class: colour, dash } = look(line.arm);
+    const paint = (extra) => ({ class: extra + " stroke " + colour });
+    if (line.band) parts.push(s("path", { class: "band fill " + colour, d: area(line.xs, line.low, line.high, x, y) }));
+    if (line.raw) parts.push(s("path", { ...paint("raw"), d: path(line.xs, line.raw, x, y) }));
+    parts.push(s("path", { ...paint("line"), "stroke-dasharray": dash, d: path(line.xs, line.mean, x, y) }));
+    if (line.whiskers) {
+      line.xs.forEach((at, i) => parts.push(
+        s("line", { ...paint("whisker"), x1: x(at), x2: x(at), y1: y(line.low[i]), y2: y(line.high[i]) }),
+        s("circle", { class: "fill " + colour, cx: x(at), cy: y(line.mean[i]), r: 3.4 }),
+      ));
+    }
+    const predicted = chart.metric === "memory/peak_bytes" ? DATA.arms[line.arm].predicted : null;
+    if (predicted) {
+      parts.push(s("line", { ...paint("whisker"), "stroke-dasharray": "3 4", x1: left, x2: width - right, y1: y(predicted), y2: y(predicted) }));
+    }
+  }
+  for (const label of labels(lines, y, height - bottom + 4)) {
+    const { class: colour } = look(label.line.arm);
+    const words = DATA.arms.length > 1 ? DATA.arms[label.line.arm].label : minus(worded(label.value, chart.unit));
+    parts.push(s("text", { class: "fill " + colour, x: Math.min(x(label.x), width - right) + 8, y: label.at + 4 }, words));
+  }
+  view.scale = { x, y, lines, left, right: width - right, top, bottom: height - bottom, least, most };
+  view.cross = s("g");
+  view.svg = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, parts.flat(2), view.cross);
+  host.replaceChildren(view.svg);
+}
+
+function nearest(xs, at) {
+  let best = 0;
+  xs.forEach((v, i) => {
+    if (Math.abs(v - at) < Math.abs(xs[best] - at)) best = i;
+  });
+  return best;
+}
+
+// Moves the cross-hair of every chart to a place on the common axis (null: takes it away).
+function point(at) {
+  state.at = at;
+  for (const view of state.charts) {
+    const { x, y, lines, top, bottom, most } = view.scale;
+    if (at === null || !lines.length) {
+      view.cross.replaceChildren();
+      view.says.replaceChildren(view.chart.says);
+      continue;
+    }
+    const here = Math.min(at, most);
+    const marks = [s("line", { class: "cross", x1: x(here), x2: x(here), y1: top, y2: bottom })];
+    const words = [AXES[state.axis] === "step" ? "step " + group3(here) : short(here) + " " + AXES[state.axis]];
+    for (const line of lines) {
+      const i = nearest(line.xs, here);
+      const { class: colour } = look(line.arm);
+      if (line.mean[i] === null) continue;
+      marks.push(s("circle", { class: "fill " + colour, cx: x(line.xs[i]), cy: y(line.mean[i]), r: 4 }));
+      const name = DATA.arms.length > 1 ? DATA.arms[line.arm].label + " " : "";
+      const value = minus(worded((line.raw || line.mean)[i], view.chart.unit));
+      words.push(h("b", { class: colour }, name + value));
+    }
+    view.cross.replaceChildren(...marks);
+    view.says.replaceChildren(...words.flatMap((word, i) => (i ? [" · ", word] : [word])));
+  }
+}
+
+function addChart(chart) {
+  const host = h("div");
+  const says = h("p", { class: "says" }, chart.says);
+  const view = { chart, host, says };
+  const describe = `${chart.title}: ${chart.says}. Arrow keys read values.`;
+  const box = h("div", { class: "chart", tabindex: 0, role: "group", "aria-label": describe }, h("h3", {}, chart.title), says, host);
+  host.addEventListener("pointermove", (event) => {
+    const { left, right, least, most } = view.scale;
+    const share = (event.clientX - host.getBoundingClientRect().left - left) / (right - left);
+    point(least + Math.min(1, Math.max(0, share)) * (most - least));
+  });
+  host.addEventListener("pointerleave", () => point(null));
+  box.addEventListener("blur", () => (says.removeAttribute("aria-live"), point(null)));
+  box.addEventListener("keydown", (event) => {
+    const { least, most, lines } = view.scale;
+    const way = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (event.key === "Escape") point(null);
+    if (!way || !lines.length) return;
+    event.preventDefault();
+    says.setAttribute("aria-live", "polite");
+    const from = state.at === null ? (way > 0 ? least : most) : state.at + (way * (most - least)) / 40;
+    point(Math.min(most, Math.max(least, from)));
+  });
+  state.charts.push(view);
+  return box;
+}
+
+function armKey() {
+  const seeds = DATA.arms.some((arm) => arm.runs > 1);
+  const items = DATA.arms.map((arm, number) => {
+    const { class: colour, dash } = look(number);
+    const swatch = s("svg", { width: 30, height: 10, "aria-hidden": "true" },
+      s("line", { class: "line stroke " + colour, x1: 1, x2: 29, y1: 5, y2: 5, "stroke-dasharray": dash }));
+    return h("li", {}, swatch, arm.label + (arm.runs > 1 ? ` (${arm.runs} seeds)` : ""));
+  });
+  if (seeds) items.push(h("li", { class: "quiet" }, "line: mean of the seeds; band: lowest to highest"));
+  else items.push(h("li", { class: "quiet" }, "thin: as measured; thick: mean of its surroundings"));
+  return h("ul", { class: "key" }, items);
+}
+
+function axisChoice() {
+  const choices = Object.entries(AXES).map(([axis, words]) =>
+    h("label", {}, h("input", { type: "radio", name: "axis", value: axis, checked: axis === "step", onchange: () => {
+      state.axis = axis;
+      drawAll();
+    } }), words));
+  return h("fieldset", {}, h("legend", {}, "Across:"), choices);
+}
+
+function drawAll() {
+  state.charts.forEach(draw);
+  point(null);
+}
+
+// Where a step's time goes, one bar an arm.
+function phaseBars(host) {
+  const names = ["sample", "reward", "credit", "update", "rest"];
+  const width = Math.max(260, host.clientWidth);
+  const rows = DATA.arms.map((arm) => {
+    const parts = names.slice(0, 4).map((name) => arm.phases[name]);
+    return [...parts, Math.max(0, arm.time - parts.reduce((a, b) => a + b, 0))];
+  });
+  const most = Math.max(1e-9, ...rows.map((row) => row.reduce((a, b) => a + b, 0)));
+  const tall = 56;
+  const drawn = rows.map((row, number) => {
+    let at = 0;
+    const y = number * tall;
+    const total = row.reduce((a, b) => a + b, 0);
+    const label = DATA.arms.length > 1 ? DATA.arms[number].label + ": " : "";
+    const bars = row.map((value, phase) => {
+      const from = (at / most) * width;
+      const size = (value / most) * width;
+      at += value;
+      const words = `${names[phase]} ${short(value)} s`;
+      return [
+        s("rect", { class: "phase" + phase, x: from, y: y + 20, width: Math.max(0, size - 1), height: 24 }),
+        size > 7.2 * words.length + 8 ? s("text", { class: "inside", x: from + 7, y: y + 36 }, words) : null,
+      ];
+    });
+    return [s("text", { x: 0, y: y + 13, class: "value" }, label + short(total) + " s a step"), bars.flat()];
+  });
+  host.replaceChildren(s("svg", { width, height: tall * rows.length, "aria-hidden": "true" }, drawn.flat(2)));
+  const words = DATA.arms.map((arm, i) => `${arm.label}: ` + names.map((name, k) => `${name} ${short(rows[i][k])} s`).join(", "));
+  host.append(h("p", { class: "says" }, words.join("; ")));
+}
+
+// ---- before and after
+
+function accuracyRows() {
+  const named = DATA.runs.length > 1;
+  return DATA.arms.flatMap((arm, number) => {
+    const runs = DATA.runs.filter((run) => run.arm === number && (run.before || run.after));
+    if (!runs.length) return [];
+    const head = named ? [{ head: arm.label, arm: number }] : [];
+    return [...head, ...runs.map((run) => ({ run, arm: number, label: arm.runs > 1 ? "seed " + run.seed : "" }))];
+  });
+}
+
+function drawAccuracy(host) {
+  const rows = accuracyRows();
+  if (!rows.length) return;
+  const width = Math.max(260, host.clientWidth);
+  const named = rows.some((row) => row.label);
+  const left = named ? 62 : 6;
+  const [right, tall, top] = [18, 34, 8];
+  const height = top + rows.length * tall + 26;
+  const x = (share) => left + share * (width - left - right);
+  const base = height - 24;
+  const parts = [0, 0.25, 0.5, 0.75, 1].map((v) => [
+    s("line", { class: "grid", x1: x(v), x2: x(v), y1: top, y2: base }),
+    s("text", { x: x(v), y: height - 6, "text-anchor": v === 1 ? "end" : v === 0 ? "start" : "middle" }, v === 1 ? "100 % right" : width < 500 && v % 0.5 ? "" : 100 * v),
+  ]);
+  rows.forEach((row, i) => {
+    const y = top + (i + 0.62) * tall;
+    const { class: colour } = look(row.arm);
+    if (row.head) {
+      parts.push([s("text", { class: "fill " + colour, x: 0, y: y + 6 }, row.head)]);
+      return;
+    }
+    if (row.label) parts.push([s("text", { x: 0, y: y + 4 }, row.label)]);
+    parts.push(dumbbell(row.run, x, y, colour));
+  });
+  host.replaceChildren(
+    s("svg", { width, height, "aria-hidden": "true" }, parts.flat()),
+    h("p", { class: "says" }, "Greedy answers to problems that are never trained on. Hollow: before training; filled: after; broad bars: 95 % intervals."));
+}
+
+function dumbbell(run, x, y, colour) {
+  const { before, after } = run;
+  const parts = [];
+  if (before && after) {
+    parts.push(s("line", { class: "stroke " + colour, "stroke-width": 1.4, x1: x(before[0]), x2: x(after[0]), y1: y, y2: y }));
+  }
+  for (const [found, kind] of [[before, "hollow"], [after, "fill"]]) {
+    if (!found) continue;
+    parts.push(
+      s("line", { class: "stroke " + colour, "stroke-width": 7, opacity: 0.25, x1: x(found[1]), x2: x(found[2]), y1: y, y2: y }),
+      s("circle", { class: kind + " " + colour, cx: x(found[0]), cy: y, r: 5.5 }),
+    );
+  }
+  const close = before && after && Math.abs(x(before[0]) - x(after[0])) < 60;
+  const write = (found, shift) => s("text", { class: "value", x: x(found[0]), y: y - 10, "text-anchor": shift }, trim(100 * found[0], 1) + " %");
+  if (before && !close) parts.push(write(before, "middle"));
+  if (after) parts.push(write(after, x(after[0]) > x(0.96) ? "end" : "middle"));
+  return parts;
+}
