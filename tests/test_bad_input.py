@@ -609,8 +609,8 @@ def test_one_line_says_what_is_wrong_and_what_to_write(line, expected, place, mo
     status = main(words_of(line, model, stock))
     shown, said = capsys.readouterr()
     assert (status, shown) == (2, ""), said
-    # Less those that say how far it came: phases, which file of Python is run, where a run goes on.
-    progress = ("running the Python file", "going on from step")
+    # Less those that say how far it came: phases, which file of Python is run, where and how a run goes on.
+    progress = ("running the Python file", "going on from step", "train.max_steps: 2 from here on")
     lines = [
         text for text in said.splitlines() if not text.endswith(" ...") and not text.startswith(progress)
     ]
