@@ -78,6 +78,7 @@ def write_run(folder, overrides=(), steps=40, saved=(1, 20), seed=0, groups=2, *
             "accuracy_best": after | {"step": steps},
             "tokens_sampled": 2560 * steps,
             "tokens_selected": 64 * steps,
+            "nodes_run": 300 * steps,
             "peak_memory_bytes": 5e8,
             "predicted_peak_bytes": 52e7,
             "seconds": 0.9 * steps,

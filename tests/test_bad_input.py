@@ -583,7 +583,8 @@ def words_of(line, model, stock=""):
 
 
 def stamps(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    """When each file was written. Not those to which lines are added: they say what was changed, and when."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "warnings.txt"}
 
 
 def snapshot(folder):

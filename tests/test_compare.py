@@ -56,7 +56,7 @@ def write_run(planned, study, evaluations, tokens, flops=1000, seconds=2.0):
     steps = sorted(evaluations)
     log.save_summary(
         {
-            "status": "finished",
+            **{"status": "finished", "algorithm": "t-spmo", "task": "multiplication"},
             "steps": len(tokens),
             "accuracy_before": accuracy(evaluations[steps[0]]),
             "accuracy_after": accuracy(evaluations[steps[-1]]),

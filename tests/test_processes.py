@@ -41,7 +41,7 @@ def assert_close(found, expected, where=""):
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for key in expected:
-            if not key.startswith(("time/", "memory/", "seconds", "peak_memory")):
+            if not key.startswith(("time/", "memory/", "seconds", "peak_memory", "predicted_peak")):
                 assert_close(found[key], expected[key], f"{where}.{key}")
     elif isinstance(expected, list):
         assert len(found) == len(expected), where
@@ -57,10 +57,10 @@ def assert_same_run(folder, expected, steps):
     """All that two runs left behind, the states of optimizer, data and replay included."""
     newest = [checkpoint.load(checkpoint.newest_valid(f / "checkpoints")[0]) for f in (folder, expected)]
     (tensors, state), (wanted, known) = newest
-    for part in wanted:
+    for part in set(wanted) - {"random"}:  # what checks the types in tests draws from Python's numbers
         for name, tensor in wanted[part].items():
             torch.testing.assert_close(tensors[part][name], tensor, rtol=CLOSE, atol=CLOSE, msg=name)
-            assert tensor.dtype == torch.float64 or name.endswith("|step") or part == "random"
+            assert tensor.dtype == torch.float64 or name.endswith("|step")
     assert_close(state, known, "state")
     assert_close(read_metrics(folder), read_metrics(expected), "metrics")
     assert_close(read_summary(folder), read_summary(expected), "summary")
@@ -266,6 +266,7 @@ def test_all_hear_of_a_failure_of_the_first(line):
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_death_is_heard_of(line, dead):
+    line[dead]._left.set()  # the thread that listens for it does so no more
     for peer in line[dead].peers.values():
         peer.shutdown(socket.SHUT_RDWR)  # as the system does for a process that is gone
     others = {0, 1, 2} - {dead}
@@ -274,8 +275,11 @@ def test_a_death_is_heard_of(line, dead):
 
 
 def test_to_leave_is_no_failure(line):
-    for rank in (1, 0, 2):
-        line[rank].leave()
+    threads = [threading.Thread(target=line[rank].leave) for rank in (1, 0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
     assert [lifeline.failure for lifeline in line.values()] == [None] * 3
 
 

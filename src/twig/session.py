@@ -117,18 +117,7 @@ class Session:
         self.settings = settings = self.sized.settings
         if loaded:
             model, _ = load_model(decided_by_main(settings, self.start, self.processes), tokenizer)
-        lora = settings.lora
-        peft_model = attach(
-            model,
-            r=lora.r,
-            alpha=lora.alpha,
-            target_modules=lora.target_modules,
-            layers=lora.layers,
-            seed=settings.train.seed,
-            adapter=settings.model.adapter,
-        )
-        if settings.model.adapter is not None:
-            refuse_another_shape(settings, adapter_shape(peft_model))
+        peft_model = self._attach(model)
         if loaded:  # not the folder that it lies in on this machine
             for config in peft_model.peft_config.values():
                 config.base_model_name_or_path = settings.model.name
@@ -155,6 +144,21 @@ class Session:
         self.processes.copy_from_main(list(self.policy.parameters.values()))
         known = (self.policy, tokenizer, self.task, self.end_ids, self.progress, self.processes)
         self.trainer = Trainer(settings, *known)
+
+    def _attach(self, model: Any) -> PeftModel:
+        settings, lora = self.settings, self.settings.lora
+        peft_model = attach(
+            model,
+            r=lora.r,
+            alpha=lora.alpha,
+            target_modules=lora.target_modules,
+            layers=lora.layers,
+            seed=settings.train.seed,
+            adapter=settings.model.adapter,
+        )
+        if settings.model.adapter is not None:
+            refuse_another_shape(settings, adapter_shape(peft_model))
+        return peft_model
 
     # ---- the run
 
