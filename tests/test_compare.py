@@ -211,7 +211,7 @@ def test_the_tables_are_what_the_runs_say(tmp_path):
 def test_a_study_runs_goes_on_and_writes_its_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # A variant that cannot train: the others run all the same.
-    bad = STUDY + "  broken: [lora.target_modules=[nothing]]\n"
+    bad = STUDY + "  broken: ['lora.target_modules=[nothing]']\n"
     (tmp_path / "small.yaml").write_text(bad)
     assert main(["compare", "small.yaml", "seeds=[3]", "--jobs", "2"]) == 2
     shown = capsys.readouterr()

@@ -118,7 +118,7 @@ def test_hostile_text_does_nothing_to_a_terminal(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("progress", ["live", "plain"])
 def test_a_whole_run_on_hostile_data_on_a_terminal(progress, model, place):
-    rows = [{"prompt": HOSTILE, "note": HOSTILE}, {"prompt": "[/]" * 50, "note": "\x1b[2J"}] * 5
+    rows = [{"prompt": HOSTILE, "note": HOSTILE}, {"prompt": "1 [/] " * 20, "note": "\x1b[2J"}] * 5
     Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     name = f"\x1b[5m{TITLE}[b].yaml"
     settings = settings_of(model, path="data.jsonl", reward_file="rewards.py:good")
