@@ -214,7 +214,9 @@ def test_a_launcher_and_the_command_line(tmp_path, launcher):
     assert len(said) == 1 and "train.max_step" in said[0], done.stderr
     done, said = run("--output", "other", "rollout.prompts_per_step=1")
     assert len(said) == 1 and "cannot be shared out among 2 processes" in said[0], done.stderr
-    assert not (tmp_path / "other").exists()
+    # A launcher may end the first process before it has tidied up: then what is left is no run yet.
+    left = {path.name for path in (tmp_path / "other").glob("*")}
+    assert left <= {"config.yaml", "environment.json", ".lock"}
 
 
 # The line

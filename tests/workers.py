@@ -148,7 +148,11 @@ def stop_evaluation(folder: Path, _: str) -> None:
     """A signal to the second process alone during the evaluation before training ends both at once."""
 
     def reward(completions, **kwargs):
-        if os.environ["RANK"] == "1":
+        if os.environ["RANK"] == "0":
+            (folder / "there").touch()  # the first process is in its evaluation too
+        else:
+            while not (folder / "there").exists():
+                time.sleep(0.01)
             signal.raise_signal(signal.SIGTERM)
         return [0.0 for _ in completions]
 

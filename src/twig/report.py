@@ -19,6 +19,7 @@ from typing import Any
 from twig import __version__
 from twig.creditmap import Strings, choose, compared
 from twig.diagnose import SYMPTOMS, Finding, findings
+from twig.files import write_whole
 from twig.records import UserError
 from twig.series import CHARTS, Arm, RunData, arm_series, arms_of, differing, read_run, settings_text
 
@@ -39,10 +40,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
         Path(output) if output is not None else Path(runs[0].folder) / NAME if len(runs) == 1 else Path(NAME)
     )
     page = page_of(runs)
-    draft = path.with_name(f".{path.name}.tmp")
     try:
-        draft.write_bytes(page.encode("utf-8", errors="backslashreplace"))
-        draft.replace(path)
+        write_whole(path, page.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror}); write another") from error
     return path

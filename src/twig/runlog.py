@@ -61,6 +61,7 @@ class RunLog:
         self.on_trouble: Callable[[str], None] = lambda words: None
         self._lock = FolderLock(folder)
         self._rows: list[str] = []  # rows of metrics that wait for a disk that takes them
+        self._evaluations: dict[int, dict[str, Any]] = {}  # evaluations that do, by step
         self._in_trouble: set[str] = set()
 
     @classmethod
@@ -157,6 +158,7 @@ class RunLog:
         """Waits until the disk has all rows of metrics: before a checkpoint that stands for them."""
         if self._rows:
             self._write_rows()
+        self._write_evaluations()
         self._try(METRICS, lambda: flush(self.folder / METRICS))
 
     def _write_rows(self) -> None:
@@ -180,10 +182,22 @@ class RunLog:
         write_whole(self.folder / SUMMARY, text)
 
     def save_evaluation(self, step: int, each: dict[str, Any]) -> None:
-        """Writes a row of evaluations.jsonl, problem by problem, in place of one of the same step."""
-        rows = [row for row in read_evaluations(self.folder) if row["step"] != step]
-        path = self.folder / EVALUATIONS
-        self._try(EVALUATIONS, lambda: write_whole(path, _lines([*rows, {"step": step, **each}])))
+        """Writes a row of evaluations.jsonl, problem by problem, in place of one of the same step.
+
+        Rows that cannot be written wait, as those of metrics do.
+        """
+        self._evaluations[step] = {"step": step, **each}
+        self._write_evaluations()
+
+    def _write_evaluations(self) -> None:
+        """Writes those that wait, beside those that are there."""
+
+        def write() -> None:
+            rows = {row["step"]: row for row in read_evaluations(self.folder)} | self._evaluations
+            write_whole(self.folder / EVALUATIONS, _lines([rows[step] for step in sorted(rows)]))
+
+        if self._evaluations and self._try(EVALUATIONS, write):
+            self._evaluations = {}
 
     def save_traceback(self, text: str) -> Path:
         """Writes traceback.txt (the last fault only), without secrets, and returns its path."""

@@ -325,6 +325,7 @@ class Session:
             "predicted_peak_bytes": self.sized.peak,
             "seconds": totals["seconds"],
         }
+        self.log.flush()
         with self._saving("summary.json"):
             self.log.save_summary(summary)
         if self.processes.main:
