@@ -143,6 +143,7 @@ def test_phases_add_up_and_a_larger_budget_never_chooses_less(asked, prompt, fir
     assert small.checkpoint_layers or not large.checkpoint_layers
 
 
+@pytest.mark.slow
 @examples(max_examples=10, deadline=None)
 @given(_ASKED, st.integers(1, 600), st.data())
 def test_more_of_anything_never_takes_less(asked, prompt, data):
