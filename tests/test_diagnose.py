@@ -129,7 +129,7 @@ CASES = {
     ),
     "Memory was predicted wrong": (
         {"predicted_peak_bytes": 2**30, "peak_memory_bytes": 2 * 2**30},
-        {"predicted_peak_bytes": 2**30, "peak_memory_bytes": 2**30 + 2**25},
+        {"predicted_peak_bytes": 2**29, "peak_memory_bytes": 2**29 + 2**27},
     ),
 }
 SUMMARY = ("accuracy_before", "accuracy_after", "accuracy_best", "predicted_peak_bytes", "peak_memory_bytes")
