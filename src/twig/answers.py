@@ -217,7 +217,8 @@ def _marked_number(text: str, marker: re.Match[str]) -> Number | None:
 
 def _marked_expression(text: str, marker: re.Match[str], letters: str | None) -> Expression | None:
     if marker[0].endswith("{"):
-        return _expression(_braces(text, marker.end()), letters)
+        inside = _braces(text, marker.end())
+        return _expression(inside, letters) if inside else None
     if marker[0] == "#":
         return None
     maths = _MATHS.match(text, marker.end())
@@ -247,6 +248,8 @@ def _alone(text: str, letters: str | None) -> Number | Expression | None:
 
 def _braces(text: str, start: int) -> str:
     # What stands between the brace before `start` and the one that closes it; nothing where none does.
+    if text.find("}", start, start + MAX_LENGTH + 1) < 0:  # in texts of nothing but opened braces
+        return ""
     depth = 1
     for brace in _BRACE.finditer(text, start, start + MAX_LENGTH + 1):
         depth += 1 if brace[0] == "{" else -1
