@@ -124,16 +124,21 @@ def test_a_folder_that_another_process_has_is_refused_until_that_ends(log, tmp_p
 def test_a_forked_process_does_not_keep_the_folder(log):
     if not hasattr(os, "fork"):
         pytest.skip("this system has no fork")
+    is_up, says_so = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(says_so, b"x")
         time.sleep(600)
         os._exit(0)
     try:
+        os.read(is_up, 1)  # a process lets go of the lock as it starts, which may be a moment after the fork
         log.close()  # as when the parent is killed: only the child could still hold it
         RunLog.open(log.folder).close()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(is_up)
+        os.close(says_so)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
