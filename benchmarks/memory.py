@@ -134,20 +134,23 @@ QUESTIONS = 32
 
 
 def build(model: dict[str, Any], dtype: str, folder: Path) -> None:
-    """Writes a random model and a tokenizer of one token per character."""
+    """Writes a random model and a tokenizer of one token per byte."""
     import torch
     import transformers
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     options = {key: value for key, value in model.items() if key != "config"}
     config = getattr(transformers, model["config"])(**options, eos_token_id=1, pad_token_id=0, bos_token_id=2)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<bos>": 2, "a": 3}, unk_token="a"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    # A token per byte, in the form that the tokenizer classes of all these families read.
+    words = ["<pad>", "<eos>", "<bos>", "a", *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"a"})]
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="a"
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
     ).save_pretrained(folder)
 
 
