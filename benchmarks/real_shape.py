@@ -76,6 +76,7 @@ def twig_side(side: str, folder: str, shape: str) -> dict[str, float]:
     import twig.loop  # noqa: F401  (with all that it imports)
     from twig.adapter import attach
     from twig.config import Settings
+    from twig.memory import DEFAULT_SIZES, with_sizes
     from twig.models import end_ids, load_model
     from twig.policy import Policy
     from twig.progress import Progress
@@ -97,6 +98,7 @@ def twig_side(side: str, folder: str, shape: str) -> dict[str, float]:
             "train": {"max_steps": 1, "learning_rate": 1e-4},
         }
     )
+    settings = with_sizes(settings, DEFAULT_SIZES)
     clock = Clock()
     model, tokenizer = load_model(settings.model)
     policy = Policy(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset
+import pyarrow.parquet  # noqa: F401  (with what it takes before memory is measured, and not in the middle of a run)
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
