@@ -1,4 +1,4 @@
-"""Tables and plots of docs/benchmarks.md, made from the files in benchmarks/results/.
+"""Tables and plots of docs/benchmarks.md and docs/performance.md, made from the files in benchmarks/results/.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is the file's; the line above it says
 which command, commit and device gave it. A page without a name's marks does not show that file.
@@ -11,23 +11,24 @@ from typing import Any
 
 from common import RESULTS, ROOT
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "performance.md"]
 IMAGES = ROOT / "docs" / "images"
 COLOURS = {"grpo": "#0072b2", "s-grpo": "#009e73", "t-spmo": "#d55e00", "TRL": "#666666", "Twig": "#d55e00"}
 
 
 def refresh() -> None:
-    """Puts every result into the page, and draws the plots."""
-    page = PAGE.read_text(encoding="utf-8")
-    for name, made in TABLES.items():
-        path = RESULTS / f"{name}.json"
-        mark = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-        if not path.is_file() or not mark.search(page):
-            continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        lines = [source(record), "", *made(record)]
-        page = mark.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], page)  # noqa: B023
-    PAGE.write_text(page, encoding="utf-8")
+    """Puts every result into the pages, and draws the plots."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, made in TABLES.items():
+            path = RESULTS / f"{name}.json"
+            mark = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+            if not path.is_file() or not mark.search(text):
+                continue
+            record = json.loads(path.read_text(encoding="utf-8"))
+            lines = [source(record), "", *made(record)]
+            text = mark.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], text)  # noqa: B023
+        page.write_text(text, encoding="utf-8")
 
 
 def source(record: dict[str, Any]) -> str:
@@ -159,6 +160,35 @@ def memory(record: dict[str, Any]) -> list[str]:
     return rows(["case", "peak in", "measured, MiB", "predicted", "off", "worst phase off"], body)
 
 
+def real_shape(record: dict[str, Any]) -> list[str]:
+    names = {"grpo": "GRPO", "t-spmo": "T-SPMO", "t-spmo-late": "T-SPMO, late forks"}
+    names |= {"trl-1": "TRL GRPO, 1 at once", "trl-4": "TRL GRPO, 4 at once"}
+    body = []
+    for side, row in record["medians"].items():
+        phases = [
+            f"{row[f'{phase}_seconds']:.1f} s / {row[f'{phase}_mib'] / 1024:.2f} GiB"
+            for phase in ("loading", "sampling", "update")
+        ]
+        body.append([names[side], *phases, f"{row['step_seconds']:.1f} s", f"{row['trained_tokens']:.0f}"])
+    return rows(["", "loading", "sampling", "update", "step", "tokens trained"], body)
+
+
+def phases(record: dict[str, Any]) -> list[str]:
+    limits = record["limits"]
+    parts = [(f"update, {name}", found) for name, found in record["updates"].items()]
+    body = []
+    for part, found in [*parts, ("sampling", record["sampling"])]:
+        for row in found:
+            body.append([part, row["phase"], f"{row['gflop']:,.0f}", f"{row['gbytes']:.1f}"])
+            body[-1] += [f"{row['limit']:.3f}", f"{row['seconds']:.3f}"]
+            body[-1].append(f"{100 * row['limit'] / row['seconds']:.0f} %" if row["gflop"] else "")
+    return [
+        f"Limits of the device: {limits['gflops']:.0f} GFLOP/s, {limits['gbytes']:.1f} GB/s.",
+        "",
+        *rows(["", "phase", "GFLOP", "GB of weights", "limit, s", "measured, s", "of the limit"], body),
+    ]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": step,
     "step-one-thread": step,
@@ -169,6 +199,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "frontier-0.1b": frontier,
     "scaling": scaling,
     "memory": memory,
+    "real_shape": real_shape,
+    "phases": phases,
 }
 
 

@@ -15,6 +15,7 @@ from twig.cli import main
 from twig.config import Settings
 from twig.evaluate import evaluate_policy, sample_policy
 from twig.evaluations import read_evaluation
+from twig.measure import measure_model
 from twig.measures import bootstrap, majority, mcnemar, pass_at_k, wilson
 from twig.models import end_ids, load_model
 from twig.policy import Policy
@@ -197,6 +198,24 @@ def test_the_command_agrees_with_a_loop_over_generate_item_by_item(
         assert 0 < sum(right) < len(right)
     if stop:
         assert sum(text.endswith(stop) for text, _ in wanted) > 2, "the stop text ends some"
+
+
+def test_an_evaluation_answers_as_many_at_once_as_memory_has_room_for(monkeypatch):
+    sizes = []
+
+    def seen(*arguments, batch_size, **how):
+        sizes.append(batch_size)
+        return evaluate_policy(*arguments, batch_size=batch_size, **how)
+
+    monkeypatch.setattr("twig.measure.evaluate_policy", seen)
+    values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 96}}
+    values |= {"rollout": {"max_completion_length": 64}}
+    found = [
+        measure_model(Settings.from_dict(values | {"memory": {"budget": budget}})).greedy
+        for budget in ("auto", "78MiB")
+    ]
+    assert sizes[0] == 96 > sizes[1] >= 8
+    assert found[0] == found[1]
 
 
 def test_samples_are_summed_up_as_by_hand(tmp_path):

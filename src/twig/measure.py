@@ -23,7 +23,9 @@ from twig.models import end_ids, load_model, remote_code_words, suppressed_ids
 from twig.policy import Policy
 from twig.progress import Progress
 from twig.records import Completion, Example, UserError
+from twig.sizing import size_run
 from twig.tasks import Task, load_task
+from twig.usage import PeakMemory
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def measure_model(
     settings: Settings, samples: int | None = None, progress: Progress | None = None
 ) -> Measured:
     """Evaluates the model (with `model.adapter`, if set) that the settings name on its task's evaluation
-    problems. Raises UserError for what can be fixed."""
+    problems, as many at once as memory has room for. Raises UserError for what can be fixed."""
     progress = progress or Progress()
     progress.phase("loading")
     task = load_task(settings, notice=progress.notice)
@@ -75,6 +77,9 @@ def measure_model(
     if settings.model.trust_remote_code:
         progress.notice(remote_code_words(settings.model))
     policy, tokenizer, ends = _load(settings)
+    with PeakMemory(str(policy.device)) as memory:
+        model, asked = policy.model, {"begins": False, "samples": samples or 1}
+        settings = size_run(settings, task, tokenizer, model, memory, **asked).settings
     common = {
         "end_ids": ends,
         "max_completion_length": settings.rollout.max_completion_length,

@@ -42,12 +42,13 @@ def size_run(
     *,
     begins: bool,
     beside: int = 1,
+    samples: int = 1,
 ) -> Sized:
     """The sizes of a run on the device of `memory`, before its model is loaded, or with one that is passed.
 
     Looks at the true prompts, and has freed memory returned where the plan needs that. `begins`: as
     `choose_sizes`, whose errors are raised. `beside`: how many processes share
-    the machine's memory, this one included.
+    the machine's memory, this one included. `samples`: how many answers an evaluation asks of each problem.
     """
     import torch
 
@@ -65,7 +66,7 @@ def size_run(
         held["attn_implementation"] = model.config._attn_implementation
         asked = with_values(settings, {f"model.{name}": value for name, value in held.items()})
     prompt = longest_prompt(task, [*task.train, *questions], tokenizer, settings.task)
-    options = {"prompt_tokens": prompt, "questions": len(questions), "begins": begins}
+    options = {"prompt_tokens": prompt, "questions": samples * len(questions), "begins": begins}
     found = choose_sizes(asked, config, kind, free, **options)
     if found.plan is None:
         peak = None
