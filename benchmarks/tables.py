@@ -241,6 +241,10 @@ def draw_scaling(curves: dict[str, dict[str, Any]]) -> None:
                 *zip(*line, strict=True), marker="o", ms=3, color=COLOURS[algorithm], label=algorithm.upper()
             )
         axes.set(xscale="log", yscale="log", title=name)
+        values = [point["value"] for point in found["points"]]
+        shown = values if len(values) < 6 else values[::2]
+        axes.set_xticks(shown, [f"{value:g}" for value in shown])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     grid.flat[0].set_ylabel("seconds")
     for axes in grid.flat[len(curves) :]:
