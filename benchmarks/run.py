@@ -18,7 +18,7 @@ import tables
 HERE = Path(__file__).resolve().parent
 # script: its words. Few rounds: for a figure to quote, run the script by itself.
 CPU_SET = {
-    "sampling.py": ["--rounds", "3", "--repeats", "3"],
+    "sampling.py": ["--rounds", "3", "--repeats", "2"],
     "step.py": ["--rounds", "3", "--steps", "15"],
     "scaling.py": [],
     "update.py": ["--rounds", "1"],

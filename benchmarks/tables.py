@@ -224,6 +224,10 @@ def draw_frontier(name: str, points: dict[str, dict[str, float]]) -> None:
             label = side + (", layers run twice" if again else "")
             axes.plot(*zip(*mine, strict=True), style, marker="o", color=COLOURS[side], label=label)
     axes.set(xscale="log", xlabel="memory above the weights, MiB", ylabel="seconds", ylim=(0, None))
+    largest = max(row["mib"] for row in points.values())
+    ticks = [2**n for n in range(6, 16) if 2**n < 1.5 * largest]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
     finish(figure, axes, name)
 
 
