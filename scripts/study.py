@@ -142,7 +142,9 @@ def write_page(docs: Path) -> None:
             f"{record['seconds'] / 60:.1f} minutes on {record['cpu_count']} processors; training took "
             f"{result['seconds'] / 60:.1f} minutes over all runs.\n\n"
         )
-        block = f"<!-- study: {name} -->\n{how}{markdown(result)}<!-- /study -->"
+        block = (
+            f"<!-- study: {name} -->\n{how}{markdown(result, differences=name != 'tuning')}<!-- /study -->"
+        )
         text = re.sub(
             rf"<!-- study: {name} -->.*?<!-- /study -->", lambda _, b=block: b, text, flags=re.DOTALL
         )

@@ -204,6 +204,24 @@ def test_the_tables_are_what_the_runs_say(tmp_path):
         compare_runs([*results, Result("x", 7, other.folder)], 300)
 
 
+def test_accuracy_before_the_first_evaluation_is_not_made_up(tmp_path):
+    runs = runs_of(study_in(tmp_path))
+    results = [write_run(run, tmp_path, {2: "1100"}, [150, 160]) for run in runs]
+    found = compare_runs(results, 300)
+    values = [point["value"] for point in found["variants"]["grpo"]["curve"]]
+    assert values == [None, None, None, None, 0.5]
+    text = markdown(found)
+    assert "Accuracy after a share" not in text, "a table of nothing but its last column"
+    assert "Differences" in text
+    assert "Differences" not in markdown(found, differences=False)
+    for i, run in enumerate(runs):
+        if run.variant == "grpo":
+            results[i] = write_run(run, tmp_path / "more", {1: "1000", 2: "1100"}, [150, 160])
+    text = markdown(compare_runs(results, 300))
+    assert re.search(r"\| grpo \| - \| - \| 25\.0 % \(.* s\) \| 25\.0 %", text)
+    assert "| t-spmo: branches | - | - | - | - | 50.0 %" in text
+
+
 # Running
 
 

@@ -53,13 +53,15 @@ class Result:
         """Which problems were right in the end, float [problems]."""
         return _flags(self.evaluations[-1])
 
-    def at(self, tokens: float) -> tuple[np.ndarray, int, float]:
+    def at(self, tokens: float) -> tuple[np.ndarray, int, float] | None:
         """Which problems were right in the last evaluation that had seen at most `tokens` sampled tokens, the
-        tokens it had seen, and the seconds of training before it."""
+        tokens it had seen, and the seconds of training before it; None where there was none yet."""
         sampled = np.cumsum([0, *(row["tokens/sampled"] for row in self.steps)])
         seconds = np.cumsum([0, *(row["time/step"] for row in self.steps)])
         usable = [row for row in self.evaluations if sampled[row["step"]] <= tokens]
-        row = (usable or self.evaluations[:1])[-1]
+        if not usable:
+            return None
+        row = usable[-1]
         return _flags(row), int(sampled[row["step"]]), float(seconds[row["step"]])
 
 
@@ -137,6 +139,8 @@ def _point(runs: list[Result], share: float, max_tokens: int) -> dict[str, Any]:
     # The last evaluation is that of the whole budget, which a run ends a little above.
     whole = share == 1.0
     found = [run.at(float("inf") if whole else share * max_tokens) for run in runs]
+    if any(each is None for each in found):
+        return {"share": share, "tokens": None, "seconds": None, "value": None, "low": None, "high": None}
     tokens, seconds = (float(np.mean([each[i] for each in found])) for i in (1, 2))
     return {"share": share, "tokens": tokens, "seconds": seconds, **_figure([each[0] for each in found])}
 
@@ -184,38 +188,43 @@ def _last(rows: Sequence[dict[str, Any]], key: str) -> float:
 # ---- Markdown --------------------------------------------------------------------------------------------
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """What `compare_runs` returns as tables to read."""
+def markdown(found: dict[str, Any], differences: bool = True) -> str:
+    """What `compare_runs` returns as tables to read, with or without the one of `differences`."""
     lines = [
         f"Every run sampled {found['max_tokens']:,} tokens and answered the same {found['problems']:,} "
-        "problems greedily before, during and after. An interval is 95 %, by resampling runs and problems.",
+        "problems greedily. An interval is 95 %, by resampling runs and problems.",
         "",
         "| | seeds | before | after | answer found | right when found | tokens trained | update FLOPs | "
         "seconds | entropy at the end | answer, tokens |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(name, variant) for name, variant in found["variants"].items()]
-    shares = [f"{100 * share:.0f} %" for share in _SHARES]
-    lines += ["", "Accuracy after a share of the tokens (seconds of training until then):", ""]
-    lines += [f"| | {' | '.join(shares)} |", "|---|" + "---|" * len(shares)]
-    for name, variant in found["variants"].items():
-        cells = [_point_words(point) for point in variant["curve"]]
-        lines.append(f"| {_cell(name)} | {' | '.join(cells)} |")
-    if found["pairs"]:
-        lines += ["", "Differences, in points: first minus second.", ""]
-        lines.append("| first | second | difference | p, runs exchanged | McNemar p below 0.05 |")
-        lines.append("|---|---|---|---|---|")
-        lines += [_pair_row(pair) for pair in found["pairs"]]
-        lines += [
-            "",
-            "*p, runs exchanged*: the share of all ways to deal the runs to the two variants that give so "
-            "large a difference. *McNemar*: in how many seeds the exact test on the same problems has p "
-            "below 0.05; it compares two trained models, not two algorithms.",
-        ]
+    curves = {name: [_point_words(p) for p in v["curve"]] for name, v in found["variants"].items()}
+    if any(set(cells[:-1]) != {"-"} for cells in curves.values()):
+        shares = [f"{100 * share:.0f} %" for share in _SHARES]
+        lines += ["", "Accuracy after a share of the tokens (seconds of training until then):", ""]
+        lines += [f"| | {' | '.join(shares)} |", "|---|" + "---|" * len(shares)]
+        lines += [f"| {_cell(name)} | {' | '.join(cells)} |" for name, cells in curves.items()]
+    if differences and found["pairs"]:
+        lines += ["", *_differences(found["pairs"])]
     under = [run for variant in found["variants"].values() for run in variant["under_budget"]]
     if under:
         lines += ["", f"Ended before the budget: {', '.join(under)}."]
     return "\n".join(lines) + "\n"
+
+
+def _differences(pairs: list[dict[str, Any]]) -> list[str]:
+    return [
+        "Differences, in points: first minus second.",
+        "",
+        "| first | second | difference | p, runs exchanged | McNemar p below 0.05 |",
+        "|---|---|---|---|---|",
+        *map(_pair_row, pairs),
+        "",
+        "*p, runs exchanged*: the share of all ways to deal the runs to the two variants that give so large a "
+        "a difference. *McNemar*: in how many seeds the exact test on the same problems has p below 0.05; it "
+        "compares two trained models, not two algorithms.",
+    ]
 
 
 def _row(name: str, variant: dict[str, Any]) -> str:
@@ -247,8 +256,8 @@ def _pair_row(pair: dict[str, Any]) -> str:
 
 
 def _point_words(point: dict[str, Any]) -> str:
-    """A point of the curve; a dash where no evaluation had been made since the beginning."""
-    if point["share"] > 0 and point["tokens"] == 0:
+    """A point of the curve; a dash where no evaluation had been made, or none since the beginning."""
+    if point["value"] is None or (point["share"] > 0 and point["tokens"] == 0):
         return "-"
     return f"{_figure_words(point)} ({point['seconds']:.0f} s)"
 
