@@ -221,7 +221,7 @@ def _differences(pairs: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|",
         *map(_pair_row, pairs),
         "",
-        "*p, runs exchanged*: the share of all ways to deal the runs to the two variants that give so large a "
+        "*p, runs exchanged*: the share of all ways to deal the runs to the two variants that give so large "
         "a difference. *McNemar*: in how many seeds the exact test on the same problems has p below 0.05; it "
         "compares two trained models, not two algorithms.",
     ]
