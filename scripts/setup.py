@@ -1,4 +1,4 @@
-"""Makes `.venv`, installs Twig into it once, and runs one target: install, quickstart, test(-slow) or bench.
+"""Makes `.venv`, installs Twig once, and runs a target: install, quickstart, test(-slow), bench or docs.
 
     python3 scripts/setup.py quickstart            (Windows: py scripts/setup.py quickstart)
     python3 scripts/setup.py test -k trie          (words after the target go to its command)
@@ -18,7 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 PYTHON_NAMES = ("python3.13", "python3.12", "python3.11", "python3", "python")
-TARGETS = ("install", "quickstart", "test", "test-slow", "bench")
+TARGETS = ("install", "quickstart", "test", "test-slow", "bench", "docs")
+# Extra of pyproject.toml -> the file in `.venv` that says that it is installed.
+STAMPS = {"dev": "twig-installed", "docs": "twig-docs-installed"}
 QUICKSTART_RUN = os.path.join("runs", "quickstart")
 TORCH_PAGE = "https://pytorch.org/get-started/locally/"
 
@@ -49,6 +51,8 @@ def main(words, platform=sys.platform, environ=os.environ):
         if target == "install":
             print("Twig is installed in .venv; next: " + typed("quickstart", platform))
             return 0
+        if target == "docs":
+            install_docs(ROOT, platform)
         command = target_command(target, words[1:], ROOT, platform, environ)
     except Missing as problem:
         print("setup: " + str(problem), file=sys.stderr)
@@ -149,9 +153,9 @@ def stamp_text(root):
     return hashlib.sha256(b"\0".join(parts + [str(root).encode()])).hexdigest()
 
 
-def is_installed(root, platform):
+def is_installed(root, platform, extra="dev"):
     """True when the stamp says that these very packages are in `.venv`."""
-    stamp = root / ".venv" / "twig-installed"
+    stamp = root / ".venv" / STAMPS[extra]
     if not (stamp.exists() and venv_python(root, platform).exists()):
         return False
     return stamp.read_text().strip() == stamp_text(root)
@@ -171,13 +175,27 @@ def install(root, platform):
     if torch is None and is_without_gpu(platform):
         print(cpu_hint(python))
     print("Installing Twig into .venv (once; this takes some minutes)", flush=True)
+    pip_install(python, root, "dev", torch, typed("install", platform))
+
+
+def install_docs(root, platform):
+    """Adds what builds the documentation to the environment, unless its stamp says that this was done."""
+    if is_installed(root, platform, "docs"):
+        return
+    python = venv_python(root, platform)
+    print("Installing what builds the documentation into .venv (once)", flush=True)
+    pip_install(python, root, "docs", torch_version(python), typed("docs", platform))
+
+
+def pip_install(python, root, extra, torch, again):
+    """Installs Twig with an extra into the environment of `python`, and leaves the extra's stamp there."""
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
     run(
-        pip + ["-e", ".[dev]", "-c", str(constraints_file(root, torch))],
+        pip + ["-e", ".[" + extra + "]", "-c", str(constraints_file(root, torch))],
         root,
-        "pip could not install the packages; see above. To try again, run: " + typed("install", platform),
+        "pip could not install the packages; see above. To try again, run: " + again,
     )
-    (root / ".venv" / "twig-installed").write_text(stamp_text(root) + "\n")
+    (root / ".venv" / STAMPS[extra]).write_text(stamp_text(root) + "\n")
 
 
 def make_environment(base, root):
@@ -254,6 +272,8 @@ def target_command(target, words, root, platform, environ):
         return tests + ["-m", "slow"] + words
     if target == "bench":
         return [python, str(root / "benchmarks" / "run.py")] + words
+    if target == "docs":
+        return [python, "-m", "mkdocs", "build", "--strict"] + words
     folder = root / QUICKSTART_RUN
     if environ.get("FRESH", "") not in ("", "0"):
         remove_run(folder)

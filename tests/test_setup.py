@@ -175,6 +175,24 @@ def test_install_repeats_when_the_environment_is_gone_or_the_clone_has_moved(clo
     assert not setup.is_installed(moved, sys.platform)
 
 
+def test_only_docs_installs_what_builds_the_documentation_and_once(clone, machine, monkeypatch):
+    monkeypatch.setattr(setup, "ROOT", clone)
+    monkeypatch.setattr(setup, "hand_over", lambda command, platform: 0)
+    assert setup.main(["test"], sys.platform, {}) == setup.main(["docs"], sys.platform, {}) == 0
+    extras = [word for command in machine.commands for word in command if word.startswith(".[")]
+    assert extras == [".[dev]", ".[docs]"]
+    assert machine.commands[-1][-2:] == ["-c", str(clone / "constraints.txt")]
+    setup.main(["docs"], sys.platform, {})
+    assert len(machine.commands) == 3
+    (clone / "constraints.txt").write_text("numpy==2.1.0\n")
+    setup.main(["docs"], sys.platform, {})
+    assert [word for word in machine.commands[-1] if word.startswith(".[")] == [".[docs]"]
+    machine.failing = ".[docs]"
+    (clone / "constraints.txt").write_text("numpy==2.2.0\n")
+    assert setup.main(["docs"], sys.platform, {}) == 2
+    assert setup.is_installed(clone, sys.platform) and not setup.is_installed(clone, sys.platform, "docs")
+
+
 @pytest.mark.parametrize("step", ["venv", "pip"])
 def test_failed_install_leaves_no_stamp(step, clone, machine):
     machine.failing = step
@@ -243,6 +261,7 @@ QUICKSTART = ["-m", "twig", "train", "quickstart", "--output", setup.QUICKSTART_
 def test_words_after_the_target_go_to_its_command(tmp_path):
     tests = ["-m", "pytest", "-n", "logical", "--maxprocesses", "8", "--dist", "loadfile"]
     assert _command("test", ["-k", "trie"], tmp_path) == [*tests, "-k", "trie"]
+    assert _command("docs", ["-d", "pages"], tmp_path) == ["-m", "mkdocs", "build", "--strict", "-d", "pages"]
     assert _command("bench", [], tmp_path) == [str(tmp_path / "benchmarks" / "run.py")]
     assert _command("test-slow", ["-x"], tmp_path) == [*tests, "-m", "slow", "-x"]
     assert _command("quickstart", ["train.seed=1"], tmp_path) == [*QUICKSTART, "train.seed=1"]
