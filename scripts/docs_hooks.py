@@ -1,7 +1,8 @@
 """What MkDocs needs to be told about this repository (`mkdocs.yml`, `hooks`).
 
 The pages in docs/ are also read where they lie, with links to files of the source. On the site those links
-are plain words, and SECURITY.md and CHANGELOG.md are pages too. Examples in docstrings become code blocks.
+are plain words, and SECURITY.md and CHANGELOG.md are pages too. Docstrings are plain text, and become
+Markdown.
 """
 
 import re
@@ -64,18 +65,19 @@ def relinked(markdown: str, place: str) -> str:
     return "".join(part if part.startswith("```") else _LINK.sub(link, part) for part in parts)
 
 
-def fenced(text: str) -> str:
-    """A docstring with its examples in code blocks.
+def as_markdown(text: str) -> str:
+    """A docstring with its examples in code blocks. A line that begins with a minus is an equation, no list.
 
-    >>> fenced("One.\\n\\n>>> 1 + 1\\n2\\n")
-    'One.\\n\\n```pycon\\n>>> 1 + 1\\n2\\n```\\n'
+    >>> as_markdown("One.\\n\\n- sum(w)\\n\\n>>> 1 + 1\\n2\\n")
+    'One.\\n\\n\\\\- sum(w)\\n\\n```pycon\\n>>> 1 + 1\\n2\\n```\\n'
     """
+    text = re.sub(r"^- ", r"\\- ", text, flags=re.MULTILINE)
     return _DOCTEST.sub(lambda match: f"```pycon\n{match[0].rstrip()}\n```\n", text)
 
 
-class Doctests(Extension):
-    """Puts the examples of all docstrings in code blocks."""
+class Docstrings(Extension):
+    """Makes Markdown of all docstrings."""
 
     def on_instance(self, *, obj: Any, **_: Any) -> None:
-        if obj.docstring is not None and ">>>" in obj.docstring.value:
-            obj.docstring.value = fenced(obj.docstring.value)
+        if obj.docstring is not None:
+            obj.docstring.value = as_markdown(obj.docstring.value)

@@ -327,5 +327,7 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     text = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
     for name in set(twig.__all__) - {"__version__"}:
         assert f'id="twig.{name}"' in text, name
+    text = (tmp_path / "site" / "modules.html").read_text(encoding="utf-8")
+    assert "<p>- sum(plus * min(r, 1 + epsilon_high)" in text, "the sign of the loss"
     styles = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.css"))
     assert not re.findall(r"url\(['\"]?(?:https?:)?//[^)]*\)", styles)
