@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -19,6 +21,7 @@ from twig.decoder import KeyValueCache
 from twig.memory import work_of
 from twig.pack import build_packs
 from twig.shape import Shape
+from twig.usage import PeakMemory
 from twig.workload import Table, kept_by_pack
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -139,3 +142,11 @@ def test_the_plan_of_this_machine_is_shown_item_by_item(capsys):
     assert re.search(r"^MiB at the peak of .*loading +sampling +update +evaluation", shown, re.MULTILINE)
     assert re.search(r"^together( +[\d,.]+){4}", shown, re.MULTILINE)
     assert re.search(r"^Fits: \d+ MiB of [\d.]+ GiB\.", shown, re.MULTILINE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory of Linux")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    """Which is what getrusage says on Linux."""
+    code = "from twig.usage import PeakMemory; print(PeakMemory('cpu').peak())"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(started.stdout) < PeakMemory("cpu").now() / 2

@@ -31,8 +31,8 @@ SHAPE = {
 def twig(*words, cwd):
     """Runs the command line in a process of its own; returns (what it printed, its peak memory in bytes)."""
     code = (
-        "import resource, sys; from twig.cli import main; status = main(); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr); sys.exit(status)"
+        "import sys; from twig.cli import main; from twig.usage import PeakMemory; status = main(); "
+        "print(PeakMemory('cpu').peak(), file=sys.stderr); sys.exit(status)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *words],

@@ -54,24 +54,25 @@ def size_run(
 
     from twig.models import load_config
 
-    asked, questions = settings, task.eval[: settings.eval.limit]
+    asked, questions, held = settings, task.eval[: settings.eval.limit], 0
     kind, free = memory.device.partition(":")[0], free_memory(memory.device, torch)
     free = free if kind == "cuda" else free // beside
     if model is None:
         config = load_config(settings.model).to_dict()
     else:  # its weights are in the plan, and there already
         config = model.config.to_dict()
-        free += sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        held = {"dtype": str(model.dtype).removeprefix("torch."), "device": memory.device}
-        held["attn_implementation"] = model.config._attn_implementation
-        asked = with_values(settings, {f"model.{name}": value for name, value in held.items()})
+        held = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        free += held
+        its = {"dtype": str(model.dtype).removeprefix("torch."), "device": memory.device}
+        its["attn_implementation"] = model.config._attn_implementation
+        asked = with_values(settings, {f"model.{name}": value for name, value in its.items()})
     prompt = longest_prompt(task, [*task.train, *questions], tokenizer, settings.task)
     options = {"prompt_tokens": prompt, "questions": samples * len(questions), "begins": begins}
     found = choose_sizes(asked, config, kind, free, **options)
     if found.plan is None:
         peak = None
     else:
-        peak = memory.before + (found.plan.tensors_peak if kind == "cuda" else found.plan.peak)
+        peak = memory.now() - held + (found.plan.tensors_peak if kind == "cuda" else found.plan.peak)
         if kind == "cpu" and found.plan.tight:
             return_freed_memory()
     return replace(

@@ -5,28 +5,31 @@ Needs no torch: a GPU is asked only where torch is there already.
 
 import ctypes
 import sys
+from pathlib import Path
 
 _M_MMAP_THRESHOLD, _RETURNED_FROM = -3, 2**18  # malloc.h; bytes
 
 
 class PeakMemory:
     """Measures the peak from `__enter__` on, on a device such as cpu or cuda:1: what torch allocated
-    there, or without CUDA the process's resident memory. `before` is what was there at `__enter__`."""
+    there, or without CUDA the process's resident memory."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.before = device, 0
+        self.device = device
 
     def __enter__(self) -> "PeakMemory":
         if self.device.startswith("cuda"):
-            cuda = sys.modules["torch"].cuda
-            cuda.reset_peak_memory_stats(self.device)
-            self.before = int(cuda.memory_allocated(self.device))
-        else:
-            self.before = _resident()
+            sys.modules["torch"].cuda.reset_peak_memory_stats(self.device)
         return self
 
     def __exit__(self, *error: object) -> None:
         return None
+
+    def now(self) -> int:
+        """What is there at this moment, in bytes."""
+        if self.device.startswith("cuda"):
+            return int(sys.modules["torch"].cuda.memory_allocated(self.device))
+        return _resident()
 
     def peak(self) -> int:
         """The peak so far, in bytes. Resident memory counts from the start of the process."""
@@ -55,6 +58,11 @@ def _resident() -> int:
 
 
 def _resident_peak() -> int:
+    try:  # Linux: what getrusage says there includes the process that this one was started by
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError, ValueError):
+        pass
     try:
         import resource
     except ImportError:  # Windows
