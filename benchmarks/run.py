@@ -16,12 +16,13 @@ from pathlib import Path
 import tables
 
 HERE = Path(__file__).resolve().parent
+UPDATES = ("GRPO", "S-GRPO", "T-SPMO")
 # script: its words. Few rounds: for a figure to quote, run the script by itself.
 CPU_SET = {
     "sampling.py": ["--rounds", "3", "--repeats", "2"],
     "step.py": ["--rounds", "3", "--steps", "15"],
     "scaling.py": [],
-    "update.py": ["--rounds", "1"],
+    "update.py": ["--rounds", "1", "--cases", "GRPO", *(f"{name}, layers checkpointed" for name in UPDATES)],
 }
 
 
