@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from pyarrow import parquet
-from runs import WORDS, write_run
+from run_folders import WORDS, write_run
 
 from twig.cli import main
 from twig.config import load

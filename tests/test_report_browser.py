@@ -8,7 +8,7 @@ import os
 
 import pytest
 from browser import Browser, axe_source, programs
-from runs import write_run
+from run_folders import write_run
 from test_report import HOSTILE, hostile_run
 
 from twig.report import write_report
