@@ -216,6 +216,9 @@ def test_an_evaluation_answers_as_many_at_once_as_memory_has_room_for(monkeypatc
     ]
     assert sizes[0] == 96 > sizes[1] >= 8
     assert found[0] == found[1]
+    few = values | {"eval": {"limit": 5}}
+    measure_model(Settings.from_dict(few), samples=4)
+    assert sizes[2] == 20, "with several answers to each problem"
 
 
 def test_samples_are_summed_up_as_by_hand(tmp_path):

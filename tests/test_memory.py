@@ -19,8 +19,11 @@ from twig.cli import main
 from twig.config import Settings
 from twig.decoder import KeyValueCache
 from twig.memory import work_of
+from twig.models import load_model, load_tokenizer
 from twig.pack import build_packs
 from twig.shape import Shape
+from twig.sizing import size_run
+from twig.tasks import load_task
 from twig.usage import PeakMemory
 from twig.workload import Table, kept_by_pack
 
@@ -150,3 +153,18 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     code = "from twig.usage import PeakMemory; print(PeakMemory('cpu').peak())"
     started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < int(started.stdout) < PeakMemory("cpu").now() / 2
+
+
+def test_the_predicted_peak_is_the_plan_above_what_is_there(monkeypatch):
+    values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 4}}
+    settings = Settings.from_dict(values)
+    task = load_task(settings)
+    memory = PeakMemory("cpu")
+    monkeypatch.setattr(memory, "now", lambda: 10**9)
+    tokenizer = load_tokenizer(settings.model)
+    found = size_run(settings, task, tokenizer, None, memory, begins=True)
+    assert found.peak == 10**9 + found.plan.peak
+    model, _ = load_model(settings.model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    passed = size_run(settings, task, tokenizer, model, memory, begins=True)
+    assert passed.peak == 10**9 - weights + passed.plan.peak, "the weights are there, and in the plan"
