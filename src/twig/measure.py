@@ -105,16 +105,9 @@ def _load(settings: Settings) -> tuple[Policy, Any, list[int]]:
     model, tokenizer = load_model(settings.model)
     vocabulary = len(model.get_output_embeddings().weight)
     suppressed = suppressed_ids(model, settings.rollout.suppress_tokens, vocabulary)
-    lora, ends = settings.lora, end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     # A new adapter adds nothing until it is trained: without model.adapter this is the model itself.
-    peft_model = attach(
-        model,
-        r=lora.r,
-        alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        layers=lora.layers,
-        adapter=settings.model.adapter,
-    )
+    peft_model = attach(model, **dict(settings.lora), adapter=settings.model.adapter)
     plain = settings.model.engine == "plain"
     temperature = settings.rollout.temperature
     return (

@@ -148,16 +148,9 @@ class Session:
         self.trainer = Trainer(settings, *known)
 
     def _attach(self, model: Any) -> PeftModel:
-        settings, lora = self.settings, self.settings.lora
-        peft_model = attach(
-            model,
-            r=lora.r,
-            alpha=lora.alpha,
-            target_modules=lora.target_modules,
-            layers=lora.layers,
-            seed=settings.train.seed,
-            adapter=settings.model.adapter,
-        )
+        settings = self.settings
+        started = {"seed": settings.train.seed, "adapter": settings.model.adapter}
+        peft_model = attach(model, **dict(settings.lora), **started)
         if settings.model.adapter is not None:
             refuse_another_shape(settings, adapter_shape(peft_model))
         return peft_model
