@@ -78,25 +78,26 @@ def measure_model(
         progress.notice(remote_code_words(settings.model))
     policy, tokenizer, ends = _load(settings)
     with PeakMemory(str(policy.device)) as memory:
-        model, asked = policy.model, {"begins": False, "samples": samples or 1}
-        settings = size_run(settings, task, tokenizer, model, memory, **asked).settings
-    common = {
-        "end_ids": ends,
-        "max_completion_length": settings.rollout.max_completion_length,
-        "limit": settings.eval.limit,
-        "batch_size": settings.eval.batch_size,
-        "stop": settings.rollout.stop,
-        "progress": progress,
-    }
-    greedy, completions = evaluate_policy(policy, tokenizer, task, settings.task, **common)
+        asked = {"begins": False, "samples": samples or 1}
+        settings = size_run(settings, task, tokenizer, policy.model, memory, **asked).settings
+        common = {
+            "end_ids": ends,
+            "max_completion_length": settings.rollout.max_completion_length,
+            "limit": settings.eval.limit,
+            "batch_size": settings.eval.batch_size,
+            "stop": settings.rollout.stop,
+            "progress": progress,
+        }
+        of = (policy, tokenizer, task, settings.task)
+        greedy, completions = evaluate_policy(*of, **common)
+        sampled, found = None, []
+        if samples is not None:
+            sampled, found = sample_policy(*of, samples=samples, seed=settings.train.seed, **common)
     examples = list(task.eval[: len(completions)])
     rows = _rows(task, examples, completions, [None] * len(examples), range(len(examples)))
-    sampled = None
-    if samples is not None:
-        common["seed"] = settings.train.seed
-        sampled, found = sample_policy(policy, tokenizer, task, settings.task, samples=samples, **common)
-        for number, (example, group) in enumerate(zip(examples, found, strict=True)):
-            rows += _rows(task, [example] * samples, group, list(range(samples)), [number] * samples)
+    for number, (example, group) in enumerate(zip(examples, found, strict=False)):
+        own = [example] * len(group)
+        rows += _rows(task, own, group, list(range(len(group))), [number] * len(group))
     revision = getattr(policy.model.config, "_commit_hash", None)
     return Measured(settings, greedy, sampled, checksum_of(examples), rows, revision)
 
@@ -108,13 +109,14 @@ def _load(settings: Settings) -> tuple[Policy, Any, list[int]]:
     ends = end_ids(model, tokenizer)
     # A new adapter adds nothing until it is trained: without model.adapter this is the model itself.
     peft_model = attach(model, **dict(settings.lora), adapter=settings.model.adapter)
-    plain = settings.model.engine == "plain"
-    temperature = settings.rollout.temperature
-    return (
-        Policy(peft_model, temperature=temperature, suppress_tokens=suppressed, plain=plain),
-        tokenizer,
-        ends,
+    policy = Policy(
+        peft_model,
+        temperature=settings.rollout.temperature,
+        suppress_tokens=suppressed,
+        plain=settings.model.engine == "plain",
+        decode=settings.rollout.decode,
     )
+    return policy, tokenizer, ends
 
 
 def _rows(

@@ -141,8 +141,10 @@ class Passes:
                 if not out_of_memory(error):
                     raise
             if found is None:
+                released = self.policy.release()
                 give_back()
-                waiting += self._smaller(pack)[::-1]
+                # what sampling keeps for its next wave goes first
+                waiting += [pack] if released else self._smaller(pack)[::-1]
             else:
                 keep(pack, found)
                 done.append(pack)

@@ -14,6 +14,7 @@ vocabulary.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ class Policy:
     belong to the policy because the trained distribution must be the sampled one. `head_chunk` logits are
     computed at once in the update. With `checkpoint_layers` it keeps the inputs of the upper layers only and
     runs these again in the backward pass. With `plain`, the model is only called whole: slower, right for any
-    architecture, and the last two change nothing.
+    architecture, and the last two change nothing. `decode` is how tokens are sampled: plain, graph or
+    compiled, as in the settings.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Policy:
         plain: bool = False,
         head_chunk: int = 2**22,
         checkpoint_layers: bool = False,
+        decode: str = "auto",
     ) -> None:
         self.peft_model = peft_model.eval()
         self.model: PreTrainedModel = peft_model.get_base_model()
@@ -74,6 +77,12 @@ class Policy:
         self.device = self.model.get_input_embeddings().weight.device
         self.suppressed = torch.tensor(sorted(suppress_tokens), dtype=torch.long, device=self.device)
         self.parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+        self.decode = decode
+        if decode == "auto":
+            self.decode = "graph" if self.device.type == "cuda" else "plain"
+        self.decode_steps: Any = None  # what sampling keeps on the device for its next wave
+        self.decode_refusal: str | None = None  # why it is not sampled as asked
+        self.adapter_is_on = True
         if not plain:
             self.decoder.check() if not _has_signal(self.parameters) else self._check_without_adapter()
             self.num_layers = len(self.decoder.layers)
@@ -91,8 +100,16 @@ class Policy:
     @contextmanager
     def base(self) -> Iterator[None]:
         """Inside, the adapter is off: the model is the base, the reference of the KL term."""
-        with self.peft_model.disable_adapter():
-            yield
+        before, self.adapter_is_on = self.adapter_is_on, False
+        try:
+            with self.peft_model.disable_adapter():
+                yield
+        finally:
+            self.adapter_is_on = before
+
+    def release(self) -> bool:
+        """Gives up the buffers that sampling keeps for its next wave; returns whether there were any."""
+        return self.decode_steps is not None and self.decode_steps.clear()
 
     def next_token_logits(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
         """Logits of the sampled distribution from rows of the last layer's output: softcap, temperature,

@@ -24,7 +24,7 @@ _SHOWN = ("train.save_steps", "train.save_total_limit", "train.max_time", "train
 _SHOWN += ("task.reward_timeout",)
 _SHOWN_GROUPS = ("eval.", "log.")
 # These decide how much is computed at once: results stay the same but for rounding.
-_SPEED = (*SIZES, "memory.budget", "model.num_threads")
+_SPEED = (*SIZES, "memory.budget", "model.num_threads", "rollout.decode")
 # These decide where the run ends; so may some schedules of the learning rate, at every step.
 _LENGTH = ("train.max_steps", "train.max_tokens", "train.num_train_epochs")
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")

@@ -17,13 +17,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from twig.decoder import Context, KeyValueCache
+from twig.decode_graph import DecodeStep, DecodeSteps, NotCaptured, Shape, prefill
+from twig.decoder import Context
+from twig.drawing import invert
 from twig.noise import uniforms
 from twig.oom import give_back, out_of_memory
 from twig.policy import Policy
 from twig.records import Completion, UserError
 
 _COMPACT_BELOW = 0.75  # copy the cache once fewer than this share of its rows are unfinished
+_STEPS_AT_ONCE = 8  # captured steps between two looks at whether any row goes on: a look waits for the device
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,6 @@ def sample(
         order = sorted(order, key=lambda r: (-requests[r].expected, -len(requests[r].prompt_ids)))
     rows = [(r, c) for r in order for c in range(requests[r].num)]
     completions: list[list[Completion]] = [[] for _ in requests]
-    draw = _sample_plain if policy.plain else _sample_wave
     # with adapters in the lowest layer there is no trunk to record
     recorded = record and not policy.plain and policy.cut > 0
     table = _Table.empty(policy, requests) if recorded else None
@@ -114,15 +116,23 @@ def sample(
         if not greedy:
             noise = [uniforms(seed, step, request.slot, c, request.max_tokens) for request, c in wave]
         recorder = _Recorder(policy, [request.max_tokens for request, _ in wave], noise, ending)
+        draw, failed = _way(policy, stop), None
         try:
             draw(policy, wave, recorder, table, on_tokens)
+        except NotCaptured as error:
+            failed = error
+            _fall_back(policy, str(error))
         except Exception as error:
-            if len(wave) == 1 or not out_of_memory(error):
+            if not out_of_memory(error) or (len(wave) == 1 and draw is not _sample_steps):
                 raise
+            failed = error.with_traceback(None)  # its frames hold the tensors that are in the way
+            if len(wave) == 1:
+                _fall_back(policy, "memory ran out")
+            wave_size = max(len(wave) // 2, 1)  # half as many at once, with the same noise
+        if failed is not None:
             recorder = None
-        if recorder is None:  # half as many at once, with the same noise
+            policy.release()
             give_back()
-            wave_size = len(wave) // 2
             continue
         found = zip(rows[start:], recorder.completions(wave, decode, table), strict=False)
         drawn = [Drawn(*row, completion) for row, completion in found]
@@ -238,6 +248,17 @@ class _Recorder:
         self.going[alive] = going
         return tokens, going
 
+    def take(self, step: DecodeStep, rows: Int[Tensor, " B"]) -> None:
+        """Takes over what a decode step recorded for its `rows`, which are the wave's."""
+        longest = self.ids.shape[1]
+        self.lengths, self.finished = step.lengths[rows], step.finished[rows]
+        inside = torch.arange(longest, device=rows.device) < self.lengths[:, None]
+        self.ids = step.ids[rows, :longest]
+        # what a row that ended ran along with is not looked at, and need not be finite
+        self.logps, self.entropies = (
+            torch.where(inside, values[rows, :longest], 0.0) for values in (step.logps, step.entropies)
+        )
+
     def completions(
         self,
         wave: list[tuple[Request, int]],
@@ -266,18 +287,6 @@ class _Recorder:
         return found
 
 
-def invert(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """The token at which the cumulative distribution first exceeds `uniform`: never one of probability 0.
-
-    The last sum stands for 1, so rounding in a large vocabulary cannot fall off the end.
-    """
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1]
-    below = torch.minimum(uniform * total, total * (1 - torch.finfo(total.dtype).eps))
-    # Where nothing is a number the search ends behind the last token; `completions` refuses such rows.
-    return torch.searchsorted(cumulative, below[:, None], right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
-
-
 def _sample_wave(
     policy: Policy,
     wave: list[tuple[Request, int]],
@@ -290,15 +299,13 @@ def _sample_wave(
     place = {request.slot: i for i, request in enumerate(asked)}
     prompts = [request.prompt_ids for request in asked]
     width, longest = max(map(len, prompts)), recorder.ids.shape[1]
-    hidden, trunk, cache = _prefill(policy, prompts, width)
+    hidden, trunk, cache = prefill(policy, prompts, width)
     rows = torch.tensor([place[request.slot] for request, _ in wave], device=device)
     logits = policy.next_token_logits(hidden)[rows]
     cache = cache.select(rows, width + longest)
     lengths = torch.tensor([len(p) for p in prompts], device=device)[rows]
     if table is not None:
-        for request, output in zip(asked, trunk, strict=True):
-            cells = table.prompt_cells(request)
-            table.rows[cells[0] : cells[-1] + 1] = output[: len(cells)]
+        _record_prompts(table, asked, trunk)
         first_cell = torch.tensor([table.first_cell(request, c) for request, c in wave], device=device)
     del hidden, trunk
 
@@ -343,27 +350,86 @@ def _sample_wave(
         logits = policy.next_token_logits(hidden[:, 0])
 
 
-def _prefill(policy: Policy, prompts: list[np.ndarray], width: int) -> tuple[Tensor, Tensor, KeyValueCache]:
-    """Runs each prompt once: the last layer's output at its last token [P, D], the boundary [P, width, D],
-    the cache.
+def _way(policy: Policy, stop: Sequence[str]) -> Callable[..., None]:
+    """How a wave of the policy is sampled: whole texts, the plain loop, or steps that are replayed."""
+    if policy.plain:
+        return _sample_plain
+    if policy.decode != "plain" and policy.decode_steps is None:
+        try:
+            policy.decode_steps = DecodeSteps(policy)
+        except ValueError as error:
+            _fall_back(policy, str(error))
+    # a stop text is looked for after each token
+    return _sample_wave if stop or policy.decode == "plain" else _sample_steps
 
-    Prompts are padded on the right, where no token of the prompt can see the padding.
+
+def _fall_back(policy: Policy, why: str) -> None:
+    """Goes on without a compiler, or in the plain loop, and keeps why in `policy.decode_refusal`."""
+    policy.decode_refusal = why
+    policy.decode = "graph" if policy.decode == "compiled" else "plain"
+
+
+def _sample_steps(
+    policy: Policy,
+    wave: list[tuple[Request, int]],
+    recorder: _Recorder,
+    table: _Table | None,
+    on_tokens: Callable[[int], None] | None,
+) -> None:
+    """The same as `_sample_wave` in steps that are captured once and replayed.
+
+    Rows that ended run along to the end of the wave: on a GPU a step takes the same time for few rows.
     """
-    decoder, device = policy.decoder, policy.device
-    ids = np.zeros((len(prompts), width), np.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    positions = torch.arange(width, device=device).expand(len(prompts), -1)
-    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril().expand(len(prompts), -1, -1)
-    cache = KeyValueCache(policy.num_layers, width)
-    context = Context(
-        decoder.masks(causal, positions, positions), decoder.rotations(positions), positions, cache
+    asked = list({request.slot: request for request, _ in wave}.values())
+    place = {request.slot: i for i, request in enumerate(asked)}
+    prompts, longest = [request.prompt_ids for request in asked], recorder.ids.shape[1]
+    group = np.array([place[request.slot] for request, _ in wave])
+    number = np.array([int((group[:i] == g).sum()) for i, g in enumerate(group)])
+    each, width = int(number.max()) + 1, max(map(len, prompts))
+    shape = Shape.of(len(asked), each, width, longest, table is not None, recorder.noise is None)
+    step = policy.decode_steps.get(shape, recorder.end_ids)
+    hidden, trunk, cache = prefill(policy, prompts, width)
+    if table is not None:
+        _record_prompts(table, asked, trunk)
+    step.load(
+        list(zip(cache.keys, cache.values, strict=True)),
+        torch.tensor([len(p) for p in prompts], device=policy.device),
+        policy.next_token_logits(hidden),
+        _by_prompt(recorder.limits, group, number),
+        None if recorder.noise is None else _by_prompt(recorder.noise, group, number),
     )
-    trunk = decoder.run(decoder.embed(torch.from_numpy(ids).to(device)), 0, policy.cut, context)
-    hidden = decoder.run(trunk, policy.cut, policy.num_layers, context)
-    cache.filled = width
-    last = torch.tensor([len(p) - 1 for p in prompts], device=device)
-    return hidden[torch.arange(len(prompts), device=device), last], trunk, cache
+    del hidden, trunk, cache
+    rows = torch.from_numpy(group * each + number).to(policy.device)
+    sampled = 0
+    for t in range(longest):
+        step()
+        if (t + 1) % _STEPS_AT_ONCE and t + 1 < longest:
+            continue
+        if on_tokens is not None:
+            sampled, before = int(step.lengths.sum()), sampled
+            on_tokens(sampled - before)
+        if not bool(step.going.any()):
+            break
+    recorder.take(step, rows)
+    if table is not None:
+        first = torch.tensor([table.first_cell(request, c) for request, c in wave], device=policy.device)
+        # the last token of a completion is only predicted, never run
+        slots = torch.arange(longest, device=policy.device)
+        there = slots < recorder.lengths[:, None] - 1
+        table.rows[(first[:, None] + slots)[there]] = step.trunk[rows, :longest][there]
+
+
+def _record_prompts(table: _Table, asked: list[Request], trunk: Float[Tensor, "P W D"]) -> None:
+    for request, output in zip(asked, trunk, strict=True):
+        cells = table.prompt_cells(request)
+        table.rows[cells[0] : cells[-1] + 1] = output[: len(cells)]
+
+
+def _by_prompt(values: Tensor, group: np.ndarray, number: np.ndarray) -> Tensor:
+    """Values of the wave's rows as a table of prompts and their rows, 0 where there is no row."""
+    table = values.new_zeros(int(group.max()) + 1, int(number.max()) + 1, *values.shape[1:])
+    table[torch.from_numpy(group), torch.from_numpy(number)] = values
+    return table
 
 
 def _sample_plain(

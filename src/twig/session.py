@@ -132,6 +132,7 @@ class Session:
             plain=settings.model.engine == "plain",
             head_chunk=settings.train.head_chunk,
             checkpoint_layers=settings.train.checkpoint_layers,
+            decode=settings.rollout.decode,
         )
         if self.sized.warning is not None:  # now that the model is known to be one that can be trained
             self._warn(self.sized.warning)

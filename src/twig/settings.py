@@ -101,6 +101,13 @@ class Rollout(Frozen):
     suppress_tokens: list[Index] = Field(
         [], description="Token ids that are never sampled.", examples=[[0, 1]]
     )
+    decode: Literal["auto", "plain", "graph", "compiled"] = Field(
+        "auto",
+        description="How tokens are sampled. `plain` calls the layers one by one. `graph` captures a step "
+        "over buffers of a fixed size as a CUDA graph; `compiled` has torch.compile fuse it first, for some "
+        "seconds before the first step. The tokens are the same but for rounding. `auto`: `graph` on a CUDA "
+        "device, else `plain`.",
+    )
     stop: list[Text] = Field(
         [],
         description="Texts that end a completion, beside the end tokens; the text stays part of it.",

@@ -165,6 +165,9 @@ class Trainer:
                 stop=rollout.stop,
                 on_wave=begin_rewards,
             )
+        if self.policy.decode_refusal is not None:
+            why, self.policy.decode_refusal = self.policy.decode_refusal, None
+            self.progress.message(f"sampling goes on with rollout.decode={self.policy.decode}: {why}")
         if drawn.wave_size < self.sizes.wave_size:
             self.sizes.wave_size = drawn.wave_size
             self.progress.message(
