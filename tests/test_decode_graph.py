@@ -62,11 +62,14 @@ def _float64():
         yield
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_give_the_tokens_logps_and_boundary_of_the_plain_loop(family):
+def test_steps_give_the_tokens_logps_and_boundary_of_the_plain_loop(family, shared, monkeypatch):
+    monkeypatch.setattr(decode_graph, "_SHARE_FROM", 0 if shared else 1e9)
     policy = policy_of(family, FAMILIES[family], layers=[2, 3], temperature=1.3, suppress_tokens=[0, 4])
     ours = drawn_by(policy, requests_of())
     assert policy.decode_refusal is None
+    assert [key[0].shared for key in policy.decode_steps.steps] == [shared]
     policy.decode = "plain"
     assert len(assert_same(ours, drawn_by(policy, requests_of()))) > 3, "rows must end at different steps"
 
@@ -168,8 +171,7 @@ def test_a_step_that_cannot_be_captured_falls_back_one_way_at_a_time(error, monk
 
 def test_steps_that_are_not_the_own_forward_are_refused(monkeypatch):
     def wrong(module, query, key, value, mask, **kwargs):
-        before, own = mask
-        return attend(module, query, key, value, (before, torch.zeros_like(own)), **kwargs)
+        return attend(module, query, key, value, torch.zeros_like(mask), **kwargs)
 
     attend = decode_graph.attend
     monkeypatch.setattr(decode_graph, "attend", wrong)
@@ -180,7 +182,7 @@ def test_steps_that_are_not_the_own_forward_are_refused(monkeypatch):
 
 def test_shapes_are_rounded_up_to_few():
     def of(*sizes):
-        shape = Shape.of(*sizes, True, False)
+        shape = Shape(*sizes).rounded()
         return shape.prompts, shape.rows, shape.slots, shape.length
 
     assert of(1, 8, 100, 256) == (1, 8, 128, 256)

@@ -17,12 +17,12 @@ a prompt, T slots of a completion, H heads, K heads of keys, D head size, V voca
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,6 +33,9 @@ from twig.policy import Policy
 
 _ATTENTION = "twig_decode"  # its name in transformers' interface
 _SLOTS = 64  # lengths of prompts and completions are rounded up to this, so that steps share one graph
+# Copies of prompts that take less than this share of the weights, which every step reads, are cheaper than
+# the launches that sharing takes.
+_SHARE_FROM = 0.05
 _WARM_UPS = 2  # before a capture: libraries allocate their workspaces in the first calls
 # torch has products of half precision with float32 results from here on
 _WIDE_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
@@ -44,31 +47,31 @@ class NotCaptured(Exception):
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer: of each prompt [P, K, S, D], and of each row's completion [B, K, T, D].
+    """Keys and values of one layer: each prompt's [P, K, S, D], and each row's own [B, K, T, D].
 
-    Stands in for a cache of transformers. `update` writes the new token's pair at slot `t` and returns both
-    parts, which only `attend` can read.
+    If a prompt's are not shared (`prompt` is None), they are the first S of the row's own [B, K, S + T, D].
+    Stands in for a cache of transformers: `update` writes the new token's pair at slot `at` of its own and
+    returns both parts, which only `attend` can read.
     """
 
-    prompt: tuple[Tensor, Tensor]
+    prompt: tuple[Tensor, Tensor] | None
     own: tuple[Tensor, Tensor]
-    t: Int[Tensor, " 1"]
+    at: Int[Tensor, " 1"]
 
-    def update(
-        self, keys: Tensor, values: Tensor, *args: object, **kwargs: object
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Writes one token's keys and values [B, K, 1, D]; returns (prompt's, own) keys and values."""
-        self.own[0].index_copy_(2, self.t, keys)
-        self.own[1].index_copy_(2, self.t, values)
-        return (self.prompt[0], self.own[0]), (self.prompt[1], self.own[1])
+    def update(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[tuple, tuple]:
+        """Writes one token's keys and values [B, K, 1, D]; returns (prompt's or None, own) of both."""
+        self.own[0].index_copy_(2, self.at, keys)
+        self.own[1].index_copy_(2, self.at, values)
+        before = self.prompt or (None, None)
+        return (before[0], self.own[0]), (before[1], self.own[1])
 
 
 def attend(
     module: nn.Module,
     query: Float[Tensor, "B H 1 D"],
-    key: tuple[Tensor, Tensor],
-    value: tuple[Tensor, Tensor],
-    attention_mask: tuple[Tensor, Tensor],
+    key: tuple[Tensor | None, Tensor],
+    value: tuple[Tensor | None, Tensor],
+    attention_mask: Float[Tensor, "P 1 R 1 S"],
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -80,26 +83,27 @@ def attend(
     """
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise TypeError("attention with sinks or position biases")
-    (prompts, heads, slots, size), (rows, _, length, _) = key[0].shape, key[1].shape
+    (rows, heads, length, size), prompts = key[1].shape, len(attention_mask)
     each, shared = rows // prompts, query.shape[1] // heads
-    scale = size**-0.5 if scaling is None else scaling
-    by_group = query.view(prompts, each, heads, shared, size).transpose(1, 2).reshape(-1, each * shared, size)
-    before = _wide_product(by_group, key[0].view(-1, slots, size).transpose(1, 2))
-    before = before.view(prompts, heads, each, shared, slots)
-    own = _wide_product(query.view(rows * heads, shared, size), key[1].view(-1, length, size).transpose(1, 2))
-    own = own.view(prompts, each, heads, shared, length).transpose(1, 2)
-    scores = torch.cat([before, own], -1) * scale
+    own = _wide_product(query.view(-1, shared, size), key[1].view(-1, length, size).transpose(1, 2))
+    scores = own = own.view(prompts, each, heads, shared, length).transpose(1, 2)
+    if key[0] is not None:  # a group's queries against its prompt are one product
+        by_group = query.view(prompts, each, heads, shared, size).transpose(1, 2)
+        by_group = by_group.reshape(-1, each * shared, size)
+        before = _wide_product(by_group, key[0].view(len(by_group), -1, size).transpose(1, 2))
+        scores = torch.cat([before.view(*own.shape[:4], -1), own], -1)
+    scores = scores * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = torch.softmax(scores + torch.cat(attention_mask, -1), -1).to(query.dtype)
-    of_prompt, of_own = weights.split([slots, length], -1)
-    found = torch.bmm(
-        of_prompt.reshape(-1, each * shared, slots), value[0].view(-1, slots, value[0].shape[3])
-    ).view(prompts, heads, each, shared, -1)
-    rest = torch.bmm(
-        of_own.transpose(1, 2).reshape(rows * heads, shared, length), value[1].view(rows * heads, length, -1)
-    ).view(prompts, each, heads, shared, -1)
-    found = found.transpose(1, 2) + rest
+    weights = torch.softmax(scores + attention_mask, -1).to(query.dtype)
+    of_prompt, of_own = weights.split([weights.shape[-1] - length, length], -1)
+    of_own = of_own.transpose(1, 2).reshape(-1, shared, length)
+    found = torch.bmm(of_own, value[1].view(len(of_own), length, -1))
+    if value[0] is not None:
+        of_prompt = of_prompt.reshape(prompts * heads, each * shared, -1)
+        before = torch.bmm(of_prompt, value[0].view(len(of_prompt), of_prompt.shape[2], -1))
+        found = found.view(prompts, each, heads, shared, -1)
+        found = found + before.view(prompts, heads, each, shared, -1).transpose(1, 2)
     return found.reshape(rows, 1, heads * shared, -1), None
 
 
@@ -144,20 +148,16 @@ class Shape:
     rows: int  # of each prompt
     slots: int  # of a prompt
     length: int  # of a completion
-    record: bool
-    greedy: bool
+    record: bool = True
+    greedy: bool = False
+    shared: bool = True  # whether a prompt's keys and values are held once for all of its rows
 
-    @classmethod
-    def of(cls, prompts: int, rows: int, width: int, longest: int, record: bool, greedy: bool) -> "Shape":
-        """The shape with room for these, rounded up so that waves that are alike share one."""
-        power = 1 << max(prompts - 1, 0).bit_length()
-        fewer = 3 * power // 4
-        prompts = fewer if prompts <= fewer else power
-        return cls(prompts, rows, _rounded(width), _rounded(longest), record, greedy)
-
-
-def _rounded(length: int) -> int:
-    return max(-(-length // _SLOTS), 1) * _SLOTS
+    def rounded(self) -> "Shape":
+        """The shape with some more room, so that waves that are alike have the same one."""
+        power = 1 << (self.prompts - 1).bit_length()
+        prompts = next(n for n in (3 * power // 4, power) if n >= self.prompts)
+        slots, length = (-(-n // _SLOTS) * _SLOTS for n in (self.slots, self.length))
+        return replace(self, prompts=prompts, slots=slots, length=length)
 
 
 @dataclass
@@ -184,6 +184,8 @@ class DecodeStep:
             return torch.zeros(*size, dtype=dtype, device=device)
 
         self.t = zeros(1, dtype=torch.long)
+        # the slot of a row's own part that the token is written to
+        self.at = self.t if shape.shared else torch.full_like(self.t, shape.slots)
         self.prompt_lengths = zeros(shape.prompts, dtype=torch.long)
         self.limits, self.lengths = zeros(rows, dtype=torch.long), zeros(rows, dtype=torch.long)
         self.finished, self.going = zeros(rows, dtype=torch.bool), zeros(rows, dtype=torch.bool)
@@ -194,9 +196,8 @@ class DecodeStep:
         if shape.record:
             self.trunk = zeros(rows, shape.length, decoder.embedding.weight.shape[1], dtype=decoder.dtype)
         self.logits = zeros(rows, decoder.embedding.weight.shape[0], dtype=wide)
-        self.slots = torch.arange(shape.slots, device=device)
-        self.own_slots = torch.arange(shape.length, device=device)
-        positions = torch.arange(shape.slots + shape.length, device=device)[None]
+        self.slots = torch.arange(shape.slots + shape.length, device=device)
+        positions = self.slots[None]
         self.rotary = {kind: (cos[0], sin[0]) for kind, (cos, sin) in decoder.rotations(positions).items()}
         self.caches: list[LayerCache] = []
         self.layer = torch.compile(_run_layer, dynamic=False) if self.compiled else _run_layer
@@ -204,13 +205,15 @@ class DecodeStep:
     def _open_caches(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Makes the caches, of the head sizes that `pairs` of the layers have."""
         shape = self.shape
-        rows = shape.prompts * shape.rows
+
+        def room(pair: tuple[Tensor, Tensor], count: int, slots: int) -> tuple[Tensor, Tensor]:
+            keys, values = (x.new_zeros(count, x.shape[1], slots, x.shape[3]) for x in pair)
+            return keys, values
+
         for pair in pairs:
-            prompt, own = (
-                tuple(x.new_zeros(count, x.shape[1], room, x.shape[3]) for x in pair)
-                for count, room in ((shape.prompts, shape.slots), (rows, shape.length))
-            )
-            self.caches.append(LayerCache(prompt, own, self.t))
+            prompt = room(pair, shape.prompts, shape.slots) if shape.shared else None
+            slots = shape.length + (0 if shape.shared else shape.slots)
+            self.caches.append(LayerCache(prompt, room(pair, shape.prompts * shape.rows, slots), self.at))
 
     def load(
         self,
@@ -237,9 +240,13 @@ class DecodeStep:
                 raise NotCaptured(f"{type(error).__name__}: {first}") from error
         count, each = len(prompt_lengths), self.shape.rows
         for cache, pair in zip(self.caches, pairs, strict=True):
-            for buffer, values in zip(cache.prompt, pair, strict=True):
-                buffer[:count, :, : values.shape[2]] = values
+            for buffer, values in zip(cache.prompt or cache.own, pair, strict=True):
+                if cache.prompt is None:
+                    values = values.repeat_interleave(each, 0)
+                buffer[: len(values), :, : values.shape[2]] = values
         self.t.zero_()
+        if not self.shape.shared:
+            self.at.fill_(self.shape.slots)
         # a prompt that is not there sees one empty slot: no softmax is over nothing
         self.prompt_lengths.fill_(1)[:count] = prompt_lengths
         self.limits.zero_()[: count * each] = limits.flatten()
@@ -276,24 +283,30 @@ class DecodeStep:
         tokens = self._choose()
         with _attending(self.policy.decoder):
             self._forward(tokens)
+        self.advance()
+
+    def advance(self) -> None:
+        """Moves on to the next position."""
         self.t += 1
+        if not self.shape.shared:
+            self.at += 1
 
     def _choose(self) -> Int[Tensor, " B"]:
         """The tokens of position `t`, recorded with all that is known of them; as `rollout` does it."""
-        at = self.t
+        t = self.t
         logps = torch.log_softmax(self.logits, -1)
         probabilities = logps.exp()
         if self.noise is None:
             tokens = self.logits.argmax(-1)
         else:
-            tokens = invert(probabilities, self.noise.index_select(1, at)[:, 0])
-        self.ids.index_copy_(1, at, tokens[:, None])
-        self.logps.index_copy_(1, at, logps.gather(-1, tokens[:, None]))
-        self.entropies.index_copy_(1, at, torch.special.entr(probabilities).sum(-1, keepdim=True))
+            tokens = invert(probabilities, self.noise.index_select(1, t)[:, 0])
+        self.ids.index_copy_(1, t, tokens[:, None])
+        self.logps.index_copy_(1, t, logps.gather(-1, tokens[:, None]))
+        self.entropies.index_copy_(1, t, torch.special.entr(probabilities).sum(-1, keepdim=True))
         self.lengths += self.going
         ended = (tokens[:, None] == self.end_ids).any(-1)
         self.finished |= self.going & ended
-        self.going &= ~ended & (self.limits > at + 1)
+        self.going &= ~ended & (self.limits > t + 1)
         return tokens
 
     def _forward(self, tokens: Int[Tensor, " B"]) -> None:
@@ -318,22 +331,23 @@ class DecodeStep:
             )
         self.logits.copy_(policy.next_token_logits(hidden[:, 0]))
 
-    def _masks(self) -> dict[int | None, tuple[Tensor, Tensor]]:
-        """Additive masks of the prompt's slots and of the row's own, by sliding window."""
-        wide = self.logits.dtype
-        lengths, rows, found = self.prompt_lengths[:, None], self.shape.rows, {}
+    def _masks(self) -> dict[int | None, Float[Tensor, "P 1 R 1 S"]]:
+        """Additive masks over the slots of a prompt and of a completion, by sliding window.
+
+        Slot s of a prompt is position s, slot s of a completion position length + s; the query is at
+        length + t.
+        """
+        lengths, slots = self.prompt_lengths[:, None], self.shape.slots
+        inside = self.slots < slots
+        positions = torch.where(inside, self.slots, lengths + self.slots - slots)
+        visible = torch.where(inside, positions < lengths, positions <= lengths + self.t)
+        found = {}
         for window in dict.fromkeys(self.policy.decoder.windows):
-            before, own = self.slots < lengths, (self.own_slots <= self.t).expand(len(lengths), -1)
-            if window is not None:
-                before = before & (lengths + self.t - self.slots < window)
-                own = own & (self.t - self.own_slots < window)
-            found[window] = tuple(_additive(seen, wide, rows) for seen in (before, own))
+            seen = visible if window is None else visible & (lengths + self.t - positions < window)
+            mask = torch.zeros(seen.shape, dtype=self.logits.dtype, device=seen.device)
+            mask = mask.masked_fill_(~seen, float("-inf"))[:, None, None, None]
+            found[window] = mask.expand(-1, -1, self.shape.rows, -1, -1)
         return found
-
-
-def _additive(seen: Bool[Tensor, "P S"], dtype: torch.dtype, rows: int) -> Float[Tensor, "P 1 R 1 S"]:
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-    return mask[:, None, None, None].expand(-1, -1, rows, -1, -1)
 
 
 def prefill(policy: Policy, prompts: list[np.ndarray], width: int) -> tuple[Tensor, Tensor, KeyValueCache]:
@@ -368,17 +382,21 @@ class DecodeSteps:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.steps: dict[tuple[Any, ...], DecodeStep] = {}
-        _check(policy)
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+        self.bytes_per_slot = max(_check(policy, shared) for shared in (False, True))
 
     def get(self, shape: Shape, end_ids: Int[Tensor, " E"]) -> DecodeStep:
-        """The step of that shape."""
-        key = (shape, tuple(end_ids.tolist()), self.policy.adapter_is_on)
+        """The step with room for that shape; it decides itself whether prompts are shared."""
+        shape = shape.rounded()
+        copies = self.bytes_per_slot * shape.slots * shape.prompts * (shape.rows - 1)
+        shape = replace(shape, shared=copies > _SHARE_FROM * self.weight_bytes)
+        # an evaluation is over before a compiler has earned what it took
+        compiled = self.policy.decode == "compiled" and not shape.greedy
+        key = (shape, tuple(end_ids.tolist()), self.policy.adapter_is_on, compiled)
         if key not in self.steps:
             alike = [k for k in self.steps if k[0].greedy == shape.greedy and k[0].record == shape.record]
             # two: whole waves, and the shorter last one of a step
             self.steps = {k: self.steps[k] for k in alike[-1:]}
-            # an evaluation is over before a compiler has earned what it took
-            compiled = self.policy.decode == "compiled" and not shape.greedy
             self.steps[key] = DecodeStep(self.policy, shape, end_ids, compiled)
         return self.steps[key]
 
@@ -390,15 +408,16 @@ class DecodeSteps:
 
 
 @torch.no_grad()
-def _check(policy: Policy) -> None:
-    """Raises ValueError where steps over both parts of the cache differ from the model's own forward."""
+def _check(policy: Policy, shared: bool) -> int:
+    """Returns the bytes of keys and values that a token has; raises ValueError if steps over such a cache
+    differ from the model's own forward."""
     decoder, device = policy.decoder, policy.device
     vocabulary = decoder.embedding.weight.shape[0]
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, vocabulary, length) for length in (6, 4)]
     forced = torch.from_numpy(draw.integers(0, vocabulary, (4, 4))).to(device)  # of 2 rows each, 4 tokens
     hidden, _, cache = prefill(policy, prompts, 6)
-    step = DecodeStep(policy, Shape(2, 2, 6, 4, False, True), forced.new_zeros(1))
+    step = DecodeStep(policy, Shape(2, 2, 6, 4, False, True, shared), forced.new_zeros(1))
     step.replay = step._step
     lengths = torch.tensor([6, 4], device=device)
     pairs = list(zip(cache.keys, cache.values, strict=True))
@@ -407,7 +426,7 @@ def _check(policy: Policy) -> None:
         for t in range(4):
             with _attending(decoder):
                 step._forward(forced[:, t])
-            step.t += 1
+            step.advance()
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -419,3 +438,4 @@ def _check(policy: Policy) -> None:
         gap = (step.logits[row] - own)[seen].abs().max() / own[seen].abs().max().clamp(min=1e-6)
         if not gap <= decoder.tolerance:
             raise ValueError(f"its logits differ by {float(gap):.1e} of their size from its own forward")
+    return sum(x[0, :, 0].numel() * x.element_size() for pair in pairs for x in pair)

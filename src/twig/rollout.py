@@ -386,7 +386,7 @@ def _sample_steps(
     group = np.array([place[request.slot] for request, _ in wave])
     number = np.array([int((group[:i] == g).sum()) for i, g in enumerate(group)])
     each, width = int(number.max()) + 1, max(map(len, prompts))
-    shape = Shape.of(len(asked), each, width, longest, table is not None, recorder.noise is None)
+    shape = Shape(len(asked), each, width, longest, table is not None, recorder.noise is None)
     step = policy.decode_steps.get(shape, recorder.end_ids)
     hidden, trunk, cache = prefill(policy, prompts, width)
     if table is not None:
