@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,10 +75,10 @@ def write(name: str, result: dict[str, Any]) -> Path:
     record = {
         "command": "python " + " ".join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "commit": _commit(),
-        "device": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "device": _device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: _version(package) for package in PACKAGES},
         **result,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,26 @@ def write(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    """The GPU that this process has used, else the processor."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
 def _commit() -> str:
+    """The commit of the checkout, or TWIG_COMMIT where the files were copied without it."""
+    if os.environ.get("TWIG_COMMIT"):
+        return os.environ["TWIG_COMMIT"]
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 

@@ -140,6 +140,18 @@ def _run_layer(layer: nn.Module, hidden: Tensor, mask: Any, rotary: Any, at: Ten
     )
 
 
+def _distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities [B, V], log Z [B, 1] and entropies [B, 1] of rows of logits.
+
+    A softmax of torch gives each row to one multiprocessor, which is slow for few long rows.
+    """
+    highest = logits.amax(-1, keepdim=True)
+    weights = (logits - highest).exp()
+    total = weights.sum(-1, keepdim=True)
+    probabilities = weights / total
+    return probabilities, highest + total.log(), torch.special.entr(probabilities).sum(-1, keepdim=True)
+
+
 @dataclass(frozen=True)
 class Shape:
     """How much a decode step has room for; `record` keeps the trunk's output, `greedy` draws no noise."""
@@ -200,7 +212,10 @@ class DecodeStep:
         positions = self.slots[None]
         self.rotary = {kind: (cos[0], sin[0]) for kind, (cos, sin) in decoder.rotations(positions).items()}
         self.caches: list[LayerCache] = []
-        self.layer = torch.compile(_run_layer, dynamic=False) if self.compiled else _run_layer
+        self.layer, self.distribution = _run_layer, _distribution
+        if self.compiled:
+            self.layer = torch.compile(_run_layer, dynamic=False)
+            self.distribution = torch.compile(_distribution, dynamic=False)
 
     def _open_caches(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Makes the caches, of the head sizes that `pairs` of the layers have."""
@@ -294,15 +309,14 @@ class DecodeStep:
     def _choose(self) -> Int[Tensor, " B"]:
         """The tokens of position `t`, recorded with all that is known of them; as `rollout` does it."""
         t = self.t
-        logps = torch.log_softmax(self.logits, -1)
-        probabilities = logps.exp()
+        probabilities, normaliser, entropies = self.distribution(self.logits)
         if self.noise is None:
             tokens = self.logits.argmax(-1)
         else:
             tokens = invert(probabilities, self.noise.index_select(1, t)[:, 0])
         self.ids.index_copy_(1, t, tokens[:, None])
-        self.logps.index_copy_(1, t, logps.gather(-1, tokens[:, None]))
-        self.entropies.index_copy_(1, t, torch.special.entr(probabilities).sum(-1, keepdim=True))
+        self.logps.index_copy_(1, t, self.logits.gather(-1, tokens[:, None]) - normaliser)
+        self.entropies.index_copy_(1, t, entropies)
         self.lengths += self.going
         ended = (tokens[:, None] == self.end_ids).any(-1)
         self.finished |= self.going & ended
