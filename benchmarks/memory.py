@@ -137,21 +137,28 @@ def build(model: dict[str, Any], dtype: str, folder: Path) -> None:
     """Writes a random model and a tokenizer of one token per byte."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     options = {key: value for key, value in model.items() if key != "config"}
     config = getattr(transformers, model["config"])(**options, eos_token_id=1, pad_token_id=0, bos_token_id=2)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of one token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     # A token per byte, in the form that the tokenizer classes of all these families read.
     words = ["<pad>", "<eos>", "<bos>", "a", *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"a"})]
     made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
-    ).save_pretrained(folder)
+    )
 
 
 def settings_of(case: str, folder: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from common import RESULTS, ROOT
+from gpu_tables import gpu_tables
 
 PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "performance.md"]
 IMAGES = ROOT / "docs" / "images"
@@ -160,6 +161,22 @@ def memory(record: dict[str, Any]) -> list[str]:
     return rows(["case", "peak in", "measured, MiB", "predicted", "off", "worst phase off"], body)
 
 
+def gpu_memory(record: dict[str, Any]) -> list[str]:
+    body = []
+    for case, found in record["cases"].items():
+        if "total" not in found:  # the constants, the budgets, and what failed
+            continue
+        tensors, phases = found["predicted"]["tensors"], found["measured"]
+        phase = max(phases, key=lambda name: phases[name]["allocated"])
+        worst = max(map(abs, found["off_percent"].values()))
+        body.append([case, phase, f"{phases[phase]['allocated']:.0f}", f"{tensors[phase]:.0f}"])
+        body[-1] += [f"{found['off_percent'][phase]:+.1f} %", f"{worst:.1f} %"]
+        total = found["total"]
+        body[-1] += [f"{total['measured']:.0f}", f"{total['predicted']:.0f}"]
+    head = ["case", "peak in", "allocated, MiB", "predicted", "off", "worst phase off"]
+    return rows([*head, "taken of the device, MiB", "predicted"], body)
+
+
 def real_shape(record: dict[str, Any]) -> list[str]:
     names = {"grpo": "GRPO", "t-spmo": "T-SPMO", "t-spmo-late": "T-SPMO, late forks"}
     names |= {"trl-1": "TRL GRPO, 1 at once", "trl-4": "TRL GRPO, 4 at once"}
@@ -189,6 +206,10 @@ def phases(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def gpu(record: dict[str, Any]) -> list[str]:
+    return gpu_tables(record, rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": step,
     "step-one-thread": step,
@@ -201,6 +222,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "memory": memory,
     "real_shape": real_shape,
     "phases": phases,
+    "gpu": gpu,
+    "gpu_memory": gpu_memory,
 }
 
 

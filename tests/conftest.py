@@ -18,6 +18,12 @@ import pytest
 jaxtyping.install_import_hook("twig", "typecheck.checked")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs from all but their own tests: the others compare with what a CPU computes."""
+    if "gpu" not in (config.option.markexpr or "").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _deterministic_torch() -> None:
     """One thread and deterministic algorithms, so that no result depends on the number of cores."""
@@ -29,7 +35,7 @@ def _deterministic_torch() -> None:
 
 @pytest.fixture(autouse=True)
 def _skip_gpu_without_cuda(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") is None:
+    if request.node.get_closest_marker("gpu") is None or "TWIG_TEST_DEVICE" in os.environ:
         return
     import torch
 

@@ -27,8 +27,8 @@ def prefix_of(trie, node: int) -> tuple[int, ...]:
 def forward_logits(policy, ids: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] of the sampled distribution after each of the T tokens, by the model's own forward on one
     text."""
-    logits = policy.model(input_ids=ids[None], use_cache=False).logits[0]
-    logits = logits / policy.temperature
+    logits = policy.model(input_ids=ids[None].to(policy.device), use_cache=False).logits[0]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / policy.temperature
     for token in policy.suppressed.tolist():
         logits[:, token] = float("-inf")
     return logits
@@ -36,15 +36,15 @@ def forward_logits(policy, ids: torch.Tensor) -> torch.Tensor:
 
 def completion_logps(policy, prompt, completion) -> torch.Tensor:
     """Log-probs [|o|] of one completion's tokens, the whole text run as one row."""
-    ids = torch.tensor([*prompt, *completion])
+    ids = torch.tensor([*prompt, *completion], device=policy.device)
     logp = torch.log_softmax(forward_logits(policy, ids), -1)
-    at = torch.arange(len(prompt) - 1, len(ids) - 1)
+    at = torch.arange(len(prompt) - 1, len(ids) - 1, device=policy.device)
     return logp[at, ids[len(prompt) :]]
 
 
 def node_loss(policy, groups, tries, credits, surrogate: Surrogate, old=None) -> torch.Tensor:
     """The loss node by node: each weighted node's log-prob from a forward over its own prefix alone."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=policy.device)
     for g, (group, trie, credit) in enumerate(zip(groups, tries, credits, strict=True)):
         for node in np.flatnonzero(credit.weighted):
             prefix = prefix_of(trie, int(node))
@@ -72,7 +72,7 @@ def path_loss(policy, groups, tries, credits) -> tuple[torch.Tensor, list[dict[i
 
     Faster than `node_loss`, and as far from a trie: nothing is shared.
     """
-    total, found = torch.zeros((), dtype=torch.float64), []
+    total, found = torch.zeros((), dtype=torch.float64, device=policy.device), []
     for group, trie, credit in zip(groups, tries, credits, strict=True):
         logp: dict[int, torch.Tensor] = {}
         for completion, path in zip(group.completions, trie.paths, strict=True):
@@ -86,8 +86,13 @@ def path_loss(policy, groups, tries, credits) -> tuple[torch.Tensor, list[dict[i
 
 
 @torch.no_grad()
-def sample_one(policy, prompt, limit, end_ids, uniform=None) -> tuple[list[int], list[float], list[float]]:
-    """One completion token by token, the whole text run again for each; greedy without `uniform`."""
+def sample_one(
+    policy, prompt, limit, end_ids, uniform=None, follow=None
+) -> tuple[list[int], list[float], list[float]]:
+    """One completion token by token, the whole text run again for each; greedy without `uniform`.
+
+    `follow(t, logp)` may name another token for position t, None for no other.
+    """
     ids, logps, entropies = list(prompt), [], []
     for t in range(limit):
         logp = torch.log_softmax(forward_logits(policy, torch.tensor(ids))[-1], -1)
@@ -97,6 +102,8 @@ def sample_one(policy, prompt, limit, end_ids, uniform=None) -> tuple[list[int],
         else:
             cumulative = probability.cumsum(0)
             token = int((cumulative <= uniform[t] * cumulative[-1]).sum())
+        other = None if follow is None else follow(t, logp)
+        token = token if other is None else other
         ids.append(token)
         logps.append(float(logp[token]))
         entropies.append(float(-(probability * logp.clamp(min=-1e9)).sum()))

@@ -84,7 +84,8 @@ def test_waves_cut_groups_and_share_buffers(wave_size, monkeypatch):
     assert_same(ours, drawn_by(policy, requests))
 
 
-def test_buffers_of_an_earlier_wave_leave_nothing_behind():
+def test_buffers_of_an_earlier_wave_leave_nothing_behind(monkeypatch):
+    monkeypatch.setattr(decode_graph, "_SLOTS", 1)
     policy = policy_of(layers=[2, 3])
     long = requests_of(lengths=(9, 11, 10), limits=(20, 20, 20))
     drawn_by(policy, long)
@@ -188,6 +189,21 @@ def test_shapes_are_rounded_up_to_few():
     assert of(1, 8, 100, 256) == (1, 8, 128, 256)
     assert of(5, 3, 64, 65) == (6, 3, 64, 128)
     assert [of(n, 1, 1, 1)[0] for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 16]
+
+
+def test_one_set_of_buffers_serves_shorter_waves_and_makes_way_for_longer_ones(monkeypatch):
+    monkeypatch.setattr(decode_graph, "_SLOTS", 1)
+    steps = DecodeSteps(policy_of())
+    end = torch.tensor([5])
+    middle = steps.get(Shape(4, 3, 10, 8), end)
+    assert steps.get(Shape(2, 3, 7, 8), end) is middle and steps.get(Shape(3, 3, 10, 1), end) is middle
+    fewer = steps.get(Shape(1, 3, 10, 8), end)
+    assert fewer is not middle and len(steps.steps) == 2, "most rows would run for nothing"
+    longer = steps.get(Shape(4, 3, 11, 8), end)
+    assert middle not in steps.steps.values() and steps.get(Shape(4, 3, 10, 8), end) is longer
+    assert steps.get(Shape(1, 3, 10, 8), end) is fewer
+    assert steps.get(Shape(4, 3, 11, 8), torch.tensor([6])) is not longer
+    assert steps.get(Shape(4, 3, 11, 8, greedy=True), end) is not longer and len(steps.steps) == 1
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 23, 64, 1000])

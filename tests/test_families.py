@@ -4,15 +4,15 @@ trained by the plain engine. `docs/models.md` is made from the lists here and in
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import numerics
 import oracles
 import pytest
 import tiny
 import torch
 import transformers
+from numerics import assert_same, assert_values
 from saved import build_tokenizer
 from test_engine import (
-    assert_same,
     credit_of,
     engine_gradient,
     groups_of,
@@ -54,7 +54,8 @@ class Family:
     modules: tuple[str, ...]
     extra: dict = field(default_factory=dict)
 
-    def build(self, dtype=torch.float64, **changes):
+    def build(self, dtype=None, **changes):
+        dtype = dtype or numerics.now().dtype
         config = getattr(transformers, self.config)(**tiny.SHAPE | self.extra | changes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -62,7 +63,7 @@ class Family:
             for parameter in model.parameters():
                 if parameter.ndim == 2:
                     torch.nn.init.normal_(parameter, std=0.25)
-        return model
+        return model.to(numerics.place())
 
 
 FAMILIES = {
@@ -134,21 +135,11 @@ TYPES = {"gemma3n": "gemma3n_text", "llama with dynamic rope": "llama", "phi3 wi
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def plain_policy(name, dtype=torch.float64):
+def plain_policy(name):
     """The plain engine on a tiny model of the family, its LoRA B matrices random."""
     family = FAMILIES[name]
-    policy = Policy(
-        attach(family.build(dtype), r=4, alpha=8.0, target_modules=family.modules, layers=[3]),
-        plain=True,
-        temperature=0.8,
-        suppress_tokens=[0, 20],
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        for parameter_name, parameter in policy.parameters.items():
-            if "lora_B" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.2)
-    return policy
+    model = attach(family.build(), r=4, alpha=8.0, target_modules=family.modules, layers=[3])
+    return Policy(tiny.with_random_b(model), plain=True, temperature=0.8, suppress_tokens=[0, 20])
 
 
 def test_the_page_of_models_is_current():
@@ -160,7 +151,7 @@ def test_the_page_of_models_is_current():
 
 @pytest.mark.parametrize(("family", "attention", "cut"), SERVED)
 def test_tree_mask_and_trunk_give_the_values_and_gradients_of_the_own_forward(family, attention, cut):
-    with tiny.Float64():
+    with numerics.casts():
         modules = MODULES.get(family, ["q_proj", "v_proj"])
         policy = tiny.build_policy(
             family, attention, layers=CUTS[cut], target_modules=modules, temperature=0.8
@@ -168,21 +159,22 @@ def test_tree_mask_and_trunk_give_the_values_and_gradients_of_the_own_forward(fa
         assert policy.cut == CUTS[cut][0]
         groups = groups_of(count=2)
         tries, credits = credit_of(groups)
-        own, logps = oracles.path_loss(policy, groups, tries, credits)
+        exact = numerics.exact(policy)
+        own, logps = oracles.path_loss(exact, groups, tries, credits)
         own.backward()
-        theirs = float(own.detach()), {n: p.grad.clone() for n, p in policy.parameters.items()}
+        theirs = float(own.detach()), {n: p.grad.clone() for n, p in exact.parameters.items()}
         assert_same(engine_gradient(policy, groups, tries, credits, Surrogate()), theirs)
         for pack in build_packs(groups, tries, credits, 30):
             values = policy.logps(pack).tolist()
             for g, n, value in zip(pack.targets.group, pack.targets.node, values, strict=True):
-                assert value == pytest.approx(float(logps[g][n]), rel=1e-9, abs=1e-9)
+                assert_values(value, float(logps[g][n]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", tiny.MORE_FAMILIES)
 def test_its_cache_samples_as_a_loop_over_whole_texts(family, attention):
-    with tiny.Float64():
+    with numerics.casts():
         modules = MODULES.get(family, ["q_proj", "v_proj"])
         policy = tiny.build_policy(family, attention, target_modules=modules, suppress_tokens=[0, 20])
         assert_sampled_as_a_loop(policy)
@@ -202,7 +194,7 @@ def test_the_trie_engine_refuses_it_by_name(name):
 
 @every_family
 def test_the_plain_engine_gives_the_gradient_of_a_forward_over_each_prefix(name):
-    with tiny.Float64():
+    with numerics.casts():
         policy = plain_policy(name)
         groups = groups_of(2, count=2)
         tries, credits = credit_of(groups)
@@ -215,23 +207,25 @@ def test_the_plain_engine_gives_the_gradient_of_a_forward_over_each_prefix(name)
 @every_family
 def test_the_plain_engine_samples_as_a_loop_over_whole_texts(name):
     """Each family's own cache, with rows that end at different times."""
-    with tiny.Float64():
+    with numerics.casts():
         assert assert_sampled_as_a_loop(plain_policy(name)).boundary is None
 
 
 def assert_sampled_as_a_loop(policy):
     """Returns what was sampled."""
     end_ids, lengths, requests = [5, 6, 7, 8], set(), requests_of(num=3)
+    exact = numerics.exact(policy)
     drawn = sample(policy, requests, end_ids=end_ids, decode=texts_of, seed=3, step=2)
     for request, completions in zip(requests, drawn.completions, strict=True):
         for c, completion in enumerate(completions):
             noise = uniforms(3, 2, request.slot, c, request.max_tokens)
+            follow = numerics.follow(completion.ids, noise)
             ids, logps, entropies = oracles.sample_one(
-                policy, request.prompt_ids, request.max_tokens, end_ids, noise
+                exact, request.prompt_ids, request.max_tokens, end_ids, noise, follow
             )
             assert completion.ids.tolist() == ids
-            np.testing.assert_allclose(completion.logps, logps, atol=1e-9)
-            np.testing.assert_allclose(completion.entropies, entropies, atol=1e-9)
+            assert_values(completion.logps, logps)
+            assert_values(completion.entropies, entropies)
             lengths.add(len(ids))
     assert len(lengths) > 2, "completions must end at different steps"
     return drawn

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numerics
 import pytest
 import torch
 
@@ -16,8 +17,11 @@ def problem(dtype=torch.float64, bias=False, **options):
     draw = torch.Generator().manual_seed(0)
 
     def normal(*shape, size=1.0):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64).mul_(size).to(dtype)
+        drawn = torch.randn(*shape, generator=draw, dtype=torch.float64).mul_(size)
+        return drawn.to(numerics.place(), dtype)
 
+    if "suppressed" in options:
+        options["suppressed"] = options["suppressed"].to(numerics.place())
     head = Head(normal(VOCABULARY, HIDDEN), normal(VOCABULARY) if bias else None, **options)
     rows = normal(ROWS, HIDDEN, size=2.0).requires_grad_()
     row = torch.randint(ROWS - 1, (TARGETS,), generator=draw)
@@ -26,8 +30,8 @@ def problem(dtype=torch.float64, bias=False, **options):
     return (
         head,
         rows,
-        row,
-        token,
+        row.to(numerics.place()),
+        token.to(numerics.place()),
         [normal(TARGETS).to(torch.promote_types(dtype, torch.float32)) for _ in range(5)],
     )
 
@@ -105,7 +109,7 @@ def test_a_bfloat16_head_gives_float32_log_probs_and_a_gradient_as_near_as_autog
 
 def test_no_targets_and_no_gradient():
     head, rows, *_ = problem()
-    none = torch.empty(0, dtype=torch.long)
+    none = torch.empty(0, dtype=torch.long, device=rows.device)
     assert head.logps(rows, none, none).shape == (0,)
     with torch.no_grad():
-        assert not head.logps(rows, torch.tensor([1]), torch.tensor([2])).requires_grad
+        assert not head.logps(rows, none.new_tensor([1]), none.new_tensor([2])).requires_grad

@@ -5,27 +5,35 @@ import re
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
-from test_engine import credit_of
+from test_engine import credit_of, texts_of
 from transformers import AutoModelForCausalLM
 
 from twig import decoder
 from twig.cli import main
 from twig.config import Settings
 from twig.decoder import KeyValueCache
+from twig.evaluate import evaluate_policy as evaluate
+from twig.footprint import CUDA_CONTEXT, CUDA_OUTSIDE
+from twig.machine import free_memory
+from twig.measure import measure_model
 from twig.memory import work_of
 from twig.models import load_model, load_tokenizer
 from twig.pack import build_packs
+from twig.records import UserError
+from twig.rollout import Request, sample
 from twig.shape import Shape
 from twig.sizing import size_run
 from twig.tasks import load_task
 from twig.usage import PeakMemory
-from twig.workload import Table, kept_by_pack
+from twig.workload import DecodeTable, Table, decode_buffers, kept_by_pack
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -135,6 +143,38 @@ def test_leaving_rows_out_never_holds_two_caches(monkeypatch):
         assert all(torch.equal(a[:, :, :5], b[:, :, :5]) for a, b in zip(ours, theirs, strict=True))
 
 
+# What sampling by captured steps keeps
+
+
+@pytest.mark.parametrize(("greedy", "num"), [(False, 3), (True, 1)])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_what_a_decode_step_keeps_is_counted(family, greedy, num):
+    """With a prompt's keys and values held once for all of its rows, and with one row of each."""
+    policy = tiny.build_policy(family, dtype=torch.float32, decode="graph")
+    requests = [Request(np.arange(3, 3 + n), num, 9, slot) for slot, n in enumerate((4, 2, 3))]
+    sample(policy, requests, end_ids=[1], decode=texts_of, greedy=greedy, record=not greedy)
+    (step,) = policy.decode_steps.steps.values()
+    work = work_of(shape_of(policy.model.config), settings_of("lora.layers=last_third"), "cuda", 4)
+    work = replace(work, element=4)
+    table = DecodeTable.of(3, num, 4, 9, not greedy)
+    assert (table.prompts, table.each, table.slots, table.length) == (
+        step.shape.prompts,
+        step.shape.rows,
+        step.shape.slots,
+        step.shape.length,
+    )
+    assert step.shape.shared == (num > 1)
+    assert decode_buffers(work, table) == pytest.approx(bytes_of(step), rel=0.01)
+
+
+def bytes_of(step):
+    """Bytes of the tensors that a decode step holds, of each once."""
+    found = [value for value in vars(step).values() if isinstance(value, torch.Tensor)]
+    found += [x for pair in step.rotary.values() for x in pair]
+    found += [x for cache in step.caches for x in (*(cache.prompt or ()), *cache.own)]
+    return sum({x.data_ptr(): x.numel() * x.element_size() for x in found}.values())
+
+
 # The command
 
 
@@ -168,3 +208,118 @@ def test_the_predicted_peak_is_the_plan_above_what_is_there(monkeypatch):
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     passed = size_run(settings, task, tokenizer, model, memory, begins=True)
     assert passed.peak == 10**9 - weights + passed.plan.peak, "the weights are there, and in the plan"
+
+
+# A budget on a CUDA device, with a device that is not there
+
+GIB = 2**30
+
+
+class Cuda(SimpleNamespace):
+    """What torch.cuda says of a device of 8 GiB; `shares` are those that it was limited to."""
+
+    def __init__(self, free=6 * GIB, allocated=0, reserved=0, share=1.0):
+        super().__init__(free=free, allocated=allocated, reserved=reserved, shares=[share])
+
+    def is_available(self):
+        return False
+
+    def current_device(self):
+        return 0
+
+    def mem_get_info(self, device):
+        return self.free, 8 * GIB
+
+    def memory_allocated(self, device):
+        return self.allocated
+
+    def memory_reserved(self, device):
+        return self.reserved
+
+    def max_memory_allocated(self, device):
+        return self.allocated
+
+    def reset_peak_memory_stats(self, device):
+        pass
+
+    def get_per_process_memory_fraction(self, number):
+        return self.shares[-1]
+
+    def set_per_process_memory_fraction(self, share, number):
+        assert isinstance(number, int) and isinstance(share, float) and 0 <= share <= 1, "torch refuses these"
+        self.shares.append(share)
+
+
+def size_on(monkeypatch, cuda, *words, model=None, device="cuda", begins=True):
+    """Sizes a run on the device; the run is over when this returns."""
+    monkeypatch.setattr(torch, "cuda", cuda)
+    settings = settings_of("task.eval_size=4", *words)
+    with PeakMemory(device) as memory:
+        tokenizer = load_tokenizer(settings.model)
+        return size_run(settings, load_task(settings), tokenizer, model, memory, begins=begins)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_written_budget_is_a_limit_until_the_run_ends(device, monkeypatch):
+    """Torch may take what the context, which the budget includes, leaves of it."""
+    cuda = Cuda()
+    size_on(monkeypatch, cuda, "memory.budget=4GiB", device=device)
+    assert cuda.shares == [1.0, (4 * GIB - CUDA_OUTSIDE) / (8 * GIB), 1.0]
+
+
+def test_auto_is_no_limit(monkeypatch):
+    cuda = Cuda()
+    size_on(monkeypatch, cuda)
+    assert cuda.shares == [1.0]
+
+
+def test_a_share_is_one_of_what_is_free_with_what_the_context_took_of_it(monkeypatch):
+    """8 GiB: 6 free, 1 reserved and half of that in use, 1 outside torch, the context among it."""
+    cuda = Cuda(free=6 * GIB, reserved=GIB, allocated=GIB // 2)
+    size_on(monkeypatch, cuda, "memory.budget=0.5")
+    free = 6 * GIB + GIB // 2 + CUDA_CONTEXT
+    assert cuda.shares[1] == pytest.approx((GIB // 2 + 0.5 * free - CUDA_OUTSIDE) / (8 * GIB))
+    assert free_memory("cuda", torch) == 6 * GIB + GIB // 2, "what torch keeps without need is free"
+
+
+def test_what_was_there_before_is_not_the_runs_but_the_model_is(monkeypatch):
+    model, _ = load_model("tiny-arithmetic")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cuda = Cuda(allocated=GIB + weights, reserved=GIB + weights)
+    found = size_on(monkeypatch, cuda, "memory.budget=3GiB", model=model)
+    assert cuda.shares[1] == (4 * GIB - CUDA_OUTSIDE) / (8 * GIB)
+    assert found.peak == GIB + found.plan.tensors_peak
+
+
+def test_a_limit_never_widens_one_that_is_there_and_ends_with_an_error_too(monkeypatch):
+    cuda = Cuda(share=0.25)
+    size_on(monkeypatch, cuda, "memory.budget=4GiB")
+    assert cuda.shares == [0.25, 0.25, 0.25]
+    with pytest.raises(KeyError), PeakMemory("cuda") as memory:
+        memory.limit(GIB)
+        memory.limit(2 * GIB)
+        raise KeyError
+    assert cuda.shares[3:] == [0.125, 0.25, 0.25]
+
+
+def test_a_budget_below_the_context_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match=r"^memory.budget: 500MiB is less than CUDA itself takes, \d+ MiB; "):
+        size_on(monkeypatch, Cuda(), "memory.budget=500MiB", begins=False)
+
+
+def test_elsewhere_nothing_is_limited(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", None)
+    with PeakMemory("cpu") as memory:
+        memory.limit(1)
+        assert memory.context() == 0
+
+
+def test_an_evaluation_keeps_to_the_budget_too(monkeypatch):
+    """Until its last answer, and not after it."""
+    limits = []
+    monkeypatch.setattr(PeakMemory, "__exit__", lambda self, *error: limits.append("left"))
+    monkeypatch.setattr(
+        "twig.measure.evaluate_policy", lambda *a, **k: limits.append("answers") or evaluate(*a, **k)
+    )
+    measure_model(settings_of("task.eval_size=2", "memory.budget=2GiB", "rollout.max_completion_length=2"))
+    assert limits == ["answers", "left"]

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from twig.cli import main
 from twig.cli_plan import assumed_prompt, longest_prompt
 from twig.config import Settings, load, recipe_names, recipe_text
-from twig.footprint import LIBRARIES, Footprint, Ledger
-from twig.memory import DEFAULT_SIZES, SIZES, open_sizes, plan, with_sizes, work_of
+from twig.footprint import CUDA_CONTEXT, CUDA_GRAPH, LIBRARIES, OUTSIDE, Footprint
+from twig.ledger import Ledger
+from twig.memory import DEFAULT_SIZES, SIZES, _wave_sizes, open_sizes, plan, with_sizes, work_of
 from twig.records import UserError
 from twig.shape import Shape, Unplannable
 from twig.sizing import choose_sizes
-from twig.workload import Sizes
+from twig.workload import Sizes, waves_of
 
 MIB, GIB = 2**20, 2**30
 MINIMAL = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
@@ -137,9 +138,14 @@ def test_phases_add_up_and_a_larger_budget_never_chooses_less(asked, prompt, fir
         assert found.fits == all(phase.peak <= 0.95 * found.budget for phase in found.phases)
         assert found.fits or found.advice or found.sizes["rollout.wave_size"] == 1
     assert large.fits or not small.fits
-    for key in ("rollout.wave_size", "train.pack_size", "train.head_chunk", "eval.batch_size"):
-        if not (small.checkpoint_layers and key in ("train.pack_size", "train.head_chunk")):
-            assert large.sizes[key] >= small.sizes[key], key
+    if small.decode == "plain" != large.decode:
+        assert 4 * large.wave_size >= small.wave_size
+        return
+    assert large.wave_size >= small.wave_size and large.eval_batch_size >= small.eval_batch_size
+    if kind == "cuda" and large.wave_size > small.wave_size:
+        return  # what a larger wave keeps is not there for the update
+    if not small.checkpoint_layers:
+        assert large.pack_size >= small.pack_size and large.head_chunk >= small.head_chunk
     assert small.checkpoint_layers or not large.checkpoint_layers
 
 
@@ -178,6 +184,96 @@ def test_restarts_are_planned_for():
     )
 
 
+# A CUDA device
+
+
+def names(found, phase):
+    return set(items(found, phase))
+
+
+def test_on_cuda_a_step_that_is_kept_is_there_in_the_update_too():
+    words = ("algorithm.name=grpo", "rollout.num_generations=8", "rollout.prompts_per_step=4")
+    found = plan(BILLION, settings_of(*words), 24 * GIB, "cuda", prompt_tokens=100)
+    assert found.wave_size == 32
+    # 32 completions of 256 slots behind the 128 of their prompts, of which there are so few that each row has
+    # them; 28 layers with 2 x 2 heads of 128. Then per token the id, and log-prob, entropy and noise in
+    # float32, and the trunk's output; per row the next logits
+    cache = 32 * (128 + 256) * 28 * 2 * 256 * 2
+    row = 256 * (8 + 3 * 4 + 1536 * 2) + 151936 * 4
+    rotary = 2 * (128 + 256) * 128 * 2
+    for phase in ("sampling", "update"):
+        assert items(found, phase)["decode buffers"] == cache + 32 * row + rotary
+        assert items(found, phase)["captured graph"] == CUDA_GRAPH + 3 * 32 * 151936 * 4
+    assert {"context", "workspaces", "allocator's reserve"} <= names(found, "loading")
+    assert "decode buffers" not in names(found, "loading")
+
+
+@pytest.mark.parametrize("word", ["rollout.decode=plain", "model.engine=plain", "rollout.stop=[x]"])
+def test_sampling_without_captured_steps_keeps_none(word):
+    found = plan(BILLION, settings_of(word), 24 * GIB, "cuda", prompt_tokens=100)
+    assert not any("decode buffers" in names(found, phase.name) for phase in found.phases)
+    assert work_of(Shape.from_config(BILLION), settings_of(), "cpu", 100).static_decode is False
+
+
+def test_the_peak_that_torch_counts_is_that_of_the_tensors_alone():
+    """While a step is captured it is at work in torch's memory; later what it needs is the graph's own."""
+    found = plan(BILLION, settings_of(), 24 * GIB, "cuda", prompt_tokens=100)
+    outside = {p.name: sum(i.size for i in p.items if i.name in OUTSIDE) for p in found.phases}
+    tensors = [phase.peak - outside[phase.name] for phase in found.phases]
+    assert CUDA_CONTEXT < min(outside.values())
+    assert max(tensors) <= found.tensors_peak < found.peak - CUDA_CONTEXT
+    plain = plan(BILLION, settings_of("rollout.decode=plain"), 24 * GIB, "cuda", prompt_tokens=100)
+    tensors = [sum(i.size for i in p.items if i.name not in OUTSIDE) for p in plain.phases]
+    assert plain.tensors_peak == max(tensors)
+
+
+@pytest.mark.parametrize(
+    ("generations", "prompts", "sizes"),
+    [
+        (8, 8, {64, 32, 24, 16, 8, 4, 2, 1}),
+        (50, 8, {200, 150, 100, 50, 25, 10, 5, 2, 1}),
+        (300, 2, {150, 100, 75, 60, 50, 30, 25, 20, 15, 12, 10, 6, 5, 4, 3, 2, 1}),
+    ],
+)
+def test_waves_of_captured_steps_are_whole_groups_or_equal_parts_of_one(generations, prompts, sizes):
+    words = (f"rollout.num_generations={generations}", f"rollout.prompts_per_step={prompts}")
+    work = work_of(Shape.from_config(BILLION), settings_of(*words), "cuda", 100)
+    assert set(_wave_sizes(work, None)) == sizes
+    assert _wave_sizes(work, 7) == [7]
+
+
+@examples(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 60))
+def test_waves_are_those_that_sampling_makes(prompts, generations, size):
+    rows = [prompt for prompt in range(prompts) for _ in range(generations)]
+    waves = [rows[i : i + size] for i in range(0, len(rows), size)]
+    assert set(waves_of(prompts, generations, size)) == {
+        (len(set(wave)), max(map(wave.count, wave))) for wave in waves
+    }
+
+
+def test_where_captured_steps_do_not_fit_the_plain_loop_is_chosen_and_said():
+    words = ("rollout.num_generations=16", "rollout.prompts_per_step=8", "model.dtype=bfloat16")
+    config = MODELS["Qwen/Qwen2.5-0.5B-Instruct"]
+    small, large = (plan(config, settings_of(*words), int(n * GIB), "cuda") for n in (2.1, 12))
+    assert small.fits and (small.decode, large.decode) == ("plain", None)
+    assert any("rollout.decode=plain" in note for note in small.notes)
+    assert not any("rollout.decode" in note for note in large.notes)
+    fixed = plan(config, settings_of(*words, "rollout.decode=graph"), int(1.95 * GIB), "cuda")
+    assert fixed.decode is None and "rollout.decode=plain" in {each.changes for each in fixed.advice}
+    found = choose_sizes(settings_of(*words), config, "cuda", int(2.1 * GIB), prompt_tokens=256)
+    assert found.settings.rollout.decode == "plain"
+
+
+def test_a_wave_leaves_room_for_the_update():
+    words = ("rollout.num_generations=32", "rollout.prompts_per_step=8", "rollout.max_completion_length=1024")
+    settings = settings_of(*words, "algorithm.name=grpo")
+    found = plan(BILLION, settings, 7 * GIB, "cuda", prompt_tokens=100)
+    assert found.fits
+    kept = [item.size for phase in found.phases[1:3] for item in phase.items if item.name == "decode buffers"]
+    assert kept[0] == kept[1]
+
+
 # What to change
 
 
@@ -185,8 +281,8 @@ def test_advice_is_in_order_of_cost_and_works():
     """Sizes that somebody wrote come first: only speed depends on them."""
     words = ["rollout.wave_size=128", "train.pack_size=4096", "train.checkpoint_layers=false"]
     words += ["algorithm.name=grpo", "rollout.max_completion_length=8000", "model.dtype=float32"]
-    settings = settings_of(*words, "lora.layers=all", "rollout.prompts_per_step=64")
-    found = plan(BILLION, settings, 4 * GIB, "cuda", prompt_tokens=200)
+    settings, budget = settings_of(*words, "lora.layers=all", "rollout.prompts_per_step=64"), int(4.3 * GIB)
+    found = plan(BILLION, settings, budget, "cuda", prompt_tokens=200)
     assert not found.fits
     keys = [re.sub("=[^ ]*", "", each.changes) for each in found.advice]
     assert keys == [
@@ -199,7 +295,7 @@ def test_advice_is_in_order_of_cost_and_works():
     assert peaks == sorted(peaks, reverse=True)
     assert [each.fits for each in found.advice] == [False] * (len(keys) - 1) + [True]
     changed = settings.with_overrides([word for each in found.advice for word in each.changes.split()])
-    assert plan(BILLION, changed, 4 * GIB, "cuda", prompt_tokens=200).peak == peaks[-1]
+    assert plan(BILLION, changed, budget, "cuda", prompt_tokens=200).peak == peaks[-1]
 
 
 # What a run makes of it
@@ -278,13 +374,13 @@ def test_a_recipe_says_what_memory_it_takes(name):
 
 def test_a_plan_needs_neither_weights_nor_torch(test_data):
     config = test_data / "qwen2_1.5b_config" / "config.json"
-    words = ["plan", "svamp-qwen2-1.5b", f"model.name={config}", "--for", "4GiB,8GiB"]
+    words = ["plan", "svamp-qwen2-1.5b", f"model.name={config}", "--for", "6GiB,8GiB"]
     code = f"import sys; from twig.cli import main; status = main({words!r})\n"
     code += "heavy = ('torch', 'transformers', 'datasets', 'peft', 'huggingface_hub', 'pandas')\n"
     code += "sys.exit(status or ' '.join(name for name in heavy if name in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("4GiB", "8GiB"))]
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("6GiB", "8GiB"))]
     assert [row[5] for row in rows] == ["yes", "yes"]
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 from fractions import Fraction
 
+import numerics
 import numpy as np
 import pytest
 import saved
@@ -11,8 +12,9 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numerics import assert_same
 from random_groups import bounded
-from test_engine import assert_same, engine_gradient, oracle_gradient
+from test_engine import engine_gradient, oracle_gradient
 
 from twig.config import Settings
 from twig.noise import REPLAY, generator
@@ -302,7 +304,7 @@ def ids_of(batch) -> list[list[list[int]]]:
 
 @pytest.fixture(autouse=True)
 def _float64():
-    with tiny.Float64():
+    with numerics.casts():
         yield
 
 

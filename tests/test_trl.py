@@ -7,6 +7,7 @@ adapter's gradient just before the optimizer step.
 
 from dataclasses import dataclass
 
+import numerics
 import numpy as np
 import pytest
 import tiny
@@ -98,7 +99,7 @@ def put(parameters, values) -> None:
 
 
 def build_policy(temperature: float) -> Policy:
-    model = tiny.build_model("qwen2", dtype=torch.float32)
+    model = tiny.build_model("qwen2", dtype=numerics.now().rerun)
     return Policy(attach(model, alpha=8.0, layers=[2, 3], **LORA), temperature=temperature)
 
 
@@ -141,7 +142,7 @@ def trl_updates(adapter, folder, steps=1, **options) -> list[Update]:
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,  # the gradient itself, not clipped
         "activation_checkpointing": False,
-        "use_cpu": True,
+        "use_cpu": numerics.place().type == "cpu",
         "bf16": False,
         "report_to": [],
         "save_strategy": "no",
@@ -149,7 +150,7 @@ def trl_updates(adapter, folder, steps=1, **options) -> list[Update]:
         "dataloader_pin_memory": False,
     }
     trainer = GRPOTrainer(
-        model=tiny.build_model("qwen2", dtype=torch.float32),
+        model=tiny.build_model("qwen2", dtype=numerics.now().rerun),
         reward_funcs=reward,
         args=GRPOConfig(**arguments | options),
         train_dataset=Dataset.from_dict({"prompt": list(wanted)}),
@@ -234,7 +235,7 @@ def test_gradient_of_a_second_iteration_with_clipping_equals_that_of_trl(tmp_pat
         parameter.grad = None
     logp, _ = policy.backward(pack, Surrogate(beta=0.04, **clip), None, old, ref)
 
-    ratio = (logp - old).exp().numpy()
+    ratio = (logp - old).exp().cpu().numpy()
     plus, minus = pack.targets.plus > 0, pack.targets.minus < 0
     high, low = ratio[plus], ratio[minus]
     assert (high > 1.4).sum() > 1 and (low < 0.9).sum() > 1, "the clip must bind on both sides"

@@ -1,9 +1,11 @@
 """Tiny random models of every family, and groups to train them on."""
 
+import numerics
 import numpy as np
 import torch
 import transformers
-from torch.overrides import TorchFunctionMode
+from numerics import Float64  # noqa: F401
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twig.adapter import attach
@@ -70,26 +72,12 @@ MORE_FAMILIES: dict[str, tuple[str, dict]] = {
 }
 
 
-class Float64(TorchFunctionMode):
-    """Inside, every cast to float32 is one to float64.
-
-    The models compute norms, rotations and the softmax of eager attention in float32 whatever their dtype,
-    which would leave 1e-7 of noise in comparisons that ought to be exact.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def wide(value):
-            return torch.float64 if value is torch.float32 else value
-
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()})
-
-
 def build_model(
-    family: str = "qwen2", attention: str = "sdpa", dtype=torch.float64, seed: int = 0, **shape
+    family: str = "qwen2", attention: str = "sdpa", dtype=None, seed: int = 0, **shape
 ) -> PreTrainedModel:
-    """A random model of the family, with weights large enough that attention is not uniform."""
+    """A random model of the family, with weights large enough that attention is not uniform; where and in
+    what dtype the test runs."""
+    dtype = dtype or numerics.now().dtype
     name, extra = (FAMILIES | MORE_FAMILIES)[family]
     config = getattr(transformers, name)(**SHAPE | extra | shape)
     with torch.random.fork_rng(devices=[]):
@@ -98,27 +86,33 @@ def build_model(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.25)
-    return model
+    return model.to(numerics.place())
 
 
 def build_policy(
-    family: str = "qwen2", attention: str = "sdpa", dtype=torch.float64, layers="last_third", **kwargs
+    family: str = "qwen2", attention: str = "sdpa", dtype=None, layers="last_third", **kwargs
 ) -> Policy:
     """A policy on a tiny model, its LoRA B matrices random: a fresh adapter hides every fault of the
     adapter."""
     kwargs = {"target_modules": ["q_proj", "v_proj"]} | kwargs
     options = {
         k: kwargs.pop(k)
-        for k in ("temperature", "suppress_tokens", "plain", "head_chunk", "checkpoint_layers")
+        for k in ("temperature", "suppress_tokens", "plain", "head_chunk", "checkpoint_layers", "decode")
         if k in kwargs
     }
+    options = {"decode": "plain"} | options
     model = attach(build_model(family, attention, dtype), r=4, alpha=8.0, layers=layers, **kwargs)
-    with torch.random.fork_rng(devices=[]):
+    return Policy(with_random_b(model), **options)
+
+
+def with_random_b(model: PeftModel) -> PeftModel:
+    """The model with random LoRA B matrices: the same ones on every device."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-    return Policy(model, **options)
+                parameter.copy_(torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.2))
+    return model
 
 
 def has_sdpa(family: str) -> bool:

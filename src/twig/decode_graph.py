@@ -171,6 +171,12 @@ class Shape:
         slots, length = (-(-n // _SLOTS) * _SLOTS for n in (self.slots, self.length))
         return replace(self, prompts=prompts, slots=slots, length=length)
 
+    def covers(self, other: "Shape") -> bool:
+        """Whether a wave of the other shape has room in this one and uses half of its prompts or more."""
+        mine, its = (replace(shape, prompts=0, slots=0, length=0) for shape in (self, other))
+        room = self.slots >= other.slots and self.length >= other.length
+        return mine == its and room and other.prompts <= self.prompts <= 2 * other.prompts
+
 
 @dataclass
 class DecodeStep:
@@ -395,7 +401,7 @@ class DecodeSteps:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.steps: dict[tuple[Any, ...], DecodeStep] = {}
+        self.steps: dict[tuple[Shape, Any], DecodeStep] = {}
         self.weight_bytes = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         self.bytes_per_slot = max(_check(policy, shared) for shared in (False, True))
 
@@ -406,13 +412,16 @@ class DecodeSteps:
         shape = replace(shape, shared=copies > _SHARE_FROM * self.weight_bytes)
         # an evaluation is over before a compiler has earned what it took
         compiled = self.policy.decode == "compiled" and not shape.greedy
-        key = (shape, tuple(end_ids.tolist()), self.policy.adapter_is_on, compiled)
-        if key not in self.steps:
-            alike = [k for k in self.steps if k[0].greedy == shape.greedy and k[0].record == shape.record]
-            # two: whole waves, and the shorter last one of a step
-            self.steps = {k: self.steps[k] for k in alike[-1:]}
-            self.steps[key] = DecodeStep(self.policy, shape, end_ids, compiled)
-        return self.steps[key]
+        kind = (tuple(end_ids.tolist()), self.policy.adapter_is_on, compiled)
+        for (kept, its_kind), step in self.steps.items():
+            if its_kind == kind and kept.covers(shape):
+                return step
+        alike = [k for k in self.steps if k[0].greedy == shape.greedy and k[0].record == shape.record]
+        # two: whole waves, and the shorter last one of a step; what the new one covers is not needed
+        alike = [k for k in alike if not shape.covers(k[0])][-1:]
+        self.steps = {k: self.steps[k] for k in alike}
+        self.steps[shape, kind] = DecodeStep(self.policy, shape, end_ids, compiled)
+        return self.steps[shape, kind]
 
     def clear(self) -> bool:
         """Gives the buffers up; returns whether there were any."""

@@ -28,6 +28,10 @@ def invert_in_blocks(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor,
     In two levels, blocks and the tokens of one block: on a GPU the running sum of a long row is slow.
     """
     rows, vocabulary = probabilities.shape
+    if rows == 1:
+        # NOTE: CUDA adds up a single row in another way, by which a running sum may rise where nothing is
+        # added: a token of probability 0 would be drawn.
+        return invert_in_blocks(probabilities.expand(2, -1), uniform.expand(2))[:1]
     width = max(int(vocabulary**0.5), 1)
     blocks = -(-vocabulary // width)
     padded = torch.nn.functional.pad(probabilities, (0, blocks * width - vocabulary))

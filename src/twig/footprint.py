@@ -4,82 +4,54 @@ A phase is a `Ledger`: what is taken is added, what is given back is subtracted,
 sum at any one time, with the items that were alive then. Lengths are the longest that the settings allow and
 completions share nothing, so a prediction is a bound, reached where nothing ends early.
 
+On a CUDA device a phase has what its tensors take and, in items named in `OUTSIDE`, what no tensor takes.
+
 No torch.
 """
 
 from dataclasses import dataclass, field
 
+from twig.ledger import Ledger, Phase
 from twig.workload import (
+    DecodeTable,
     Sizes,
     Table,
     Work,
     backward_moment,
+    decode_buffers,
+    decode_moment,
     kept_by_layer,
     last_queries,
     layer_moment,
     pack_table,
+    waves_of,
 )
 
 MIB = 2**20
+MEASURED = ("cpu", "cuda")  # the kinds of device whose constants below were: see docs/performance.md
 # What the first calls of the libraries take and keep, beside all tensors: code that is mapped when it is
-# first used, thread pools, workspaces; the backward pass adds its own. CPU: measured, see
-# docs/performance.md. CUDA (with the context) and Apple: not measured.
-LIBRARIES = {"cpu": 45 * MIB, "cuda": 600 * MIB, "mps": 300 * MIB}
-BACKWARD_LIBRARIES = {"cpu": 15 * MIB, "cuda": 0, "mps": 0}
+# first used, thread pools, workspaces; the backward pass adds its own.
+LIBRARIES = {"cpu": 45 * MIB, "mps": 300 * MIB}
+BACKWARD_LIBRARIES = {"cpu": 15 * MIB, "mps": 0}
+# A CUDA device: measured on an H100 (benchmarks/gpu_memory.py), whose context is larger than that of a GPU
+# with fewer multiprocessors.
+CUDA_CONTEXT = 800 * MIB  # outside torch: the driver's context and the code of all kernels that a run loads
+CUDA_GRAPH = 48 * MIB  # outside torch: the nodes of a captured decode step
+CUDA_WORKSPACE = 32 * MIB  # cuBLAS's, allocated by torch for each thread and stream; 8 MiB before Hopper
+CUDA_RESERVE = 0.04  # of what tensors take: holes in the segments that torch's allocator cuts them from
+# What a process takes on a CUDA device outside torch's allocator, whose limit therefore has to be lower.
+CUDA_OUTSIDE = CUDA_CONTEXT + CUDA_GRAPH
+# The items that torch does not count as allocated. A graph's memory is not, between two replays.
+OUTSIDE = ("context", "captured graph", "allocator's reserve")
 # The check of a model's layers when it is opened: rows of logits alive at once (`decoder.Decoder.check`).
 _CHECK_ROWS = 94
 _COMPACTED = 0.75  # of a wave's rows, at most, when the finished ones are left out
 _INT, _BOOL = 8, 1
 
 
-@dataclass(frozen=True)
-class Item:
-    """One thing that takes memory: its name and bytes."""
-
-    name: str
-    size: int
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A phase of a run at its peak: `items` are what is alive then, the largest first; they add up to
-    `peak`."""
-
-    name: str
-    items: tuple[Item, ...]
-
-    @property
-    def peak(self) -> int:
-        return sum(item.size for item in self.items)
-
-
-class Ledger:
-    """What is alive, by name, and what was at the peak so far."""
-
-    def __init__(self, live: dict[str, float] | None = None) -> None:
-        self.live = dict(live or {})
-        self.highest, self.peak = dict(self.live), sum(self.live.values())
-
-    def take(self, name: str, size: float) -> None:
-        """`size` bytes more under `name`."""
-        self.live[name] = self.live.get(name, 0) + size
-        total = sum(self.live.values())
-        if total > self.peak:
-            self.highest, self.peak = dict(self.live), total
-
-    def drop(self, name: str, size: float | None = None) -> None:
-        """Gives back `size` bytes of `name`, by default all."""
-        self.live[name] = 0 if size is None else self.live[name] - size
-
-    def moment(self, name: str, size: float) -> None:
-        """`size` bytes that are alive beside everything else, and gone at once."""
-        self.take(name, size)
-        self.drop(name, size)
-
-    def phase(self, name: str) -> Phase:
-        """The phase at its peak."""
-        items = [Item(key, round(size)) for key, size in self.highest.items() if size > 0]
-        return Phase(name, tuple(sorted(items, key=lambda item: -item.size)))
+def _largest_matrix(work: Work) -> int:
+    """Bytes of a layer's largest matrix that is not quantised."""
+    return work.element * max(inputs * outputs for inputs, outputs in work.shape.linear().values())
 
 
 # ---- phases ----------------------------------------------------------------------------------------------
@@ -87,17 +59,32 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The phases of `work` done in pieces of `sizes`."""
+    """The phases of `work` done in pieces of `sizes`; with `tensors`, without what is `OUTSIDE`."""
 
     work: Work
     sizes: Sizes
+    tensors: bool = False
     base: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         work = self.work
-        base = {"base weights": work.shape.weight_bytes(work.element, work.quantised)}
-        base |= {"libraries": LIBRARIES[work.kind], "adapter": work.adapter_bytes}
-        object.__setattr__(self, "base", base)
+        base: dict[str, float] = {"base weights": work.shape.weight_bytes(work.element, work.quantised)}
+        if work.kind == "cuda":
+            base |= {"context": CUDA_CONTEXT, "workspaces": CUDA_WORKSPACE}
+        else:
+            base["libraries"] = LIBRARIES[work.kind]
+        base["adapter"] = work.adapter_bytes
+        object.__setattr__(self, "base", self._counted(base))
+
+    def _counted(self, items: dict[str, float]) -> dict[str, float]:
+        return {name: size for name, size in items.items() if not (self.tensors and name in OUTSIDE)}
+
+    def _phase(self, ledger: Ledger, name: str) -> Phase:
+        """The phase at its peak, with the allocator's reserve."""
+        if self.work.kind == "cuda" and not self.tensors:
+            own = sum(size for item, size in ledger.highest.items() if item not in OUTSIDE)
+            ledger.highest["allocator's reserve"] = CUDA_RESERVE * own
+        return ledger.phase(name)
 
     def phases(self) -> tuple[Phase, ...]:
         """Loading, sampling, update and evaluation."""
@@ -105,20 +92,28 @@ class Footprint:
 
     def loading(self) -> Phase:
         """Files are mapped, not read: weights that keep their dtype stay pages of the file, others are a copy
-        beside it. What goes to a GPU is read into the machine's own memory first, which is not counted."""
+        beside it. What goes to a GPU is read into the machine's own memory first, which is not counted; a
+        matrix that is quantised there is whole beside what it becomes."""
         work = self.work
         ledger = Ledger(self.base)
+        if work.kind == "cuda" and work.quantised is not None:
+            ledger.moment("weights as stored", 2 * _largest_matrix(work))
         copied = work.stored != work.element if work.kind == "cpu" else work.kind == "mps"
         if copied:
             ledger.moment("weights as stored", work.shape.weight_bytes(work.stored))
         ledger.moment("check of the layers", _CHECK_ROWS * work.shape.vocabulary * work.element)
-        return ledger.phase("loading")
+        return self._phase(ledger, "loading")
 
     def _trained(self) -> Ledger:
         """What is alive from the first step on."""
         work = self.work
         ledger = Ledger(self.base)
-        ledger.take("libraries", BACKWARD_LIBRARIES[work.kind])
+        if work.kind == "cuda":
+            ledger.take("workspaces", CUDA_WORKSPACE)  # the thread of the backward pass has its own
+            if work.quantised == "nf4":
+                ledger.take("a matrix, unpacked", _largest_matrix(work))
+        else:
+            ledger.take("libraries", BACKWARD_LIBRARIES[work.kind])
         ledger.take("gradients", work.adapter_bytes)
         ledger.take("optimizer", work.moments * work.adapter_bytes)
         return ledger
@@ -136,14 +131,17 @@ class Footprint:
         self._boundary(ledger)
         rows = min(self.sizes.wave_size, work.prompts * work.generations)
         ledger.take("sampled tokens", work.prompts * work.generations * work.length * 36)
+        # A restart's prompt has all but one token of a completion, beside a prompt with none of it.
+        width = work.path if work.restarts else work.prompt
         if work.plain:
             self._plain_wave(ledger, min(rows, work.generations))
+        elif work.static_decode:
+            prompts = waves_of(work.prompts, work.generations, self.sizes.wave_size)[0][0]
+            self._decode_wave(ledger, self._decode_tables(), prompts, width)
         else:
             exact, rest = divmod(rows, work.generations)
-            # A restart's prompt has all but one token of a completion, beside a prompt with none of it.
-            width = work.path if work.restarts else work.prompt
             self._wave(ledger, rows, min(work.prompts, exact + 2 * (rest > 0) - (exact == 0)), width)
-        return ledger.phase("sampling")
+        return self._phase(ledger, "sampling")
 
     def evaluation(self) -> Phase:
         """One greedy answer a problem, after training; between steps the last batch is still there."""
@@ -154,9 +152,52 @@ class Footprint:
         rows = min(self.sizes.eval_batch_size, work.questions)
         if work.plain:
             self._plain_wave(ledger, min(rows, 1))
+        elif work.static_decode:
+            table = DecodeTable.of(rows, 1, work.prompt, work.length, False)
+            self._decode_wave(ledger, [table], rows, work.prompt)
         else:
             self._wave(ledger, rows, rows, work.prompt)
-        return ledger.phase("evaluation")
+        return self._phase(ledger, "evaluation")
+
+    def _decode_tables(self) -> list[DecodeTable]:
+        """What is kept for the waves of a step, the largest first: two shapes at most."""
+        work = self.work
+        width = work.path if work.restarts else work.prompt
+        waves = waves_of(work.prompts, work.generations, self.sizes.wave_size)
+        tables = [DecodeTable.of(prompts, each, width, work.length, True) for prompts, each in waves]
+        return list(dict.fromkeys(tables))[:2]
+
+    def _keep_steps(self, ledger: Ledger, tables: list[DecodeTable]) -> None:
+        """What captured decode steps hold, from the first wave on: buffers, and each graph its own memory."""
+        work = self.work
+        ledger.take("decode buffers", sum(decode_buffers(work, table) for table in tables))
+        ledger.take("workspaces", CUDA_WORKSPACE)  # of the stream that captures
+        if not self.tensors:
+            graphs = sum(decode_moment(work, table) + CUDA_GRAPH for table in tables)
+            ledger.take("captured graph", graphs)
+
+    def _decode_wave(self, ledger: Ledger, tables: list[DecodeTable], prompts: int, width: int) -> None:
+        """A wave by captured steps: prompts of up to `width` tokens, then steps over buffers that stay.
+
+        In the first wave of its shape a step runs as it is beside the prompts, and is captured.
+        """
+        work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
+        table, hidden, prompt_tokens = tables[0], shape.hidden * e, prompts * width
+        self._keep_steps(ledger, tables)
+        # The noise is there once more, as it was drawn.
+        ledger.take("sampled tokens", table.rows * work.length * (2 * table.sampled + 2) * wide)
+        masks = self._masks(ledger, prompts, width, set(shape.windows))
+        ledger.take("key-value cache", prompt_tokens * shape.layers * 2 * shape.key * e)
+        ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and what goes on
+        ledger.moment("activations", layer_moment(work, prompts, width))
+        ledger.drop("masks", masks)
+        ledger.take("logits", prompts * shape.vocabulary * wide)
+        spread = table.rows * shape.vocabulary * wide  # the prompts' logits for each of their rows
+        ledger.moment("logits", max(spread, decode_moment(work, table)) if self.tensors else spread)
+        for name in ("logits", "activations", "key-value cache"):
+            ledger.drop(name)
+        if table.sampled and work.recorded:  # what was recorded, by row, then what of it is there
+            ledger.moment("activations", 2 * table.rows * work.length * hidden)
 
     def _wave(self, ledger: Ledger, rows: int, prompts: int, width: int) -> None:
         """`rows` completions of `prompts` prompts of up to `width` tokens."""
@@ -209,6 +250,8 @@ class Footprint:
         work, shape = self.work, self.work.shape
         ledger = self._trained()
         self._boundary(ledger)
+        if work.static_decode:
+            self._keep_steps(ledger, self._decode_tables())
         ledger.take("sampled tokens", work.prompts * work.generations * work.length * (36 + 4 * _INT))
         table = pack_table(work, self.sizes.pack_size)
         if work.plain:
@@ -222,7 +265,7 @@ class Footprint:
                 self._stem(ledger, Table(1, table.stem, 0, 0, 0))
         ledger.take("gradients", work.adapter_bytes)  # the pack's, before they are added to the batch's
         ledger.drop("gradients", work.adapter_bytes)
-        return ledger.phase("update")
+        return self._phase(ledger, "update")
 
     def _pack(self, ledger: Ledger, table: Table) -> None:
         work, shape, e = self.work, self.work.shape, self.work.element

@@ -74,13 +74,14 @@ def free_memory(device: str, torch: Any = None) -> int:
     """Bytes that a process may still take on a device, such as cpu or cuda:1; `torch`, the module, where it
     is loaded.
 
-    A CPU's is what the machine has available or, if less, what the container may still take. Raises UserError
-    where a GPU does not say.
+    A CPU's is what the machine has available or, if less, what the container may still take. What torch's
+    allocator keeps of a GPU without need is free. Raises UserError where a GPU does not say.
     """
     kind, _, number = device.partition(":")
     if kind == "cuda":
         if torch is not None:
-            return int(torch.cuda.mem_get_info(device)[0])
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return int(torch.cuda.mem_get_info(device)[0] + kept)
         found = _run("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
         free = (found or "").split()
         if int(number or 0) >= len(free):

@@ -80,6 +80,8 @@ def measure_model(
     with PeakMemory(str(policy.device)) as memory:
         asked = {"begins": False, "samples": samples or 1}
         settings = size_run(settings, task, tokenizer, policy.model, memory, **asked).settings
+        if settings.rollout.decode == "plain":  # captured steps may leave too little room
+            policy.decode = "plain"
         common = {
             "end_ids": ends,
             "max_completion_length": settings.rollout.max_completion_length,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from twig.config import Settings
-from twig.footprint import Footprint, Phase
+from twig.footprint import MEASURED, Footprint
+from twig.ledger import Phase
 from twig.records import UserError
 from twig.shape import Shape, Unplannable, read_config
 from twig.wording import parse_size, write
@@ -31,6 +32,7 @@ PROMPT_TOKENS = 256  # assumed where nobody knows the prompts
 _MOST_COMPLETIONS, _MOST_QUESTIONS, _PACK = 256, 128, 1024
 _HEAD_CHUNKS = (2**22, 2**20, 2**18, 2**16)
 _USED = 0.95  # of the budget
+_FASTER = 4  # a captured decode step is that many times as fast as a plain one, at least
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -48,7 +50,9 @@ class Plan:
     """What a run computes at once, and the memory that it takes at most.
 
     `phases` are itemised, `budget` is in bytes. Where it does not fit, the sizes are the smallest there are,
-    and `advice` says what to change, the cheapest first.
+    and `advice` says what to change, the cheapest first. `tensors_peak` is the peak without
+    what is `footprint.OUTSIDE`: what torch counts as allocated on a CUDA device. `decode` is what
+    `rollout.decode` is to be, None as it is set.
     """
 
     wave_size: int
@@ -58,8 +62,10 @@ class Plan:
     eval_batch_size: int
     phases: tuple[Phase, ...]
     budget: int
+    tensors_peak: int
     advice: tuple[Advice, ...] = ()
     notes: tuple[str, ...] = ()
+    decode: str | None = None
 
     @property
     def peak(self) -> int:
@@ -87,12 +93,6 @@ class Plan:
         """Whether freed memory must be given back for the plan to hold: see `return_freed_memory`."""
         return self.peak > self.budget / 2
 
-    @property
-    def tensors_peak(self) -> int:
-        """The peak without what libraries take: what a CUDA device counts as allocated."""
-        parts = [[item.size for item in phase.items if item.name != "libraries"] for phase in self.phases]
-        return max(map(sum, parts))
-
 
 def plan(
     config: Mapping[str, Any] | str | Path,
@@ -117,11 +117,18 @@ def plan(
 
     def chosen(changed: Settings) -> Plan:
         work = work_of(shape, changed, device_kind, prompt_tokens, questions, quantised)
-        return _choose(work, changed, budget)
+        found = _choose(work, changed, budget)
+        if work.static_decode and changed.rollout.decode == "auto":
+            plain = _choose(replace(work, static_decode=False), changed, budget)
+            if not found.fits or (plain.fits and found.wave_size * _FASTER < plain.wave_size):
+                return replace(plain, decode="plain")
+        return found
 
     found = chosen(settings)
-    advice = () if found.fits else _advise(chosen, settings, found, shape)
-    return replace(found, advice=advice, notes=tuple(_notes(shape, settings, device_kind)))
+    advice = (
+        () if found.fits else _advise(chosen, settings, found, _cheapest_first(settings, shape, device_kind))
+    )
+    return replace(found, advice=advice, notes=tuple(_notes(shape, settings, device_kind, found.decode)))
 
 
 def budget_bytes(budget: str | float, free: int) -> int:
@@ -198,7 +205,16 @@ def work_of(
         restarts=algorithm.replay.probability > 0,
         questions=questions,
         evaluated_between=settings.eval.steps > 0,
+        static_decode=_decodes_by_graph(settings, device_kind),
     )
+
+
+def _decodes_by_graph(settings: Settings, device_kind: str) -> bool:
+    """Whether tokens are sampled by captured steps: `policy.Policy` and `rollout.sample` decide the same."""
+    chosen = settings.rollout.decode
+    if device_kind != "cuda" or settings.model.engine == "plain" or settings.rollout.stop:
+        return False
+    return chosen != "plain"
 
 
 def _adapted(layers: str | list[int], count: int) -> tuple[int, ...]:
@@ -217,15 +233,23 @@ def _adapted(layers: str | list[int], count: int) -> tuple[int, ...]:
 
 
 def _choose(work: Work, settings: Settings, available: int) -> Plan:
-    """The first sizes that fit, phase by phase; the last ones tried where none do."""
+    """The first sizes that fit, phase by phase; the last ones tried where none do.
+
+    What captured decode steps keep is there in the update too: a wave then has to leave room for the update
+    in its smallest pieces.
+    """
     rollout, train, budget = settings.rollout, settings.train, int(available * _USED)
     sizes = Sizes(1, 1, _HEAD_CHUNKS[-1], True, 1)
-    total = work.prompts * work.generations
-    waves = _halved(min(total, _MOST_COMPLETIONS), 1, rollout.wave_size)
-    sizes, sampling = _first(
-        (replace(sizes, wave_size=n) for n in waves), lambda s: Footprint(work, s).sampling(), budget
-    )
-    sizes, update = _first(_update_sizes(work, train, sizes), lambda s: Footprint(work, s).update(), budget)
+
+    def update_in(sizes: Sizes) -> tuple[Sizes, Phase]:
+        return _first(_update_sizes(work, train, sizes), lambda s: Footprint(work, s).update(), budget)
+
+    for wave_size in _wave_sizes(work, rollout.wave_size):
+        sizes = replace(sizes, wave_size=wave_size)
+        sampling = Footprint(work, sizes).sampling()
+        if sampling.peak <= budget and (not work.static_decode or update_in(sizes)[1].peak <= budget):
+            break
+    sizes, update = update_in(sizes)
     questions = max(min(work.questions, _MOST_QUESTIONS), 1)
     batches = _halved(questions, 1, settings.eval.batch_size)
     sizes, evaluation = _first(
@@ -234,6 +258,7 @@ def _choose(work: Work, settings: Settings, available: int) -> Plan:
         budget,
     )
     phases = (Footprint(work, sizes).loading(), sampling, update, evaluation)
+    tensors = max(phase.peak for phase in Footprint(work, sizes, tensors=True).phases())
     return Plan(
         sizes.wave_size,
         sizes.pack_size,
@@ -242,7 +267,23 @@ def _choose(work: Work, settings: Settings, available: int) -> Plan:
         sizes.eval_batch_size,
         phases,
         available,
+        tensors,
     )
+
+
+def _wave_sizes(work: Work, fixed: int | None) -> list[int]:
+    """Completions at once, the most first.
+
+    Captured steps have as many rows for each prompt of a wave: they get whole groups, in waves of like size,
+    or equal parts of a group.
+    """
+    total, group = work.prompts * work.generations, work.generations
+    if fixed is not None or not work.static_decode:
+        return _halved(min(total, _MOST_COMPLETIONS), 1, fixed)
+    groups = dict.fromkeys(-(-work.prompts // waves) for waves in range(1, work.prompts + 1))
+    parts = [group // n for n in range(1, group + 1) if group % n == 0]
+    sizes = dict.fromkeys([*(n * group for n in groups), *parts])
+    return [size for size in sizes if size <= _MOST_COMPLETIONS]
 
 
 def _first(
@@ -280,17 +321,18 @@ def _update_sizes(work: Work, train: Any, sizes: Sizes) -> Iterator[Sizes]:
 
 
 def _advise(
-    chosen: Callable[[Settings], Plan], settings: Settings, found: Plan, shape: Shape
+    chosen: Callable[[Settings], Plan], settings: Settings, found: Plan, tried: Iterator[dict[str, Any]]
 ) -> tuple[Advice, ...]:
-    """Changes in order of cost, each on top of those before it, up to the first that fits.
+    """Changes out of `tried`, each on top of those before it, up to the first that fits.
 
     One that lowers the peak by less than a hundredth is left out, or a twentieth where it changes results.
     """
     advice: dict[str, Advice] = {}
-    for changes in _cheapest_first(settings, shape):
+    for changes in tried:
         changed = with_values(settings, changes)
         after = chosen(changed)
-        if after.peak > (0.99 if changes.keys() <= set(SIZES) else 0.95) * found.peak and not after.fits:
+        same = changes.keys() <= {*SIZES, "rollout.decode"}
+        if after.peak > (0.99 if same else 0.95) * found.peak and not after.fits:
             continue
         settings, found = changed, after
         words = " ".join(f"{key}={write(value).replace(' ', '')}" for key, value in changes.items())
@@ -300,13 +342,15 @@ def _advise(
     return tuple(advice.values())
 
 
-def _cheapest_first(settings: Settings, shape: Shape) -> Iterator[dict[str, Any]]:
+def _cheapest_first(settings: Settings, shape: Shape, device_kind: str) -> Iterator[dict[str, Any]]:
     """What can be changed: first what leaves the results as they are, last what makes it another run."""
     rollout = settings.rollout
     if fixed := set(SIZES) - set(open_sizes(settings)):
         yield {key: None for key in SIZES if key in fixed}
     if settings.model.dtype in ("auto", "float32", "float64"):
         yield {"model.dtype": "bfloat16"}
+    if _decodes_by_graph(settings, device_kind) and settings.rollout.decode != "auto":
+        yield {"rollout.decode": "plain"}
     layers = _adapted(settings.lora.layers, shape.layers)
     if len(layers) > 2:
         yield {"lora.layers": list(layers[len(layers) // 2 :])}
@@ -318,10 +362,12 @@ def _cheapest_first(settings: Settings, shape: Shape) -> Iterator[dict[str, Any]
         yield {"rollout.num_generations": rollout.num_generations // 2}
 
 
-def _notes(shape: Shape, settings: Settings, kind: str) -> Iterator[str]:
+def _notes(shape: Shape, settings: Settings, kind: str, decode: str | None) -> Iterator[str]:
     if not shape.known:
         yield f"model type '{shape.family}' is not known to the planner: it is counted as a Llama"
-    if kind != "cpu":
+    if kind not in MEASURED:
         yield "not measured: what the device's own libraries take"
+    if decode is not None:
+        yield f"captured decode steps leave too little room: rollout.decode={decode}"
     if settings.model.engine == "plain":
         yield "model.engine=plain is predicted roughly: a model's own forward may hold more"

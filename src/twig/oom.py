@@ -13,10 +13,17 @@ _WORDS = ("can't allocate memory", "out of memory", "not enough memory")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device or the machine is out of memory."""
+    """Whether `error` says that a device or the machine is out of memory, or was raised because of that.
+
+    A CUDA graph whose capture ends early raises an error of its own, in whose context is the cause.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(words in str(error).lower() for words in _WORDS):
+        return True
+    return error.__context__ is not None and out_of_memory(error.__context__)
 
 
 def give_back() -> None:

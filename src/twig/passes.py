@@ -161,8 +161,10 @@ class Passes:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
+            released = self.policy.release()
             give_back()
-            self._checkpoint(len(opened.stem))
+            if not released:
+                self._checkpoint(len(opened.stem))
 
     def _checkpoint(self, tokens: int) -> None:
         """Checkpoints layers from here on; refuses `tokens` where that was done already."""

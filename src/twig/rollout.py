@@ -116,21 +116,9 @@ def sample(
         if not greedy:
             noise = [uniforms(seed, step, request.slot, c, request.max_tokens) for request, c in wave]
         recorder = _Recorder(policy, [request.max_tokens for request, _ in wave], noise, ending)
-        draw, failed = _way(policy, stop), None
-        try:
-            draw(policy, wave, recorder, table, on_tokens)
-        except NotCaptured as error:
-            failed = error
-            _fall_back(policy, str(error))
-        except Exception as error:
-            if not out_of_memory(error) or (len(wave) == 1 and draw is not _sample_steps):
-                raise
-            failed = error.with_traceback(None)  # its frames hold the tensors that are in the way
-            if len(wave) == 1:
-                _fall_back(policy, "memory ran out")
-            wave_size = max(len(wave) // 2, 1)  # half as many at once, with the same noise
-        if failed is not None:
-            recorder = None
+        size = _draw(policy, wave, recorder, table, stop, on_tokens)
+        if size is not None:  # again, with the same noise
+            recorder, wave_size = None, min(wave_size, size)
             policy.release()
             give_back()
             continue
@@ -348,6 +336,33 @@ def _sample_wave(
         hidden = decoder.run(hidden, policy.cut, policy.num_layers, context)
         cache.filled += 1
         logits = policy.next_token_logits(hidden[:, 0])
+
+
+def _draw(
+    policy: Policy,
+    wave: list[tuple[Request, int]],
+    recorder: _Recorder,
+    table: _Table | None,
+    stop: Sequence[str],
+    on_tokens: Callable[[int], None] | None,
+) -> int | None:
+    """Samples a wave; returns how many rows to try at once if memory ran out or a step was not captured.
+
+    It returns before anybody tries again, as the frames of an error hold the tensors that are in the way.
+    """
+    draw = _way(policy, stop)
+    try:
+        draw(policy, wave, recorder, table, on_tokens)
+        return None
+    except NotCaptured as error:
+        _fall_back(policy, str(error))
+        return len(wave)
+    except Exception as error:
+        if not out_of_memory(error) or (len(wave) == 1 and draw is not _sample_steps):
+            raise
+        if len(wave) == 1:
+            _fall_back(policy, "memory ran out")
+        return max(len(wave) // 2, 1)
 
 
 def _way(policy: Policy, stop: Sequence[str]) -> Callable[..., None]:

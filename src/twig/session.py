@@ -52,6 +52,8 @@ from twig.usage import PeakMemory
 from twig.watch import Watch
 
 SCHEMA_VERSION = 1
+# Decode steps from which compiling them pays: on an H100 it takes 8 s and saves 2 ms a step.
+COMPILED_FROM = 10_000
 NOT_FINITE = "nonfinite"  # the folder of batches whose gradient was not
 
 
@@ -147,6 +149,9 @@ class Session:
         self.processes.copy_from_main(list(self.policy.parameters.values()))
         known = (self.policy, tokenizer, self.task, self.end_ids, self.progress, self.processes)
         self.trainer = Trainer(settings, *known)
+        if settings.rollout.decode == "auto" and self.policy.decode == "graph":
+            steps = self.trainer.total_steps * settings.rollout.max_completion_length
+            self.policy.decode = "compiled" if steps >= COMPILED_FROM else "graph"
 
     def _attach(self, model: Any) -> PeftModel:
         settings = self.settings
@@ -304,6 +309,7 @@ class Session:
         return result
 
     def _finish(self, status: str) -> Run:
+        self.policy.release()
         if status == "finished":
             self._save_adapter("adapter")
         standing, totals = self.standing, self.standing.totals

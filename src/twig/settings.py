@@ -105,8 +105,9 @@ class Rollout(Frozen):
         "auto",
         description="How tokens are sampled. `plain` calls the layers one by one. `graph` captures a step "
         "over buffers of a fixed size as a CUDA graph; `compiled` has torch.compile fuse it first, for some "
-        "seconds before the first step. The tokens are the same but for rounding. `auto`: `graph` on a CUDA "
-        "device, else `plain`.",
+        "seconds before the first step. The tokens are the same but for rounding. `auto`: on a CUDA device "
+        "`compiled` if the run is long enough to gain by it, else `graph`, and `plain` elsewhere or if there "
+        "is too little memory.",
     )
     stop: list[Text] = Field(
         [],
@@ -213,7 +214,9 @@ class Memory(Frozen):
     budget: Annotated[str, AfterValidator(check_budget)] | Annotated[float, Field(gt=0, le=1)] = Field(
         "auto",
         description="`auto`: what is free on the device at the beginning. Else a size, or a share of that. A "
-        "twentieth of it is not planned with.",
+        "twentieth of it is not planned with. On a CUDA device a size or a share is also a limit until the "
+        "run ends: it includes what CUDA itself takes, and if torch needs more than the rest, the run "
+        "continues in smaller pieces.",
         examples=["6GiB"],
     )
 

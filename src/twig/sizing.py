@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twig.config import Settings
+from twig.footprint import CUDA_OUTSIDE
 from twig.machine import free_memory
 from twig.memory import DEFAULT_SIZES, Plan, budget_bytes, open_sizes, plan, with_sizes, with_values
 from twig.records import UserError
@@ -46,8 +47,9 @@ def size_run(
 ) -> Sized:
     """The sizes of a run on the device of `memory`, before its model is loaded, or with one that is passed.
 
-    Looks at the true prompts, and has freed memory returned where the plan needs that. `begins`: as
-    `choose_sizes`, whose errors are raised. `beside`: how many processes share
+    Looks at the true prompts, and has freed memory returned where the plan needs that. On a CUDA device, a
+    `memory.budget` that somebody wrote is made the limit of `memory`. `begins`: as `choose_sizes`, whose
+    errors are raised. `beside`: how many processes share
     the machine's memory, this one included. `samples`: how many answers an evaluation asks of each problem.
     """
     import torch
@@ -56,7 +58,8 @@ def size_run(
 
     asked, questions, held = settings, task.eval[: settings.eval.limit], 0
     kind, free = memory.device.partition(":")[0], free_memory(memory.device, torch)
-    free = free if kind == "cuda" else free // beside
+    # the plan counts the context of a CUDA device, which asking has made
+    free = free + memory.context() if kind == "cuda" else free // beside
     if model is None:
         config = load_config(settings.model).to_dict()
     else:  # its weights are in the plan, and there already
@@ -69,15 +72,29 @@ def size_run(
     prompt = longest_prompt(task, [*task.train, *questions], tokenizer, settings.task)
     options = {"prompt_tokens": prompt, "questions": samples * len(questions), "begins": begins}
     found = choose_sizes(asked, config, kind, free, **options)
+    there = memory.now() - held  # and not the run's
+    if kind == "cuda" and settings.memory.budget != "auto":
+        memory.limit(there + _for_torch(settings.memory.budget, free))
     if found.plan is None:
         peak = None
     else:
-        peak = memory.now() - held + (found.plan.tensors_peak if kind == "cuda" else found.plan.peak)
+        peak = there + (found.plan.tensors_peak if kind == "cuda" else found.plan.peak)
         if kind == "cpu" and found.plan.tight:
             return_freed_memory()
-    return replace(
-        found, settings=with_sizes(settings, found.settings.flat()), peak=peak, longest_prompt=prompt
-    )
+    chosen = with_sizes(settings, found.settings.flat())
+    chosen = with_values(chosen, {"rollout.decode": found.settings.rollout.decode})
+    return replace(found, settings=chosen, peak=peak, longest_prompt=prompt)
+
+
+def _for_torch(budget: str | float, free: int) -> int:
+    """The bytes of `memory.budget` that are left for torch on a CUDA device; raises UserError if none are."""
+    left = budget_bytes(budget, free) - CUDA_OUTSIDE
+    if left <= 0:
+        raise UserError(
+            f"memory.budget: {budget} is less than CUDA itself takes, {format_size(CUDA_OUTSIDE)}; "
+            "write for example memory.budget=6GiB"
+        )
+    return left
 
 
 def choose_sizes(
@@ -118,7 +135,10 @@ def choose_sizes(
         if budget != "auto" and begins:
             raise UserError(f"memory.budget: {budget} is too little: {too_little(found)}")
         warning = f"memory may run out: {too_little(found)}"
-    return Sized(with_sizes(settings, found.sizes), found, warning)
+    chosen = with_sizes(settings, found.sizes)
+    if found.decode is not None:
+        chosen = with_values(chosen, {"rollout.decode": found.decode})
+    return Sized(chosen, found, warning)
 
 
 def too_little(found: Plan) -> str:

@@ -1,4 +1,5 @@
-"""How much memory was used: the peak of this process or of its GPU, and what the C library keeps of it.
+"""How much memory was used: the peak of this process or of its GPU, a limit on the GPU's, and what the C
+library keeps.
 
 Needs no torch: a GPU is asked only where torch is there already.
 """
@@ -6,36 +7,72 @@ Needs no torch: a GPU is asked only where torch is there already.
 import ctypes
 import sys
 from pathlib import Path
+from typing import Any
+
+from twig.footprint import CUDA_CONTEXT
 
 _M_MMAP_THRESHOLD, _RETURNED_FROM = -3, 2**18  # malloc.h; bytes
 
 
 class PeakMemory:
     """Measures the peak from `__enter__` on, on a device such as cpu or cuda:1: what torch allocated
-    there, or without CUDA the process's resident memory."""
+    there, or without CUDA the process's resident memory. A limit set by `limit` ends with `__exit__`."""
 
     def __init__(self, device: str) -> None:
         self.device = device
+        self.on_cuda = device.startswith("cuda")
+        self._before: float | None = None  # the share of the device that the process was allowed
 
     def __enter__(self) -> "PeakMemory":
-        if self.device.startswith("cuda"):
-            sys.modules["torch"].cuda.reset_peak_memory_stats(self.device)
+        if self.on_cuda:
+            self._cuda.reset_peak_memory_stats(self.device)
         return self
 
     def __exit__(self, *error: object) -> None:
-        return None
+        if self._before is not None:
+            self._cuda.set_per_process_memory_fraction(self._before, self._number())
+            self._before = None
 
     def now(self) -> int:
         """What is there at this moment, in bytes."""
-        if self.device.startswith("cuda"):
-            return int(sys.modules["torch"].cuda.memory_allocated(self.device))
+        if self.on_cuda:
+            return int(self._cuda.memory_allocated(self.device))
         return _resident()
 
     def peak(self) -> int:
         """The peak so far, in bytes. Resident memory counts from the start of the process."""
-        if self.device.startswith("cuda"):
-            return int(sys.modules["torch"].cuda.max_memory_allocated(self.device))
+        if self.on_cuda:
+            return int(self._cuda.max_memory_allocated(self.device))
         return _resident_peak()
+
+    def context(self) -> int:
+        """Bytes that this process takes of a CUDA device outside torch's allocator: at most what the plan
+        counts, as other processes' memory cannot be told from it. 0 elsewhere."""
+        if not self.on_cuda:
+            return 0
+        free, total = self._cuda.mem_get_info(self.device)
+        outside = total - free - self._cuda.memory_reserved(self.device)
+        return int(min(max(outside, 0), CUDA_CONTEXT))
+
+    def limit(self, most: int) -> None:
+        """Keeps torch from taking more than `most` bytes of a CUDA device until `__exit__`: it raises
+        OutOfMemoryError. Blocks that it keeps without need are given back first. Nothing elsewhere."""
+        if not self.on_cuda:
+            return
+        number, (_, total) = self._number(), self._cuda.mem_get_info(self.device)
+        if self._before is None:
+            self._before = float(self._cuda.get_per_process_memory_fraction(number))
+        share = min(max(most, 0) / total, self._before)
+        self._cuda.set_per_process_memory_fraction(share, number)
+
+    @property
+    def _cuda(self) -> Any:
+        return sys.modules["torch"].cuda
+
+    def _number(self) -> int:
+        """The device's number: where torch asks for one, `cuda` alone is not enough."""
+        number = self.device.partition(":")[2]
+        return int(number) if number else int(self._cuda.current_device())
 
 
 def return_freed_memory() -> None:

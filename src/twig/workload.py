@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from twig.shape import Shape
 
 _FEW_ROWS = 0.75  # as in policy.py, which needs torch
+_SLOTS, _SHARE_FROM = 64, 0.05  # as in decode_graph.py
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Work:
     the layers with adapters on `modules`. `moments`: numbers that the optimizer keeps for each of the
     adapter. `kept_tokens`: most tokens with credit in a completion (None: all). `prompt`: tokens of the
     longest prompt. `restarts`: whether a prompt may go on with a part of a completion. `questions`: problems
-    of an evaluation.
+    of an evaluation. `static_decode`: whether tokens are sampled by a captured step over buffers that stay.
     """
 
     shape: Shape
@@ -44,6 +45,7 @@ class Work:
     restarts: bool
     questions: int
     evaluated_between: bool
+    static_decode: bool = False
 
     @property
     def cut(self) -> int:
@@ -231,6 +233,78 @@ def backward_moment(work: Work, table: Table, queries: int | None = None) -> tup
     if work.eager:
         attention += shape.heads * tokens * table.keys * (8 if e == 4 else 8 + e)
     return attention, mlp
+
+
+# ---- decode steps ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecodeTable:
+    """What a captured decode step has room for: `prompts` of `slots` tokens, and of each `each` completions
+    of `length` tokens. `sampled`: noise is drawn, and what the update needs is recorded."""
+
+    prompts: int
+    each: int
+    slots: int
+    length: int
+    sampled: bool
+
+    @classmethod
+    def of(cls, prompts: int, each: int, width: int, length: int, sampled: bool) -> "DecodeTable":
+        """Rounds up as `decode_graph.Shape` does, so that waves that are alike share a step."""
+        power = 1 << max(prompts - 1, 0).bit_length()
+        fewer = 3 * power // 4
+        prompts = fewer if prompts <= fewer else power
+        return cls(prompts, each, *(-(-n // _SLOTS) * _SLOTS for n in (width, length)), sampled)
+
+    @property
+    def rows(self) -> int:
+        """Completions, those that are not there among them."""
+        return self.prompts * self.each
+
+
+def waves_of(prompts: int, generations: int, size: int) -> list[tuple[int, int]]:
+    """The different waves of `size` completions: (prompts, most completions of one of them), the largest
+    first.
+
+    >>> waves_of(8, 50, 256), waves_of(2, 6, 4)
+    ([(6, 50), (3, 50)], [(2, 2), (1, 4)])
+    """
+    total, found = prompts * generations, set()
+    for start in range(0, total, size):
+        stop = min(start + size, total)
+        first, last = start // generations, (stop - 1) // generations
+        ends = (generations * (first + 1) - start, stop - generations * last)
+        most = generations if last - first > 1 else stop - start if last == first else max(ends)
+        found.add((last - first + 1, most))
+    return sorted(found, key=lambda wave: (-wave[0] * wave[1], -wave[0]))
+
+
+def decode_buffers(work: Work, table: DecodeTable) -> float:
+    """Bytes that a decode step keeps for the next wave: caches, what is recorded, the next logits."""
+    shape, e, wide, rows = work.shape, work.element, work.wide, table.rows
+    token = shape.layers * 2 * shape.key * e
+    copies = token * table.slots * (rows - table.prompts)
+    weights = shape.weight_bytes(e, work.quantised) + work.adapter_bytes
+    of_prompts = table.prompts if copies > _SHARE_FROM * weights else rows  # held once, or for each row
+    cache = token * (of_prompts * table.slots + rows * table.length)
+    recorded = rows * table.length * (8 + 2 * wide + table.sampled * wide)
+    trunk = table.sampled * work.recorded * rows * table.length * shape.hidden * e
+    kinds = 2 if shape.per_type_rotary else 1
+    rotary = kinds * 2 * (table.slots + table.length) * shape.head_dim * e
+    return cache + recorded + trunk + rotary + rows * shape.vocabulary * wide
+
+
+def decode_moment(work: Work, table: DecodeTable) -> float:
+    """Bytes alive within a decode step: while a token is chosen, or within a layer, or in the head."""
+    shape, e, wide, rows = work.shape, work.element, work.wide, table.rows
+    chosen = 3 * wide  # weights, probabilities, and the terms of the entropy or blocks of sums
+    head = max(e + wide, 2 * wide) if e != wide or work.shape.logit_scale else wide
+    seen = table.slots + table.length
+    masks = 2 * len(set(shape.windows)) * table.prompts * seen * wide
+    # scores of both parts, joined, scaled, masked; their softmax; in the model's dtype
+    layer = max(layer_moment(work, rows, 1, 1), 4 * rows * shape.heads * seen * wide)
+    return max(rows * shape.vocabulary * max(chosen, head), layer + masks)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""A device of its own without a GPU: tensors that say they are on `there`, and compute on the CPU.
+
+It finds what a CPU cannot show: a tensor that was made without `device=`, or moved by numpy alone. Any
+operation that would mix the two raises, as it would on CUDA, but for what CUDA allows: numbers (tensors of no
+dimension), indices, and copies. `TWIG_TEST_DEVICE=there` runs `tests/gpu/` on it.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "there"
+_FREE = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::_unsafe_index", "aten::index_put_", "aten::index_put"}
+
+
+class There(torch.Tensor):
+    """A tensor on the device, whose values are in `inner`, a CPU tensor."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device=torch.device(NAME, 0),
+        )
+        made.inner = inner
+        return made
+
+    def __init__(self, inner):
+        pass
+
+    def __repr__(self):
+        return f"There({self.inner!r})"
+
+    def tolist(self):
+        return self.inner.tolist()
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError(f"can't convert a tensor on {self.device} to numpy; use Tensor.cpu() first")
+
+    __array__ = numpy
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            copied = There(self.inner.clone()).requires_grad_(self.requires_grad)
+            copied = torch.nn.Parameter(copied, self.requires_grad) if getattr(self, "_is_param", False) else copied
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+
+def _run(func, args, kwargs):
+    flat = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    there = [x for x in flat if isinstance(x, There)]
+    name = func._schema.name
+    device = kwargs.get("device")
+    on = bool(there) if device is None else torch.device(device).type == NAME
+    left = [x for x in flat if not isinstance(x, There) and x.dim() > 0]
+    if there and left and name not in _FREE:
+        shapes = [(type(x).__name__, tuple(x.shape), x.dtype) for x in flat]
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device, of {shapes}")
+    if there and left and name in ("aten::index_put_", "aten::index_put") and not isinstance(args[2], There):
+        raise RuntimeError(f"{name}: values on another device")
+    if not there and not on:
+        return func(*args, **kwargs)
+    moved = dict(kwargs)
+    if device is not None:
+        moved["device"] = torch.device("cpu")
+    inner_args, inner_kwargs = tree_map(
+        lambda x: x.inner if isinstance(x, There) else x, (args, moved)
+    )
+    out = func(*inner_args, **inner_kwargs)
+    if name == "aten::copy_" and not isinstance(args[0], There):
+        return args[0]
+    if name == "aten::_local_scalar_dense":
+        return out
+    if not on:
+        # to the CPU: a copy, even where the values are there already
+        return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, out)
+    wrapped = tree_map(lambda x: There(x) if isinstance(x, torch.Tensor) else x, out)
+    if not there:
+        return wrapped
+    return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+class Device(TorchDispatchMode):
+    """Inside, `there` is a device like any other."""
+
+    def __enter__(self):
+        self.before = [*getattr(self, "before", []), torch._C._only_lift_cpu_tensors()]
+        torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device=) is a copy like others
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch._C._set_only_lift_cpu_tensors(self.before.pop())
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # in inference mode torch leaves this to us
+                return func.decompose(*args, **kwargs or {})
+        return _run(func, args, kwargs or {})
+
+
+def register():
+    """Makes the name known to torch; once in a process."""
+    if torch._C._get_privateuse1_backend_name() != NAME:
+        _setup_privateuseone_for_python_backend(NAME)
