@@ -238,18 +238,19 @@ def predicted(plan: Any, meter: Meter) -> dict[str, Any]:
     }
 
 
-# What `many_steps` runs: algorithm, completions, and whether these part at their last token only.
+# What `many_steps` runs: algorithm, completions, how they are sampled, and whether they part at their last
+# token only.
 MANY = (
-    ("grpo", 8, False),
-    ("s-grpo", 8, False),
-    ("t-spmo", 8, False),
-    ("t-spmo", 8, True),
-    ("grpo", 50, False),
-    ("t-spmo", 50, False),
-    ("grpo", 16, False),
+    ("grpo", 8, "compiled", False),
+    ("s-grpo", 8, "compiled", False),
+    ("t-spmo", 8, "compiled", False),
+    ("t-spmo", 8, "compiled", True),
+    ("grpo", 50, "compiled", False),
+    ("t-spmo", 50, "compiled", False),
+    ("grpo", 16, "graph", False),
 )
 # Sizes of an update: tokens of a pack, logits of the head at once.
-SIZES = ((1024, 2**22), (1024, 2**25), (4096, 2**22), (4096, 2**25), (16384, 2**26))
+SIZES = ((1024, 2**22), (4096, 2**22), (4096, 2**24), (4096, 2**25), (4096, 2**26))
 
 
 def many_steps(case: Case, options: Options, meter: Meter) -> dict[str, Any]:
@@ -258,8 +259,9 @@ def many_steps(case: Case, options: Options, meter: Meter) -> dict[str, Any]:
     policy, tokenizer, ends = open_policy(case, options, settings)
     meter.note("loading")
     found: dict[str, Any] = {}
-    for algorithm, generations, late in MANY:
+    for algorithm, generations, decode, late in MANY:
         now = replace(case, algorithm=algorithm, generations=generations, late=late)
+        policy.decode = decode
         trainer = trainer_on(policy, tokenizer, ends, options, settings_of(now, options)[0])
         own = Meter(options.device)
         for number in range(options.steps + 1):

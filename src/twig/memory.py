@@ -27,10 +27,12 @@ SIZES = (
 # Where there is no plan: the quickest ones that it would choose.
 DEFAULT_SIZES = dict(zip(SIZES, (128, 1024, 2**22, False, 128), strict=True))
 PROMPT_TOKENS = 256  # assumed where nobody knows the prompts
-# The sizes that are tried, the quickest first. More completions at once than these are hardly faster; a
-# larger pack's dense mask costs more than it shares.
-_MOST_COMPLETIONS, _MOST_QUESTIONS, _PACK = 256, 128, 1024
+# The sizes that are tried, the quickest first. More completions at once are hardly faster. On a CPU
+# a larger pack's dense mask costs more than it shares; on a GPU every pack and chunk costs launches.
+_MOST_COMPLETIONS, _MOST_QUESTIONS = 256, 128
+_PACK = {"cpu": 1024, "mps": 1024, "cuda": 4096}
 _HEAD_CHUNKS = (2**22, 2**20, 2**18, 2**16)
+_CUDA_HEAD_CHUNK = 2**25
 _USED = 0.95  # of the budget
 _FASTER = 4  # a captured decode step is that many times as fast as a plain one, at least
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -309,9 +311,12 @@ def _halved(start: int, last: int, fixed: int | None) -> list[int]:
 def _update_sizes(work: Work, train: Any, sizes: Sizes) -> Iterator[Sizes]:
     """Sizes of an update in order of cost: smaller packs, a smaller head chunk, then layers run twice."""
     least = work.path if work.plain else work.length  # a cut trie's prompt is run by itself
-    packs = _halved(max(_PACK, least), least, train.pack_size)
+    packs = _halved(max(_PACK[work.kind], least), least, train.pack_size)
     chunks = [train.head_chunk] if train.head_chunk is not None else list(_HEAD_CHUNKS)
     for checkpointed in [False, True] if train.checkpoint_layers is None else [train.checkpoint_layers]:
+        if work.kind == "cuda" and train.head_chunk is None:
+            chunk = _CUDA_HEAD_CHUNK
+            yield replace(sizes, pack_size=packs[0], head_chunk=chunk, checkpoint_layers=checkpointed)
         for number, chunk in enumerate(chunks):
             for pack in packs if number == 0 else packs[-1:]:
                 yield replace(sizes, pack_size=pack, head_chunk=chunk, checkpoint_layers=checkpointed)
