@@ -8,14 +8,30 @@ Rows = Callable[[Iterable[str], Iterable[Iterable[str]]], list[str]]
 
 def gpu_tables(record: dict[str, Any], rows: Rows) -> list[str]:
     """The lines of all tables; cases that failed or were not run are left out."""
-    cases = {name: found for name, found in record["cases"].items() if "failed" not in found}
-    parts = (_ratios, _steps, _decoding, _kernels, _svamp)
+    cases = _one_by_one({name: found for name, found in record["cases"].items() if "failed" not in found})
+    parts = (_ratios, _steps, _update_sizes, _decoding, _kernels, _svamp)
     lines: list[str] = []
     for part in parts:
         head, body = part(cases)
         if body:
             lines += [*rows(head, body), ""]
     return lines[:-1]
+
+
+def _one_by_one(cases: dict[str, Any]) -> dict[str, Any]:
+    """The cases, with one of its own for each step that was measured on a model loaded once."""
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        if case["case"]["kind"] != "many":
+            found[name] = case
+            continue
+        for key, step in case["steps"].items():
+            algorithm, number = key.removesuffix("-late").rsplit("-", 1)
+            changed = {"kind": "twig", "algorithm": algorithm, "generations": int(number)}
+            changed |= {"late": key.endswith("-late")}
+            peak = {"allocated": max(phase["allocated"] for phase in step["memory"].values())}
+            found[f"{name} {key}"] = step | {"case": case["case"] | changed, "peak": peak}
+    return found
 
 
 def label_of(case: dict[str, Any], found: dict[str, Any]) -> str:
@@ -58,12 +74,12 @@ def _ratios(cases: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         return found["step_seconds"]["median"]
 
     for number in (8, 16, 50):
-        ours = best("twig", step, number, algorithm="grpo", quantization=None, budget=None, decode="auto")
+        ours = best("twig", step, number, algorithm="grpo", quantization=None, budget=None)
         theirs = best("trl", step, number)
         if ours and theirs:
             ratio = step(theirs) / step(ours)
             body.append([f"whole step, GRPO, G = {number}, TRL's seconds over Twig's", f"{ratio:.1f}"])
-        ours = best("decode", lambda found: found["step_ms"], number, quantization=None, decode="auto")
+        ours = best("decode", lambda found: found["step_ms"], number, quantization=None)
         theirs = best("generate", lambda found: found["seconds"]["median"], number, static=False)
         if ours and theirs:
             ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
@@ -95,6 +111,17 @@ def _steps(cases: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         row += [f"{off['tensors']:+.1f} % / {off['peak']:+.1f} %" if off else ""]
         body.append(row)
     return [*head, "predicted, off by"], body
+
+
+def _update_sizes(cases: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    body = []
+    for found in cases.values():
+        for each in found.get("update sizes", []):
+            label = f"{label_of(found['case'], found)}, G = {found['case']['generations']}"
+            row = [label, f"{each['pack_size']:,}", f"{each['head_chunk']:,}"]
+            row += [f"{1000 * each['seconds']['median']:.0f} ms", _gib(each["memory"]["allocated"])]
+            body.append(row)
+    return ["the same update", "train.pack_size", "train.head_chunk", "time", "torch's peak"], body
 
 
 def _decoding(cases: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -127,6 +127,15 @@ class Passes:
 
         Packs of one stem follow each other, so one stem at a time is open.
         """
+        with self.policy.attention():
+            self.packs = self._run(run, keep, gradient)
+
+    def _run(
+        self,
+        run: Callable[[Pack, OpenStem | None], Any],
+        keep: Callable[[Pack, Any], None],
+        gradient: bool,
+    ) -> list[Pack]:
         waiting, done, opened = self.packs[::-1], [], None
         while waiting:
             pack, found = waiting.pop(), None
@@ -149,7 +158,7 @@ class Passes:
                 keep(pack, found)
                 done.append(pack)
         self._close(opened, gradient)
-        self.packs = done
+        return done
 
     def _close(self, opened: OpenStem | None, gradient: bool) -> None:
         """Sends what a stem's packs left in it through the stem, with checkpointed layers where memory asks

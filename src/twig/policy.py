@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -106,6 +107,19 @@ class Policy:
                 yield
         finally:
             self.adapter_is_on = before
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Inside, attention on a CUDA device leaves out the kernels of cuDNN.
+
+        It plans for each shape that is new, which takes tens of milliseconds and more (docs/performance.md),
+        and nearly every shape is: prompts, packs and, in the plain loop, each position.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            yield
 
     def release(self) -> bool:
         """Gives up the buffers that sampling keeps for its next wave; returns whether there were any."""

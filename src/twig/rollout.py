@@ -352,7 +352,8 @@ def _draw(
     """
     draw = _way(policy, stop)
     try:
-        draw(policy, wave, recorder, table, on_tokens)
+        with policy.attention():
+            draw(policy, wave, recorder, table, on_tokens)
         return None
     except NotCaptured as error:
         _fall_back(policy, str(error))

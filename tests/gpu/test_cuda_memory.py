@@ -3,7 +3,6 @@ peaks as they were predicted.
 """
 
 import gc
-from functools import lru_cache
 
 import numerics
 import numpy as np
@@ -173,14 +172,9 @@ def test_float32_what_sampling_keeps_is_given_up_for_the_update():
 
 
 @pytest.fixture
-def base(cuda, tmp_path_factory):
-    """The folder of a random model of 100 million weights with a tokenizer, the same one for each test."""
-    return saved(tmp_path_factory)
-
-
-@lru_cache(maxsize=1)
-def saved(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("base"), build_tokenizer()
+def base(cuda, tmp_path):
+    """The folder of a random model of 100 million weights with a tokenizer."""
+    folder, tokenizer = tmp_path / "base", build_tokenizer()
     config = Qwen2Config(
         vocab_size=32_000,
         hidden_size=640,
