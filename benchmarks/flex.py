@@ -31,12 +31,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from twig.credit import Credit, assign
-from twig.decoder import tree_visible
-from twig.options import Algorithm
-from twig.pack import Pack, build_packs
-from twig.records import Completion, Example, Group
-from twig.trie import PrefixTrie
+from twig.config.schema import Algorithm
+from twig.core.algorithms.assign import assign
+from twig.core.algorithms.base import Credit
+from twig.core.trie import PrefixTrie
+from twig.core.types import Completion, Example, Group
+from twig.engine.decoder import tree_visible
+from twig.engine.pack import Pack, build_packs
 
 BLOCK = 128
 PROMPT, LENGTH, GROUPS = 100, 256, 8

@@ -95,8 +95,9 @@ def answered(completions: list[Any], **columns: Any) -> list[float]:
 
 def settings_of(case: Case, options: Options) -> Any:
     """The settings of a case, with the sizes that a run of it would have chosen, and the plan behind them."""
-    from twig.config import Settings
-    from twig.memory import DEFAULT_SIZES, budget_bytes, plan, with_sizes
+    from twig.config.load import Settings
+    from twig.config.sizes import DEFAULT_SIZES, with_sizes
+    from twig.planner.plan import budget_bytes, plan
 
     model = {"name": options.folder, "dtype": "bfloat16", "device": options.device}
     settings = Settings.from_dict(
@@ -115,18 +116,18 @@ def settings_of(case: Case, options: Options) -> Any:
         }
     )
     if options.device != "cuda":
-        return with_sizes(settings, DEFAULT_SIZES), None
+        return with_sizes(settings, DEFAULT_SIZES.by_key()), None
     total = torch.cuda.get_device_properties(0).total_memory
     budget = budget_bytes(settings.memory.budget, total)
     found = plan(options.folder, settings, budget, "cuda", prompt_tokens=options.prompt)
-    return with_sizes(settings, found.sizes), found
+    return with_sizes(settings, found.sizes.by_key()), found
 
 
 def open_policy(case: Case, options: Options, settings: Any) -> tuple[Any, Any, list[int]]:
     """The policy, the tokenizer and the end tokens."""
-    from twig.adapter import attach
-    from twig.models import end_ids, load_model
-    from twig.policy import Policy
+    from twig.engine.load import end_ids, load_model
+    from twig.engine.lora import attach
+    from twig.engine.policy import Policy
 
     model, tokenizer = load_model(settings.model)
     policy = Policy(
@@ -148,10 +149,10 @@ def open_trainer(case: Case, options: Options, settings: Any) -> Any:
 
 def trainer_on(policy: Any, tokenizer: Any, ends: list[int], options: Options, settings: Any) -> Any:
     """The same with a policy that is loaded already."""
-    from twig.progress import Progress
-    from twig.records import Example
-    from twig.tasks import Task
-    from twig.trainer import Trainer
+    from twig.common.progress import Progress
+    from twig.core.types import Example
+    from twig.tasks.base import Task
+    from twig.training.trainer import Trainer
 
     task = Task("benchmark", [Example("a" * options.prompt, {})], [], (reward,))
     return Trainer(settings, policy, tokenizer, task, ends, Progress())
@@ -207,9 +208,9 @@ def predicted(plan: Any, meter: Meter) -> dict[str, Any]:
     """The plan's peaks in MiB beside the measured ones: tensors against torch's, all against the driver's."""
     if plan is None:
         return {}
-    from twig import footprint
+    from twig.planner import phases
 
-    outside = getattr(footprint, "OUTSIDE", ("libraries",))
+    outside = getattr(phases, "OUTSIDE", ("libraries",))
     phases = {phase.name: phase for phase in plan.phases if phase.name in meter.memory}
     peaks = {name: round(phase.peak / MIB, 1) for name, phase in phases.items()}
     tensors = {
@@ -290,7 +291,7 @@ def update_sizes(trainer: Any, batch: Any, options: Options) -> list[dict[str, A
     """Seconds and memory of the same update by the tokens of a pack and the logits of the head at once."""
     found = []
     for pack_size, head_chunk in SIZES:
-        trainer.sizes.pack_size, trainer.sizes.head_chunk = pack_size, head_chunk
+        trainer.sizes = replace(trainer.sizes, pack_size=pack_size, head_chunk=head_chunk)
         trainer.policy.head_chunk = head_chunk
         own = Meter(options.device)
         for _ in range(4):
@@ -310,7 +311,7 @@ def update_sizes(trainer: Any, batch: Any, options: Options) -> list[dict[str, A
 
 def twig_decode(case: Case, options: Options, meter: Meter) -> dict[str, Any]:
     """Sampling alone: tokens per second, milliseconds a step, and the share of the memory's bandwidth."""
-    from twig.rollout import Request, sample
+    from twig.engine.sampler import Request, sample
 
     settings, _ = settings_of(case, options)
     policy, tokenizer, ends = open_policy(case, options, settings)
@@ -545,21 +546,21 @@ def svamp(case: Case, options: Options, meter: Meter) -> dict[str, Any]:
 
     So small a model is hardly ever right, so its answers' form is rewarded, which it learns in a few steps.
     """
-    from twig.adapter import attach
-    from twig.config import load
-    from twig.evaluate import evaluate_policy
-    from twig.memory import DEFAULT_SIZES, with_sizes
-    from twig.models import end_ids, load_model
-    from twig.policy import Policy
-    from twig.progress import Progress
-    from twig.tasks import load_task
-    from twig.trainer import Trainer
+    from twig.common.progress import Progress
+    from twig.config.load import load
+    from twig.config.sizes import DEFAULT_SIZES, with_sizes
+    from twig.engine.load import end_ids, load_model
+    from twig.engine.lora import attach
+    from twig.engine.policy import Policy
+    from twig.evaluation.evaluate import evaluate_policy
+    from twig.tasks.load import load_task
+    from twig.training.trainer import Trainer
 
     words = f"model.name={options.svamp} model.dtype={options.svamp_dtype} model.device={options.device} "
     words += f"task.path={options.svamp_data} rollout.num_generations=8 rollout.prompts_per_step=4 "
     words += f"rollout.max_completion_length=96 train.max_steps={options.svamp_steps} train.warmup_steps=0 "
     words += "train.learning_rate=1e-3 algorithm.replay.probability=0"
-    settings = with_sizes(load("svamp-qwen2.5-0.5b-instruct", words.split()), DEFAULT_SIZES)
+    settings = with_sizes(load("svamp-qwen2.5-0.5b-instruct", words.split()), DEFAULT_SIZES.by_key())
     model, tokenizer = load_model(settings.model)
     policy = Policy(attach(model, **dict(settings.lora)))
     if hasattr(policy, "decode") and case.decode != "auto":

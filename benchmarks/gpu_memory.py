@@ -14,7 +14,7 @@ device has in use beside what torch reserved and what was in use before the proc
 kernels, captured graphs; `graphs` is what of `reserved` belongs to these. Predicted: `tensors`, to be
 compared with `allocated`, and `total`, with `reserved` and `outside` together.
 
-The case `constants` has what `footprint.CUDA_WORKSPACE` is to be ("product", allocated); the largest
+The case `constants` has what `planner.phases.CUDA_WORKSPACE` is to be ("product", allocated); the largest
 `outside` of the other cases is CUDA_CONTEXT and CUDA_GRAPH together. The case `budgets` trains under limits
 around the predicted total and says where memory ran out: CUDA_RESERVE is large enough if it does not at 1.0.
 """
@@ -212,7 +212,7 @@ def _captured(left: Any) -> None:
 
 def settings_of(case: str, options: argparse.Namespace, *more: str) -> Any:
     """The settings of a case, with the sizes that it leaves open at what the planner would take."""
-    from twig.config import Settings
+    from twig.config.load import Settings
 
     words = CASES[case][1].split()
     on_cuda = options.device.startswith("cuda")
@@ -296,13 +296,13 @@ def quantise(model: Any, dtype: Any) -> None:
 
 def trainer_of(case: str, settings: Any, options: argparse.Namespace, progress: Any = None) -> Any:
     """A trainer on a random model and its problems, whose rewards alternate."""
-    from twig.adapter import attach
-    from twig.models import end_ids
-    from twig.policy import Policy
-    from twig.progress import Progress
-    from twig.records import Example
-    from twig.tasks import Task
-    from twig.trainer import Trainer
+    from twig.common.progress import Progress
+    from twig.core.types import Example
+    from twig.engine.load import end_ids
+    from twig.engine.lora import attach
+    from twig.engine.policy import Policy
+    from twig.tasks.base import Task
+    from twig.training.trainer import Trainer
 
     model, tokenizer, lora = build(case, settings, options), byte_tokenizer(), settings.lora
     if options.meter is not None:
@@ -325,7 +325,7 @@ def trainer_of(case: str, settings: Any, options: argparse.Namespace, progress: 
 
 def run(case: str, device: Device, options: argparse.Namespace) -> dict[str, Any]:
     """A case's peaks, measured and predicted."""
-    from twig.evaluate import evaluate_policy
+    from twig.evaluation.evaluate import evaluate_policy
 
     settings = settings_of(case, options)
     trainer = trainer_of(case, settings, options)
@@ -372,16 +372,15 @@ def _off(predicted: float, measured: float) -> float:
 
 def predict(case: str, settings: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What the planner says for the case, in MiB."""
-    from twig.footprint import Footprint
-    from twig.memory import plan, work_of
-    from twig.shape import Shape
-    from twig.workload import Sizes
+    from twig.planner.model_shape import Shape
+    from twig.planner.phases import Footprint
+    from twig.planner.plan import plan, workload_of
 
     config = json.loads(config_of(case, options).to_json_string())
     of = {"prompt_tokens": PROMPT, "questions": QUESTIONS}
     found = plan(config, settings, 2**40, "cuda", **of)
-    work = work_of(Shape.from_config(config), settings, "cuda", PROMPT, QUESTIONS)
-    tensors = Footprint(work, Sizes(*found.sizes.values()), tensors=True).phases()
+    work = workload_of(Shape.from_config(config), settings, "cuda", PROMPT, QUESTIONS)
+    tensors = Footprint(work, found.sizes, tensors=True).phases()
     return {
         "tensors": {phase.name: round(phase.peak / MIB, 1) for phase in tensors},
         "total": round(found.peak / MIB, 1),
@@ -394,9 +393,9 @@ def run_budgets(case: str, device: Device, options: argparse.Namespace) -> dict[
     """One model trained under several limits: which steps ran out of memory, and what was reserved."""
     import torch
 
-    from twig.footprint import CUDA_OUTSIDE
-    from twig.progress import Progress
-    from twig.usage import PeakMemory
+    from twig.common.progress import Progress
+    from twig.planner.phases import CUDA_OUTSIDE
+    from twig.runtime.memory_use import PeakMemory
 
     heard: list[str] = []
 
@@ -497,8 +496,8 @@ def import_everything() -> None:
     import torch
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-    import twig.evaluate  # noqa: F401
-    import twig.loop  # noqa: F401
+    import twig.evaluation.evaluate  # noqa: F401
+    import twig.training.train  # noqa: F401
 
     assert not torch.cuda.is_initialized()
 

@@ -7,7 +7,7 @@ Random models are saved to a folder, trained for two steps and evaluated as `twi
 one length, with rewards that alternate.
 
 Measured is the largest growth of resident memory over the process before the model is loaded (Linux), reset
-for each phase. Predicted is `twig.memory.plan` for the model's config.json and
+for each phase. Predicted is `twig.planner.plan.plan` for the model's config.json and
 the same settings. Completions are as long as they may be; for T-SPMO two each share all but their last token,
 the worst that the algorithm can meet.
 """
@@ -162,12 +162,12 @@ def byte_tokenizer() -> Any:
 
 
 def settings_of(case: str, folder: str) -> Any:
-    from twig.config import Settings
-    from twig.memory import DEFAULT_SIZES, with_sizes
+    from twig.config.load import Settings
+    from twig.config.sizes import DEFAULT_SIZES, with_sizes
 
     values = {"model": {"name": folder, "device": "cpu"}, "task": {"name": "custom", "path": "none.jsonl"}}
     values |= {"train": {"max_steps": 2}, "eval": {"batch_size": QUESTIONS, "limit": QUESTIONS}}
-    return with_sizes(Settings.from_dict(values, CASES[case][3].split()), DEFAULT_SIZES)
+    return with_sizes(Settings.from_dict(values, CASES[case][3].split()), DEFAULT_SIZES.by_key())
 
 
 class Peaks:
@@ -197,16 +197,16 @@ def measure(case: str, folder: str) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from twig import loop  # noqa: F401  (with all that it imports)
-    from twig.adapter import attach
-    from twig.evaluate import evaluate_policy
-    from twig.models import end_ids, load_model
-    from twig.policy import Policy
-    from twig.progress import Progress
-    from twig.records import Example
-    from twig.tasks import Task
-    from twig.trainer import Trainer
-    from twig.usage import return_freed_memory
+    from twig.common.progress import Progress
+    from twig.core.types import Example
+    from twig.engine.load import end_ids, load_model
+    from twig.engine.lora import attach
+    from twig.engine.policy import Policy
+    from twig.evaluation.evaluate import evaluate_policy
+    from twig.runtime.memory_use import return_freed_memory
+    from twig.tasks.base import Task
+    from twig.training import train as loop  # noqa: F401  (with all that it imports)
+    from twig.training.trainer import Trainer
 
     settings, prompt = settings_of(case, folder), CASES[case][1]
     examples = [Example("a" * prompt, {}) for _ in range(64)]
@@ -261,7 +261,7 @@ def fork_late(batch: Any) -> None:
 
 def predict(case: str, folder: str) -> dict[str, Any]:
     """The same by the planner: MiB of each phase, and what each is made of."""
-    from twig.memory import plan
+    from twig.planner.plan import plan
 
     found = plan(folder, settings_of(case, folder), 2**40, "cpu", prompt_tokens=CASES[case][1])
     mib = 2**20

@@ -30,18 +30,19 @@ from shapes import ALPHA, LORA, SHAPES, build, completions, early_forks, last_th
 from torch.utils.flop_counter import FlopCounterMode
 from update import GENERATIONS, LENGTH, PROMPT, record
 
-from twig.adapter import attach
-from twig.credit import assign
-from twig.decoder import Decoder
-from twig.head import Head
-from twig.objective import Surrogate
-from twig.options import Algorithm
-from twig.passes import Passes, Sizes
-from twig.policy import Policy
-from twig.progress import Progress
-from twig.records import Completion, Example, Group
-from twig.rollout import Request, sample
-from twig.trie import PrefixTrie
+from twig.common.progress import Progress
+from twig.config.schema import Algorithm
+from twig.config.sizes import Sizes
+from twig.core.algorithms.assign import assign
+from twig.core.objective import Surrogate
+from twig.core.trie import PrefixTrie
+from twig.core.types import Completion, Example, Group
+from twig.engine.decoder import Decoder
+from twig.engine.lm_head import Head
+from twig.engine.lora import attach
+from twig.engine.policy import Policy
+from twig.engine.sampler import Request, sample
+from twig.engine.update import Passes
 
 SAMPLED = 32  # tokens of each completion of the large model
 

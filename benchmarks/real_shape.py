@@ -73,16 +73,16 @@ def reward(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def twig_side(side: str, folder: str, shape: str) -> dict[str, float]:
-    import twig.loop  # noqa: F401  (with all that it imports)
-    from twig.adapter import attach
-    from twig.config import Settings
-    from twig.memory import DEFAULT_SIZES, with_sizes
-    from twig.models import end_ids, load_model
-    from twig.policy import Policy
-    from twig.progress import Progress
-    from twig.records import Example
-    from twig.tasks import Task
-    from twig.trainer import Trainer
+    import twig.training.train  # noqa: F401  (with all that it imports)
+    from twig.common.progress import Progress
+    from twig.config.load import Settings
+    from twig.config.sizes import DEFAULT_SIZES, with_sizes
+    from twig.core.types import Example
+    from twig.engine.load import end_ids, load_model
+    from twig.engine.lora import attach
+    from twig.engine.policy import Policy
+    from twig.tasks.base import Task
+    from twig.training.trainer import Trainer
 
     settings = Settings.from_dict(
         {
@@ -98,7 +98,7 @@ def twig_side(side: str, folder: str, shape: str) -> dict[str, float]:
             "train": {"max_steps": 1, "learning_rate": 1e-4},
         }
     )
-    settings = with_sizes(settings, DEFAULT_SIZES)
+    settings = with_sizes(settings, DEFAULT_SIZES.by_key())
     clock = Clock()
     model, tokenizer = load_model(settings.model)
     policy = Policy(

@@ -28,9 +28,9 @@ CASES = {"embedded": ("embedded", 8, 16, 64), "0.1b": ("0.1b", 4, 8, 64)}
 
 def prepare(case: str) -> tuple[Any, list[list[int]], list[int]]:
     """(model with adapter, prompts, end tokens) of a case."""
-    from twig.adapter import attach
-    from twig.models import end_ids, load_model
-    from twig.settings import Model
+    from twig.config.schema import Model
+    from twig.engine.load import end_ids, load_model
+    from twig.engine.lora import attach
     from twig.tasks.multiplication import problems, prompt_text
 
     shape, count, _, _ = CASES[case]
@@ -45,8 +45,8 @@ def prepare(case: str) -> tuple[Any, list[list[int]], list[int]]:
 
 
 def twig_side(case: str, repeats: int) -> dict[str, float]:
-    from twig.policy import Policy
-    from twig.rollout import Request, sample
+    from twig.engine.policy import Policy
+    from twig.engine.sampler import Request, sample
 
     _, _, each, limit = CASES[case]
     model, prompts, ends = prepare(case)

@@ -57,15 +57,16 @@ def curve(name: str, repeats: int) -> dict[str, Any]:
 def point(name: str, sizes: dict[str, float], repeats: int) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from twig.adapter import attach
-    from twig.credit import assign
-    from twig.objective import Surrogate
-    from twig.options import Algorithm
-    from twig.passes import Passes, Sizes
-    from twig.policy import Policy
-    from twig.progress import Progress
-    from twig.records import Completion, Example, Group
-    from twig.trie import PrefixTrie
+    from twig.common.progress import Progress
+    from twig.config.schema import Algorithm
+    from twig.config.sizes import Sizes
+    from twig.core.algorithms.assign import assign
+    from twig.core.objective import Surrogate
+    from twig.core.trie import PrefixTrie
+    from twig.core.types import Completion, Example, Group
+    from twig.engine.lora import attach
+    from twig.engine.policy import Policy
+    from twig.engine.update import Passes
 
     torch.manual_seed(0)
     config = Qwen2Config(**SHAPE | {"vocab_size": sizes["vocabulary"], "tie_word_embeddings": True})

@@ -48,12 +48,13 @@ FILLED = 228  # tokens in the cache: a prompt of 100 and half of 256
 
 def record(path: Path, recipe: str, overrides: list[str], prompts: int, completions: int) -> None:
     """Samples `completions` for each of a task's first `prompts` and appends them to `path`."""
-    from twig.adapter import attach
-    from twig.config import load
-    from twig.models import end_ids, load_model
-    from twig.policy import Policy
-    from twig.rollout import Request, sample
-    from twig.tasks import encode_prompt, load_task
+    from twig.config.load import load
+    from twig.engine.load import end_ids, load_model
+    from twig.engine.lora import attach
+    from twig.engine.policy import Policy
+    from twig.engine.sampler import Request, sample
+    from twig.tasks.load import load_task
+    from twig.tasks.prompts import encode_prompt
 
     settings = load(recipe, overrides)
     model, tokenizer = load_model(settings.model)
@@ -148,7 +149,7 @@ def _replay(line: dict[str, Any], most: int) -> Iterator[tuple[tuple[str, int, i
 
     `before N` and `after N` count the passes for at most N rows, without and with drafts.
     """
-    from twig.noise import uniforms
+    from twig.core.rng import uniforms
 
     longest = max(map(len, line["ids"]))
     noise = [

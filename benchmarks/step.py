@@ -47,7 +47,7 @@ def figures(ends: list[float], tokens: list[int], loaded: float) -> dict[str, fl
 
 def twig_side(options: argparse.Namespace) -> dict[str, float]:
     import twig
-    from twig.progress import Progress
+    from twig.common.progress import Progress
 
     ends, tokens, loaded = [], [], []
 

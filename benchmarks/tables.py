@@ -210,6 +210,32 @@ def gpu(record: dict[str, Any]) -> list[str]:
     return gpu_tables(record, rows)
 
 
+def speculation(record: dict[str, Any]) -> list[str]:
+    """Drafts of four tokens; the other lengths are in the record."""
+    shown, body = ("own text", "siblings", "siblings, tree", "siblings, after an earlier wave, tree"), []
+    for model, found in record["models"].items():
+        for entry in found["schemes"]:
+            if entry["drafts"] == 4 and entry["scheme"] in shown:
+                gains = entry["predicted_speedup"]
+                row = [model, entry["scheme"], f"{entry['passes_saved']['8']:.2f}"]
+                body.append([*row, *(f"{gains[rows]:.2f}" if rows in gains else "" for rows in _ROWS)])
+    head = ["model", "drafts of four tokens from", "passes saved, 8 rows"]
+    return rows([*head, *(f"speed, {number} rows" for number in _ROWS)], body)
+
+
+_ROWS = ("1", "8", "32", "128")
+
+
+def speculation_time(record: dict[str, Any]) -> list[str]:
+    found = {(case["rows"], case["columns"]): case["pass_ms"] for case in record["cases"]}
+    columns = sorted({column for _, column in found})
+    body = [
+        [str(number), *(f"{found[number, column]:.2f}" for column in columns)]
+        for number in sorted({row for row, _ in found})
+    ]
+    return rows(["rows", *(f"{column} columns, ms" for column in columns)], body)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": step,
     "step-one-thread": step,
@@ -224,6 +250,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "phases": phases,
     "gpu": gpu,
     "gpu_memory": gpu_memory,
+    "speculation": speculation,
+    "speculation-time": speculation_time,
 }
 
 

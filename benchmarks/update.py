@@ -77,15 +77,16 @@ def groups_of(options: argparse.Namespace) -> list[tuple[list[int], list[np.ndar
 
 
 def twig_side(options: argparse.Namespace) -> dict[str, float]:
-    from twig.adapter import attach
-    from twig.credit import assign
-    from twig.objective import Surrogate
-    from twig.options import Algorithm
-    from twig.passes import Passes, Sizes
-    from twig.policy import Policy
-    from twig.progress import Progress
-    from twig.records import Completion, Example, Group
-    from twig.trie import PrefixTrie
+    from twig.common.progress import Progress
+    from twig.config.schema import Algorithm
+    from twig.config.sizes import Sizes
+    from twig.core.algorithms.assign import assign
+    from twig.core.objective import Surrogate
+    from twig.core.trie import PrefixTrie
+    from twig.core.types import Completion, Example, Group
+    from twig.engine.lora import attach
+    from twig.engine.policy import Policy
+    from twig.engine.update import Passes
 
     model = build(options.shape)
     peft_model = attach(model, alpha=ALPHA, layers=last_third(options.shape), **LORA)
@@ -129,7 +130,7 @@ def summary(seconds: list[float], memory: list[float]) -> dict[str, float]:
 @torch.no_grad()
 def record(policy: Any, prompt: list[int], rows: list[np.ndarray]) -> torch.Tensor:
     """The boundary table that sampling would have recorded: the prompt's cells, then each completion's."""
-    from twig.decoder import Context
+    from twig.engine.decoder import Context
 
     decoder, found = policy.decoder, []
     for number, row in enumerate(rows):

@@ -44,7 +44,7 @@ def relinked(markdown: str, place: str) -> str:
     A link to a file that is not on the site becomes its words; one that leads nowhere stays, for the strict
     build to find.
 
-    >>> relinked("[a](../src/twig/trie.py), [b](../SECURITY.md), [c](models.md#x)", "docs/index.md")
+    >>> relinked("[a](../src/twig/core/trie.py), [b](../SECURITY.md), [c](models.md#x)", "docs/index.md")
     'a, [b](security.md), [c](models.md#x)'
     """
 

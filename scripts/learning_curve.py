@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from twig.config import load
-from twig.records import UserError
-from twig.runlog import is_run, read_metrics, read_summary
+from twig.common.errors import UserError
+from twig.config.load import load
+from twig.runs.reader import is_run, read_metrics, read_summary
 
 # Apart for most kinds of colour blindness, and dark enough on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")

@@ -2,8 +2,8 @@
 
     python scripts/pictures.py            # writes docs/images/{trie,credit,compute,layers}.svg
 
-The numbers in them are asked of Twig (`trie.PrefixTrie`, `credit.assign`, `pack.build_packs`). A picture has
-a background of its own, so it can be read on a light page and on a dark one.
+The numbers in them are asked of Twig (`PrefixTrie`, `assign`, `build_packs`). A picture has a background of
+its own, so it can be read on a light page and on a dark one.
 """
 
 import sys
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from twig.credit import Credit, assign
-from twig.options import Algorithm
-from twig.pack import Pack, build_packs
-from twig.records import Completion, Example, Group
-from twig.trie import ROOT, PrefixTrie
+from twig.config.schema import Algorithm
+from twig.core.algorithms.assign import assign
+from twig.core.algorithms.base import Credit
+from twig.core.trie import ROOT, PrefixTrie
+from twig.core.types import Completion, Example, Group
+from twig.engine.pack import Pack, build_packs
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 

@@ -23,8 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import twig
-from twig.config import Settings
-from twig.progress import Progress
+from twig.common.progress import Progress
+from twig.config.load import Settings
 
 MOST_GROWTH, MOST_SLOWDOWN, STRETCH = 0.02, 0.05, 500
 CHARACTERS = "0123456789*=+#"

@@ -19,10 +19,10 @@ import sys
 import time
 from pathlib import Path
 
-from twig.machine import environment
-from twig.runlog import read_metrics
-from twig.study import load_study, runs_of
-from twig.tables import Result, compare_runs, markdown
+from twig.runs.reader import read_metrics
+from twig.runtime.machine import environment
+from twig.study.plan import load_study, runs_of
+from twig.study.tables import Result, compare_runs, markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FULL = ("tuning", "study", "neighbours", "group-size", "adapter")

@@ -8,7 +8,7 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import test_families
+import family_cases
 import tiny
 import transformers
 
@@ -91,12 +91,12 @@ def _served(family: str) -> str:
     kind = getattr(transformers, name).model_type
     settings = ", ".join(f"`{key}`" for key in sorted(extra)) or "its defaults"
     attention = "sdpa, eager" if tiny.has_sdpa(family) else "eager"
-    modules = ", ".join(f"`{m}`" for m in test_families.MODULES.get(family, ["q_proj", "v_proj"]))
+    modules = ", ".join(f"`{m}`" for m in family_cases.MODULES.get(family, ["q_proj", "v_proj"]))
     return f"| `{kind}` | {NAMES[kind]} | {settings} | {attention} | {modules} |\n"
 
 
 def _refused() -> str:
-    kinds = test_families.FAMILIES.items()
+    kinds = family_cases.FAMILIES.items()
     return "".join(f"| {name.replace('_text', '')} | {family.why} |\n" for name, family in kinds)
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from twig.noise import uniforms
-from twig.policy import Policy
+from twig.core.rng import uniforms
+from twig.engine.policy import Policy
 
 
 @dataclass(frozen=True)

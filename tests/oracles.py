@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from twig.objective import Surrogate, k3
+from twig.core.objective import Surrogate, k3
 
 
 def all_prefixes(completions, rewards) -> dict[tuple[int, ...], list[float]]:

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from twig.config import Settings
-from twig.runlog import RunLog
+from twig.config.load import Settings
+from twig.runs.folder import RunLog
 
 MINIMAL = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
 ACCURACY = {"value": 0.45, "low": 0.42, "high": 0.48, "n": 1000, "found": 1.0, "right_lenient": 0.5}

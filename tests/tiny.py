@@ -8,9 +8,9 @@ from numerics import Float64  # noqa: F401
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from twig.adapter import attach
-from twig.policy import Policy
-from twig.records import Completion, Example, Group
+from twig.core.types import Completion, Example, Group
+from twig.engine.lora import attach
+from twig.engine.policy import Policy
 
 VOCAB, END = 23, 1
 SHAPE = {

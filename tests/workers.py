@@ -2,8 +2,8 @@
 
     python workers.py SCENARIO FOLDER SIZE [JSON]
 
-`tests/test_processes.py` starts it. Nothing watches over the processes, as a launcher would: that one's death
-ends the others is then their own doing. What process N says on stderr goes to FOLDER/N.txt.
+`tests/runtime/test_processes.py` starts it. Nothing watches over the processes, as a launcher would: that
+one's death ends the others is then their own doing. What process N says on stderr goes to FOLDER/N.txt.
 """
 
 import json
@@ -18,13 +18,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from numerics import Float64
 from saved import save_model
-from tiny import Float64
 
 import twig
-from twig.config import Settings
-from twig.processes import exit_status, together
-from twig.progress import Progress
+from twig.common.progress import Progress
+from twig.config.load import Settings
+from twig.runtime.processes import exit_status, together
 
 PROMPTS = {"12*3=": "1", "9+8=": "3", "abc?": "5", "#=": "7", "0,1,": "9"}
 TRAIN = [{"prompt": prompt, "wanted": digit} for prompt, digit in PROMPTS.items()]
@@ -162,7 +162,7 @@ def stop_evaluation(folder: Path, _: str) -> None:
 
 def command(folder: Path, words: list[str]) -> None:
     """The command line."""
-    from twig.cli import main
+    from twig.cli.app import main
 
     sys.exit(main(words))
 

@@ -8,25 +8,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from twig.adapter import attach
-    from twig.config import Settings
-    from twig.config import load as load_settings
-    from twig.credit import ALGORITHMS, Credit, assign
-    from twig.evaluate import Evaluation, evaluate_policy
-    from twig.export import Exported, export_run
-    from twig.loop import train
-    from twig.models import end_ids, load_model
-    from twig.objective import Surrogate
-    from twig.options import Algorithm
-    from twig.pack import build_packs
-    from twig.policy import Policy
-    from twig.progress import Progress
-    from twig.records import Completion, Example, Group, UserError
-    from twig.rollout import Request, sample
-    from twig.session import Run
-    from twig.tasks import Task, load_task
+    from twig.common.errors import UserError
+    from twig.common.progress import Progress
+    from twig.config.load import Settings
+    from twig.config.load import load as load_settings
+    from twig.config.schema import Algorithm
+    from twig.core.algorithms.assign import ALGORITHMS, assign
+    from twig.core.algorithms.base import Credit
+    from twig.core.objective import Surrogate
+    from twig.core.trie import PrefixTrie
+    from twig.core.types import Completion, Example, Group
+    from twig.engine.load import end_ids, load_model
+    from twig.engine.lora import attach
+    from twig.engine.pack import build_packs
+    from twig.engine.policy import Policy
+    from twig.engine.sampler import Request, sample
+    from twig.evaluation.evaluate import Evaluation, evaluate_policy
+    from twig.export.export import Exported, export_run
+    from twig.tasks.base import Task
+    from twig.tasks.load import load_task
     from twig.tasks.rewards import score_completions
-    from twig.trie import PrefixTrie
+    from twig.training.session import Run
+    from twig.training.train import train
 
 __all__ = [
     "ALGORITHMS",
@@ -63,35 +66,35 @@ __all__ = [
 
 # Public name -> the module that defines it, and after a colon its name there where that is another.
 _EXPORTS = {
-    "Completion": "twig.records",
-    "Example": "twig.records",
-    "Group": "twig.records",
-    "UserError": "twig.records",
-    "Algorithm": "twig.options",
-    "Settings": "twig.config",
-    "load_settings": "twig.config:load",
-    "Task": "twig.tasks",
-    "load_task": "twig.tasks",
+    "Completion": "twig.core.types",
+    "Example": "twig.core.types",
+    "Group": "twig.core.types",
+    "UserError": "twig.common.errors",
+    "Algorithm": "twig.config.schema",
+    "Settings": "twig.config.load",
+    "load_settings": "twig.config.load:load",
+    "Task": "twig.tasks.base",
+    "load_task": "twig.tasks.load",
     "score_completions": "twig.tasks.rewards",
-    "PrefixTrie": "twig.trie",
-    "ALGORITHMS": "twig.credit",
-    "Credit": "twig.credit",
-    "assign": "twig.credit",
-    "Surrogate": "twig.objective",
-    "build_packs": "twig.pack",
-    "end_ids": "twig.models",
-    "load_model": "twig.models",
-    "Policy": "twig.policy",
-    "attach": "twig.adapter",
-    "Request": "twig.rollout",
-    "sample": "twig.rollout",
-    "Progress": "twig.progress",
-    "Evaluation": "twig.evaluate",
-    "evaluate_policy": "twig.evaluate",
-    "Run": "twig.session",
-    "Exported": "twig.export",
-    "export_run": "twig.export",
-    "train": "twig.loop",
+    "PrefixTrie": "twig.core.trie",
+    "ALGORITHMS": "twig.core.algorithms.assign",
+    "Credit": "twig.core.algorithms.base",
+    "assign": "twig.core.algorithms.assign",
+    "Surrogate": "twig.core.objective",
+    "build_packs": "twig.engine.pack",
+    "end_ids": "twig.engine.load",
+    "load_model": "twig.engine.load",
+    "Policy": "twig.engine.policy",
+    "attach": "twig.engine.lora",
+    "Request": "twig.engine.sampler",
+    "sample": "twig.engine.sampler",
+    "Progress": "twig.common.progress",
+    "Evaluation": "twig.evaluation.evaluate",
+    "evaluate_policy": "twig.evaluation.evaluate",
+    "Run": "twig.training.session",
+    "Exported": "twig.export.export",
+    "export_run": "twig.export.export",
+    "train": "twig.training.train",
 }
 
 

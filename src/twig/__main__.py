@@ -2,7 +2,7 @@
 
 import sys
 
-from twig.cli import main
+from twig.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

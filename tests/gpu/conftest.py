@@ -12,6 +12,7 @@ in bfloat16 one attention of each family and one size of wave.
 """
 
 import os
+import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+# Where the tests are that are run again here.
+sys.path += [str(HERE.parent / package) for package in ("engine", "core", "training")]
 
 
 def pytest_generate_tests(metafunc):

@@ -1,23 +1,24 @@
 """What only a device can show: that nothing stays behind on the CPU, that both compute the same, and whole
-runs there. Memory is in test_cuda_memory.py, the captured decode step in test_decode_graph.py."""
+runs there. Memory is in test_cuda_memory.py, the captured decode step in engine/test_decode_steps.py."""
 
 import numerics
 import numpy as np
 import pytest
 import tiny
 import torch
+from gradients import credit_of, engine_gradient, groups_of, oracle_gradient, requests_of, texts_of
 from saved import build_tokenizer
-from test_engine import credit_of, engine_gradient, groups_of, oracle_gradient, requests_of, texts_of
 
 import twig
-from twig import checkpoint
-from twig.config import Settings
-from twig.objective import Surrogate
-from twig.progress import Progress
-from twig.rollout import invert, sample
-from twig.runlog import read_metrics
-from twig.tasks import load_task
-from twig.trainer import Trainer
+from twig.common.progress import Progress
+from twig.config.load import Settings
+from twig.core.objective import Surrogate
+from twig.engine.inverse_cdf import invert
+from twig.engine.sampler import sample
+from twig.runs import checkpoint
+from twig.runs.reader import read_metrics
+from twig.tasks.load import load_task
+from twig.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from gradients import credit_of
+from running_out import Heard, gradient_of
 from saved import build_tokenizer
-from test_engine import credit_of
-from test_oom import Heard, gradient_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import twig
-from twig.adapter import attach
-from twig.footprint import CUDA_OUTSIDE
-from twig.passes import Sizes
-from twig.policy import Policy
-from twig.records import UserError
-from twig.rollout import Request, sample
-from twig.usage import PeakMemory
+from twig.common.errors import UserError
+from twig.config.sizes import Sizes
+from twig.engine.lora import attach
+from twig.engine.policy import Policy
+from twig.engine.sampler import Request, sample
+from twig.planner.phases import CUDA_OUTSIDE
+from twig.runtime.memory_use import PeakMemory
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = ["bfloat16"]

@@ -15,9 +15,9 @@ import pytest
 import tiny
 import torch
 
-from twig import decode_graph
-from twig.noise import uniforms
-from twig.rollout import Request, sample
+from twig.core.rng import uniforms
+from twig.engine import decode_graph
+from twig.engine.sampler import Request, sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 PRECISIONS = ["float32"]

@@ -1,7 +1,7 @@
 """Memory that is made to run out at each place, on the device; for real it does in test_cuda.py."""
 
 import pytest
-from test_oom import *  # noqa: F403
+from test_out_of_memory import *  # noqa: F403
 
 pytestmark = pytest.mark.gpu
 

@@ -1,7 +1,7 @@
 """The gradient of TRL's trainer, on the device. In bfloat16 TRL casts otherwise."""
 
 import pytest
-from test_trl import *  # noqa: F403
+from test_against_trl import *  # noqa: F403
 
 pytestmark = [
     pytest.mark.gpu,

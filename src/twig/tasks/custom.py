@@ -16,8 +16,9 @@ when its marked answer is the same.
 
 from typing import Any
 
-from twig.answers import readable
-from twig.records import Example, UserError
+from twig.common.errors import UserError
+from twig.core.types import Example
+from twig.tasks.answers import readable
 from twig.tasks.base import Task
 from twig.tasks.data import Row, read_rows, require_columns
 from twig.tasks.rewards import accuracy, score_last_number, score_number

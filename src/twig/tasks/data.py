@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from twig.escape import storable
-from twig.reach import hub_or_cache, refusal
-from twig.records import UserError
+from twig.common.errors import UserError
+from twig.common.hub import hub_or_cache, refusal
+from twig.common.text import storable
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ text), `solution` (the row's whole answer) and the row's other columns.
 
 from typing import Any
 
-from twig.answers import read_number
-from twig.records import Example, UserError
+from twig.common.errors import UserError
+from twig.core.types import Example
+from twig.tasks.answers import read_number
 from twig.tasks.base import Task
 from twig.tasks.data import Row, read_rows, require_columns
 from twig.tasks.rewards import accuracy, score_last_number, score_number

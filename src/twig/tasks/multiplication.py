@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from twig.records import Example, Score, UserError
+from twig.common.errors import UserError
+from twig.core.types import Example, Score
 from twig.tasks.base import Task
 from twig.tasks.rewards import accuracy, score_last_number, score_number
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from twig.answers import score_answer, score_lenient
-from twig.records import Example, Score
+from twig.core.types import Example, Score
+from twig.tasks.answers import score_answer, score_lenient
 from twig.tasks.base import Task
-from twig.tasks.calls import call, start
-from twig.tasks.functions import RewardError, defined_at, function_names, is_async
+from twig.tasks.reward_calls import call, start
+from twig.tasks.reward_functions import RewardError, defined_at, function_names, is_async
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ row's own columns.
 from fractions import Fraction
 from typing import Any
 
-from twig.answers import read_number
-from twig.records import Example, UserError
+from twig.common.errors import UserError
+from twig.core.types import Example
+from twig.tasks.answers import read_number
 from twig.tasks.base import Task
 from twig.tasks.data import Row, read_rows, require_columns
 from twig.tasks.rewards import accuracy, score_last_number, score_number

@@ -1,0 +1,31 @@
+"""The command `twig env`: versions, device and memory."""
+
+from rich.text import Text
+
+from twig import __version__
+from twig.cli.console import result_console, show_row
+from twig.runtime.machine import device_words, environment, gpu_warning, has_nvidia_gpu
+
+
+def env_command() -> None:
+    """Show versions, device and memory, and what to change about them."""
+    import psutil
+    import torch
+
+    found = environment()
+    memory = psutil.virtual_memory()
+    device = device_words(torch)
+    rows = {
+        "twig": __version__,
+        "python": found["python"],
+        **{name: value or "not installed" for name, value in found["versions"].items() if name != "twig-rl"},
+        "platform": found["platform"],
+        "processors": found["cpu_count"],
+        "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
+        "device": device,
+    }
+    for name, value in rows.items():
+        show_row(name, value)
+    warning = gpu_warning(torch.version.cuda, torch.version.hip, torch.cuda.is_available(), has_nvidia_gpu())
+    if warning:
+        result_console().print(Text(f"\nwarning: {warning}"), soft_wrap=True)

@@ -1,0 +1,65 @@
+"""The command `twig export`: one library call, and what it wrote."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from twig.cli.console import quiet_libraries, result_console
+from twig.cli.display import quoted, showing
+from twig.common.text import one_line
+from twig.runtime.stop import stoppable
+
+
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder to write. Without it: exports/NAME.")
+    ] = None,
+    merged: Annotated[
+        bool,
+        typer.Option("--merged/--adapter", help="The base with the adapter merged into it, or the adapter."),
+    ] = False,
+    best: Annotated[bool, typer.Option("--best", help="The best evaluated adapter, not the last.")] = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", help="The base's id on the Hub, where it was a folder (or its new folder)."
+        ),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it to the Hub too, privately.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: for everyone to see.")] = False,
+) -> None:
+    """Write a trained model as a folder to share, with a model card."""
+    with showing("auto") as progress, stoppable() as stop:
+        stop.at_once = True  # nothing half is left behind, so there is nothing to wait for
+        progress.phase("starting")
+        from twig.export.export import export_run
+
+        quiet_libraries()
+        done = export_run(
+            run,
+            output,
+            merged=merged,
+            best=best,
+            base_model=base_model,
+            push=push,
+            public=public,
+            progress=progress,
+        )
+    facts = {
+        "folder": str(done.folder),
+        "form": "merged model" if merged else "adapter",
+        "base": done.base.hub_id or done.base.name,
+    }
+    if done.merge is not None:
+        facts["exact"] = f"logits differ by at most {done.merge.difference:.2g} ({done.merge.dtype})"
+    if done.url is not None:
+        facts["page"] = done.url
+    else:
+        facts["next"] = f"read {quoted(done.folder / 'README.md')}, then share the folder"
+    for name, words in facts.items():
+        result_console().print(Text(f"{name:<8} {one_line(words)}"), soft_wrap=True)

@@ -1,0 +1,161 @@
+"""The command `twig train`: one run, alone or as one of several processes."""
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from twig.cli.console import Overrides, Silent, Stopped, quiet_libraries, result_console
+from twig.cli.display import quoted, show_findings, show_run, showing
+from twig.cli.plan import plan_as_comment
+from twig.common.errors import UserError
+from twig.common.text import file_name
+from twig.config.load import Settings, load
+from twig.config.sizes import with_sizes
+from twig.report.diagnosis import findings
+from twig.report.history import read_run
+from twig.runs.folder import RunLog, new_folder, newest_folder
+from twig.runs.reader import is_finished, is_run, read_summary
+from twig.runtime.lifeline import Ended
+from twig.runtime.processes import ALONE, Processes, exit_status, launched, together
+
+
+def train_command(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe, a YAML file or a run folder.")
+    ],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run folder. Without it: runs/RECIPE-N.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the settings and the plan of memory, and stop.")
+    ] = False,
+) -> None:
+    """Train a model, and show its accuracy before and after."""
+    if launched() is not None:
+        _train_together(source, overrides or (), output, resume, dry_run)
+        return
+    settings = load(_recipe(source), overrides or ())
+    if dry_run:
+        sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
+        return
+    folder = _folder_to_resume(source, output) if resume else output
+    if resume and _is_done(folder, settings):
+        _show(folder, read_summary(folder))
+        return
+    folder = folder or new_folder(_run_name(source))
+    with _stoppable(folder):
+        summary = _train(settings, folder, resume)
+    _show(folder, summary)
+    if summary["status"] == "stopped":
+        raise Stopped(_how_to_go_on(folder))
+
+
+def _show(folder: Path, summary: dict[str, Any]) -> None:
+    show_run(result_console(), folder, summary)
+    show_findings(result_console(), findings(read_run(folder).history))
+
+
+def _train_together(
+    source: str, overrides: Sequence[str], output: Path | None, resume: bool, dry_run: bool
+) -> None:
+    """The same as one of several processes. The first alone reads settings, opens the folder and speaks."""
+    settings, folder, main = None, Path(), launched().rank == 0
+    try:
+        with together() as processes:
+            if main:
+                settings = load(_recipe(source), overrides)
+                if dry_run:
+                    sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
+                else:
+                    folder = _folder_to_resume(source, output) if resume else output
+                    folder = folder or new_folder(_run_name(source))
+            if dry_run:
+                return
+            with _stoppable(folder):
+                summary = _train(settings, folder, resume, processes)
+        if main:
+            _show(folder, summary)
+        if summary["status"] == "stopped":
+            raise Stopped(_how_to_go_on(folder))
+    except (UserError, Ended, KeyboardInterrupt, Stopped) as error:
+        if main:
+            raise
+        raise Silent(exit_status(error)) from error
+
+
+def _train(
+    settings: Settings | None, folder: Path, resume: bool, processes: Processes = ALONE
+) -> dict[str, Any]:
+    if settings is None:
+        from twig.training.train import train as run
+
+        quiet_libraries()
+        return run({}, processes=processes).summary
+    # The folder is taken, or refused, before the slow imports; a run that fails before its start leaves none.
+    log = RunLog.open(folder) if resume else RunLog.create(folder, settings)
+    log.close()  # the run takes it itself
+    try:
+        from twig.training.train import train as run
+
+        quiet_libraries()
+        with showing(settings.log.progress) as progress:
+            return run(settings, output=folder, resume=resume, progress=progress, processes=processes).summary
+    except BaseException:
+        if not resume:
+            log.discard()
+        raise
+
+
+def _recipe(source: str) -> str:
+    if "=" in source and not Path(source).exists():
+        raise UserError(f"{source}: a setting where the recipe belongs; write twig train quickstart {source}")
+    return source
+
+
+def _run_name(source: str) -> str:
+    path = Path(source)
+    return file_name(path.stem if path.suffix in (".yaml", ".yml") else path.resolve().name)
+
+
+def _folder_to_resume(source: str, output: Path | None) -> Path:
+    found = output or (Path(source) if is_run(Path(source)) else newest_folder(_run_name(source)))
+    if found is None:
+        name = _run_name(source)
+        raise UserError(
+            f"--resume: there is no run runs/{name}-N; write --output DIR, or leave --resume out to start"
+        )
+    return found
+
+
+def _is_done(folder: Path, settings: Settings) -> bool:
+    log = RunLog.open(folder)
+    log.close()
+    as_it_began = with_sizes(settings, log.settings.flat())  # with the sizes that the run chose
+    return log.settings == as_it_began and is_finished(log.summary())
+
+
+def _how_to_go_on(folder: Path) -> str:
+    return f"stopped and saved; to go on: twig train {quoted(folder)} --resume"
+
+
+@contextmanager
+def _stoppable(folder: Path) -> Iterator[None]:
+    """Inside, SIGTERM is as Ctrl-C, and either says how to go on."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(_how_to_go_on(folder) if is_run(folder) else "stopped before the first step") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

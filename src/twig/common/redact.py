@@ -1,0 +1,135 @@
+"""What others may see: text without secrets or paths of this machine, as Markdown that it cannot break.
+
+Knows forms: what looks like an access token or like a path is cut; and the secrets in this process's
+environment, wherever they turn up. No torch.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+from urllib.parse import quote
+
+from twig.common.text import printable
+
+_REMOVED = "(removed)"
+_SECRET = re.compile(
+    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|AIza)[\w-]{12,}"
+    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|(?<=://)[^\s/@]+(?=@)"
+)
+_SECRET_KEY = re.compile(r"token$|secret|password|passwd|api_?key|credential|authorization", re.IGNORECASE)
+# Variables that hold a secret. A shorter value may be any word.
+_SECRET_VARIABLE = re.compile(r"(?:TOKEN|KEY|KEY_ID|PASS|PASSPHRASE|PASSWD)$|SECRET|PASSWORD", re.IGNORECASE)
+_SHORTEST_SECRET = 8
+# Two steps down from a root, a drive, a share or a home: `/think` and `3/4` are no paths.
+_PATH = re.compile(r"(?<![\w.:/\\<])(?:~|[A-Za-z]:|\\)?(?:[/\\]+[^\s/\\:*?\"'`<>|]+){2,}[/\\]?")
+
+
+def environment_secrets() -> dict[str, str]:
+    """Variable to value of what is secret in the environment: by the variable's name, or the value's form."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST_SECRET and (_SECRET_VARIABLE.search(name) or _SECRET.fullmatch(value))
+    }
+
+
+def secret_in(text: str) -> str | None:
+    """The variable of the environment whose secret is part of a text, None without one."""
+    return next((name for name, value in environment_secrets().items() if value in text), None)
+
+
+def without_secrets(value: Any) -> Any:
+    """The value (also nested) without the secrets of the environment, as they are or as URLs, JSON and Python
+    write them."""
+    forms = set()
+    for secret in environment_secrets().values():
+        forms |= {secret, quote(secret, safe=""), json.dumps(secret)[1:-1], repr(secret)[1:-1]}
+    return _without(value, sorted(forms, key=len, reverse=True))
+
+
+def _without(value: Any, forms: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {_without(key, forms): _without(item, forms) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(item, forms) for item in value]
+    if isinstance(value, str):
+        for form in forms:
+            value = value.replace(form, _REMOVED)
+    return value
+
+
+def hidden(text: str) -> str:
+    """A message or traceback without the secrets of the environment and without what looks like one.
+
+    >>> hidden("401 for hf_abcdefghijklmnop")
+    '401 for (removed)'
+    """
+    return _SECRET.sub(_REMOVED, without_secrets(text))
+
+
+def public(value: Any) -> Any:
+    """The value without secrets, and with the last part of a path in its place.
+
+    >>> public({"file": "/home/ann/work/rewards.py:exact", "api_key": "abc", "n": 3})
+    {'file': 'rewards.py:exact', 'api_key': '(removed)', 'n': 3}
+    """
+    if isinstance(value, Mapping):
+        return {
+            public(str(key)): _REMOVED if _SECRET_KEY.search(str(key)) else public(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if "\n" not in value and _is_path(value):
+        value = last_part(value)
+    return _PATH.sub(lambda match: f".../{last_part(match[0])}", _SECRET.sub(_REMOVED, value))
+
+
+def last_part(path: str) -> str:
+    """The last part of a path in either notation.
+
+    >>> last_part("/models/mine/"), last_part("C:\\\\models\\\\mine")
+    ('mine', 'mine')
+    """
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def _is_path(text: str) -> bool:
+    absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    return (absolute and len(re.findall(r"[/\\]", text)) > 1) or text.startswith(
+        ("~/", "./", "../", ".\\", "..\\")
+    )
+
+
+def shown(value: Any) -> str:
+    """A text on one line, with what is not printable written out."""
+    text = " ".join(str(public(value)).split())
+    return printable(text)
+
+
+def code(value: Any) -> str:
+    """A text as inline code, whatever is in it.
+
+    >>> code("a`b\\n|<b>")
+    '``a`b |<b>``'
+    """
+    text = shown(value) or " "
+    ticks = "`" * (_longest_run(text) + 1)
+    pad = " " if text[0] == "`" or text[-1] == "`" else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code, whatever is in it."""
+    text = printable(text)
+    ticks = "`" * max(3, _longest_run(text) + 1)
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def _longest_run(text: str) -> int:
+    return max([0, *(len(run) for run in re.findall(r"`+", text))])

@@ -1,0 +1,285 @@
+"""From tries with credit to packs: what one forward and backward pass of the model reads.
+
+Only the ancestors of nodes with credit are run, each once, however many completions share them. A pack is a
+table of B rows and L columns; a row holds one or more segments, a segment is a prompt followed by part of its
+trie in depth-first order. Token q sees token k of its row when k <= q < end(k), where `end` closes k's
+subtree. A trie that is cut into several packs leaves all of its prompt but the last token out of them: that
+is their stem, whose keys and values are computed once for all.
+
+Numpy only: knows nothing of models. Legend: B rows, L columns, R head rows, N targets (weighted nodes).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twig.core.algorithms.base import Credit
+from twig.core.trie import ROOT, PrefixTrie
+from twig.core.types import Group
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The weighted nodes that a pack computes, N entries each.
+
+    `row` is the entry of `Pack.rows` whose next-token distribution the node belongs to, `token` the node's
+    token; `group` and `node` say where it came from; `plus`, `minus`, `kl` are its weights.
+    """
+
+    row: np.ndarray
+    token: np.ndarray
+    group: np.ndarray
+    node: np.ndarray
+    plus: np.ndarray
+    minus: np.ndarray
+    kl: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+@dataclass(frozen=True)
+class Stem:
+    """The first S tokens of a group's prompt, which every token of its packs sees. `cells` [S] as in
+    `Pack`."""
+
+    group: int
+    ids: np.ndarray
+    cells: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One pass through the model. `ids`, `positions`, `ends` are [B, L]; unused cells see only themselves.
+
+    `cells` [B, L] are rows of the boundary table (None where sampling recorded none). `rows` [R] are the flat
+    indices b * L + l of the tokens whose next-token distribution is needed. `num_tokens` counts the cells in
+    use. Where the pack has a `stem`, its tokens come before the first column of every row.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    ends: np.ndarray
+    cells: np.ndarray | None
+    rows: np.ndarray
+    targets: Targets
+    num_tokens: int
+    stem: Stem | None = None
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The last `prompt` tokens of a prompt and the trie nodes `nodes` (depth-first, the root first) that
+    follow; `heads` are the nodes among them whose children with credit this segment computes."""
+
+    group: int
+    prompt: int
+    nodes: np.ndarray
+    heads: np.ndarray
+
+    @property
+    def length(self) -> int:
+        # the root is the prompt's last token
+        return self.prompt + len(self.nodes) - 1
+
+
+def build_packs(
+    groups: Sequence[Group],
+    tries: Sequence[PrefixTrie],
+    credits: Sequence[Credit],
+    size: int,
+    share: bool = True,
+) -> list[Pack]:
+    """Packs of at most `size` cells that compute each weighted node of each group exactly once.
+
+    A pack is never smaller than its longest path, so it may exceed `size` where one path does. The packs of
+    one stem follow each other. With `share=False` every path is a row of its own, prompt included: the plain
+    batch, for models that cannot run a trie. The cut changes the gradient by rounding only. Empty where
+    nothing has credit.
+    """
+    whole: list[_Segment] = []
+    bins: list[list[list[_Segment]]] = []
+    for index, (group, trie, credit) in enumerate(zip(groups, tries, credits, strict=True)):
+        prompt = len(group.prompt_ids)
+        segments = _cut(index, prompt, trie, credit.weighted, size, share)
+        if any(segment.prompt < prompt for segment in segments):
+            bins += _fill(segments, size, share)
+        else:
+            whole += segments
+    return [_table(rows, groups, tries, credits) for rows in _fill(whole, size, share) + bins]
+
+
+def halves(
+    pack: Pack,
+    groups: Sequence[Group],
+    tries: Sequence[PrefixTrie],
+    credits: Sequence[Credit],
+    share: bool = True,
+) -> list[Pack]:
+    """The same targets in packs of at most half as many cells; one pack where it is a single path already."""
+    parts = []
+    for index, credit in enumerate(credits):
+        mine = np.zeros(len(credit.plus), bool)
+        mine[pack.targets.node[pack.targets.group == index]] = True
+        parts.append(Credit(*(np.where(mine, w, 0.0) for w in (credit.plus, credit.minus, credit.kl))))
+    return build_packs(groups, tries, parts, max(pack.ids.size // 2, 1), share)
+
+
+def head_columns(pack: Pack) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of the pack's head rows as a table [B, at most R], row by row, and where in that table
+    (flattened) each of the R head rows is. Places that are left over repeat column 0."""
+    row, column = np.divmod(pack.rows, pack.ids.shape[1])
+    order = np.argsort(row, kind="stable")
+    counts = np.bincount(row, minlength=len(pack.ids))
+    place = np.empty(len(row), np.int64)
+    place[order] = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.zeros((len(pack.ids), int(counts.max())), np.int64)
+    table[row, place] = column
+    return table, row * table.shape[1] + place
+
+
+def _cut(
+    index: int, prompt: int, trie: PrefixTrie, weighted: np.ndarray, size: int, share: bool
+) -> list[_Segment]:
+    """The needed part of one trie as segments of at most `size` tokens, cut between paths; shared ancestors
+    behind the prompt repeat, and where not even the prompt is shared it does too."""
+    marked = np.zeros(len(trie), bool)
+    marked[trie.parent[weighted]] = True
+    if not marked.any():
+        return []
+    below = np.concatenate([[0], np.cumsum(marked)])
+    inside = below[trie.end] - below[:-1]  # marked nodes in each subtree
+    needed = np.flatnonzero(inside)
+    if share and prompt + len(needed) - 1 <= size:
+        return [_Segment(index, prompt, needed, np.flatnonzero(marked))]
+    if share:
+        prompt = 1  # the rest is the stem
+    else:
+        size = 0
+
+    leaves = np.flatnonzero(marked & (inside == 1))
+    segments: list[_Segment] = []
+    fresh, start = 0, 0  # the first node that no segment has, the first leaf of this segment
+    ancestors = _ancestors(trie, int(leaves[0]))
+    length = prompt + len(ancestors) - 1
+    for i in range(1, len(leaves) + 1):
+        if i < len(leaves):
+            grown = length + int(np.count_nonzero((needed > leaves[i - 1]) & (needed <= leaves[i])))
+            if grown <= size:
+                length = grown
+                continue
+        last = leaves[i - 1]
+        nodes = np.union1d(ancestors, needed[(needed > leaves[start]) & (needed <= last)])
+        heads = nodes[marked[nodes] & (nodes >= fresh)]
+        segments.append(_Segment(index, prompt, nodes, heads))
+        if i < len(leaves):
+            fresh, start = last + 1, i
+            ancestors = _ancestors(trie, int(leaves[i]))
+            length = prompt + len(ancestors) - 1
+    return segments
+
+
+def _ancestors(trie: PrefixTrie, node: int) -> np.ndarray:
+    """The path from the root to `node`, both included."""
+    path = [node]
+    while path[-1] != ROOT:
+        path.append(int(trie.parent[path[-1]]))
+    return np.array(path[::-1], np.int64)
+
+
+def _fill(segments: list[_Segment], size: int, share: bool) -> list[list[list[_Segment]]]:
+    """First-fit decreasing: packs of rows of segments, rows as long as the pack's longest segment."""
+    packs: list[list[list[_Segment]]] = []
+    free: list[int] = []  # of each row of the last pack
+    width = 0
+    for segment in sorted(segments, key=lambda s: -s.length):
+        room = next((i for i, left in enumerate(free) if left >= segment.length), None) if share else None
+        if room is not None:
+            packs[-1][room].append(segment)
+            free[room] -= segment.length
+        elif packs and (len(free) + 1) * width <= size:
+            packs[-1].append([segment])
+            free.append(width - segment.length)
+        else:
+            width = segment.length
+            packs.append([[segment]])
+            free = [0]
+    return packs
+
+
+def _table(
+    rows: list[list[_Segment]],
+    groups: Sequence[Group],
+    tries: Sequence[PrefixTrie],
+    credits: Sequence[Credit],
+) -> Pack:
+    width = max(sum(s.length for s in row) for row in rows)
+    shape = (len(rows), width)
+    recorded = all(len(groups[s.group].prompt_cells) for row in rows for s in row)
+    ids, positions, cells = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    ends = np.broadcast_to(np.arange(1, width + 1), shape).copy()
+    head_rows, targets = [], []
+    for b, row in enumerate(rows):
+        column = 0
+        for segment in row:
+            here = slice(column, column + segment.length)
+            group, trie = groups[segment.group], tries[segment.group]
+            prompt, whole = segment.prompt, len(group.prompt_ids)
+            tail = slice(whole - prompt, whole)
+            ids[b, here] = np.concatenate([group.prompt_ids[tail], trie.token[segment.nodes[1:]]])
+            positions[b, here] = np.concatenate(
+                [np.arange(whole)[tail], whole - 1 + trie.depth[segment.nodes[1:]]]
+            )
+            # the root is the prompt's last token: it and those before it see the whole segment below them
+            close = np.searchsorted(segment.nodes, trie.end[segment.nodes]) + prompt - 1
+            ends[b, here] = column + np.concatenate([np.full(prompt - 1, segment.length), close])
+            if recorded:
+                cells[b, here] = np.concatenate(
+                    [group.prompt_cells[tail], _node_cells(group, trie, segment.nodes[1:])]
+                )
+            at = column + prompt - 1 + np.searchsorted(segment.nodes, segment.heads)
+            targets.append(_targets(segment, trie, credits[segment.group], sum(len(r) for r in head_rows)))
+            head_rows.append(b * width + at)
+            column += segment.length
+    used = sum(s.length for row in rows for s in row)
+    joined = Targets(*(np.concatenate(columns) for columns in zip(*targets, strict=True)))
+    return Pack(
+        ids,
+        positions,
+        ends,
+        cells if recorded else None,
+        np.concatenate(head_rows),
+        joined,
+        used,
+        _stem(rows[0][0], groups, recorded),
+    )
+
+
+def _stem(segment: _Segment, groups: Sequence[Group], recorded: bool) -> Stem | None:
+    """What of the prompt is not in the segment."""
+    group = groups[segment.group]
+    left = len(group.prompt_ids) - segment.prompt
+    if left == 0:
+        return None
+    return Stem(segment.group, group.prompt_ids[:left], group.prompt_cells[:left] if recorded else None)
+
+
+def _node_cells(group: Group, trie: PrefixTrie, nodes: np.ndarray) -> np.ndarray:
+    """Boundary rows of trie nodes: those of a completion that goes on after the node, so they were
+    recorded."""
+    return np.concatenate([c.cells for c in group.completions])[trie.position(nodes)]
+
+
+def _targets(segment: _Segment, trie: PrefixTrie, credit: Credit, first_row: int) -> tuple[np.ndarray, ...]:
+    """The weighted children of the segment's heads, as the columns of `Targets`."""
+    is_head = np.zeros(len(trie), bool)
+    is_head[segment.heads] = True
+    nodes = np.flatnonzero(credit.weighted)
+    nodes = nodes[is_head[trie.parent[nodes]]]
+    row = first_row + np.searchsorted(segment.heads, trie.parent[nodes])
+    group = np.full(len(nodes), segment.group, np.int64)
+    return row, trie.token[nodes], group, nodes, credit.plus[nodes], credit.minus[nodes], credit.kl[nodes]

@@ -1,0 +1,390 @@
+"""The memory of each phase of a run, item by item: what the code holds, walked through in its order.
+
+A phase is a `Ledger`: what is taken is added, what is given back is subtracted, and the peak is the largest
+sum at any one time, with the items that were alive then. Lengths are the longest that the settings allow and
+completions share nothing, so a prediction is a bound, reached where nothing ends early.
+
+On a CUDA device a phase has what its tensors take and, in items named in `OUTSIDE`, what no tensor takes.
+
+No torch.
+"""
+
+from dataclasses import dataclass, field
+
+from twig.config.sizes import Sizes
+from twig.planner.layer_costs import (
+    DecodeTable,
+    Table,
+    Workload,
+    backward_moment,
+    decode_buffers,
+    decode_moment,
+    kept_by_layer,
+    last_queries,
+    layer_moment,
+    pack_table,
+    waves_of,
+)
+from twig.planner.ledger import Ledger, Phase
+from twig.runtime.memory_use import CUDA_CONTEXT, MIB
+
+MEASURED = ("cpu", "cuda")  # the kinds of device whose constants below were: see docs/performance.md
+# What the first calls of the libraries take and keep, beside all tensors: code that is mapped when it is
+# first used, thread pools, workspaces; the backward pass adds its own.
+LIBRARIES = {"cpu": 45 * MIB, "mps": 300 * MIB}
+BACKWARD_LIBRARIES = {"cpu": 15 * MIB, "mps": 0}
+
+CUDA_GRAPH = 48 * MIB  # outside torch: the nodes of a captured decode step
+CUDA_WORKSPACE = 32 * MIB  # cuBLAS's, allocated by torch for each thread and stream; 8 MiB before Hopper
+CUDA_RESERVE = 0.04  # of what tensors take: holes in the segments that torch's allocator cuts them from
+# What a process takes on a CUDA device outside torch's allocator, whose limit therefore has to be lower.
+CUDA_OUTSIDE = CUDA_CONTEXT + CUDA_GRAPH
+# The items that torch does not count as allocated. A graph's memory is not, between two replays.
+OUTSIDE = ("context", "captured graph", "allocator's reserve")
+# The check of a model's layers when it is opened: rows of logits alive at once (`Decoder.check`).
+_CHECK_ROWS = 94
+_COMPACTED = 0.75  # of a wave's rows, at most, when the finished ones are left out
+_INT, _BOOL = 8, 1
+
+
+def _largest_matrix(work: Workload) -> int:
+    """Bytes of a layer's largest matrix that is not quantised."""
+    return work.element * max(inputs * outputs for inputs, outputs in work.shape.linear().values())
+
+
+# ---- phases ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The phases of `work` done in pieces of `sizes`; with `tensors`, without what is `OUTSIDE`."""
+
+    work: Workload
+    sizes: Sizes
+    tensors: bool = False
+    base: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        work = self.work
+        base: dict[str, float] = {"base weights": work.shape.weight_bytes(work.element, work.quantised)}
+        if work.kind == "cuda":
+            base |= {"context": CUDA_CONTEXT, "workspaces": CUDA_WORKSPACE}
+        else:
+            base["libraries"] = LIBRARIES[work.kind]
+        base["adapter"] = work.adapter_bytes
+        object.__setattr__(self, "base", self._counted(base))
+
+    def _counted(self, items: dict[str, float]) -> dict[str, float]:
+        return {name: size for name, size in items.items() if not (self.tensors and name in OUTSIDE)}
+
+    def _phase(self, ledger: Ledger, name: str) -> Phase:
+        """The phase at its peak, with the allocator's reserve."""
+        if self.work.kind == "cuda" and not self.tensors:
+            own = sum(size for item, size in ledger.highest.items() if item not in OUTSIDE)
+            ledger.highest["allocator's reserve"] = CUDA_RESERVE * own
+        return ledger.phase(name)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Loading, sampling, update and evaluation."""
+        return self.loading(), self.sampling(), self.update(), self.evaluation()
+
+    def loading(self) -> Phase:
+        """Files are mapped, not read: weights that keep their dtype stay pages of the file, others are a copy
+        beside it. What goes to a GPU is read into the machine's own memory first, which is not counted; a
+        matrix that is quantised there is whole beside what it becomes."""
+        work = self.work
+        ledger = Ledger(self.base)
+        if work.kind == "cuda" and work.quantised is not None:
+            ledger.moment("weights as stored", 2 * _largest_matrix(work))
+        copied = work.stored != work.element if work.kind == "cpu" else work.kind == "mps"
+        if copied:
+            ledger.moment("weights as stored", work.shape.weight_bytes(work.stored))
+        ledger.moment("check of the layers", _CHECK_ROWS * work.shape.vocabulary * work.element)
+        return self._phase(ledger, "loading")
+
+    def _trained(self) -> Ledger:
+        """What is alive from the first step on."""
+        work = self.work
+        ledger = Ledger(self.base)
+        if work.kind == "cuda":
+            ledger.take("workspaces", CUDA_WORKSPACE)  # the thread of the backward pass has its own
+            if work.quantised == "nf4":
+                ledger.take("a matrix, unpacked", _largest_matrix(work))
+        else:
+            ledger.take("libraries", BACKWARD_LIBRARIES[work.kind])
+        ledger.take("gradients", work.adapter_bytes)
+        ledger.take("optimizer", work.moments * work.adapter_bytes)
+        return ledger
+
+    def _boundary(self, ledger: Ledger) -> None:
+        work = self.work
+        tokens = work.prompts * (work.prompt + work.generations * work.length)
+        if work.recorded:
+            ledger.take("trunk's output, recorded", tokens * work.shape.hidden * work.element)
+
+    def sampling(self) -> Phase:
+        """A wave from its prompts to its last token."""
+        work = self.work
+        ledger = self._trained()
+        self._boundary(ledger)
+        rows = min(self.sizes.wave_size, work.prompts * work.generations)
+        ledger.take("sampled tokens", work.prompts * work.generations * work.length * 36)
+        # A restart's prompt has all but one token of a completion, beside a prompt with none of it.
+        width = work.path if work.restarts else work.prompt
+        if work.plain:
+            self._plain_wave(ledger, min(rows, work.generations))
+        elif work.static_decode:
+            prompts = waves_of(work.prompts, work.generations, self.sizes.wave_size)[0][0]
+            self._decode_wave(ledger, self._decode_tables(), prompts, width)
+        else:
+            exact, rest = divmod(rows, work.generations)
+            self._wave(ledger, rows, min(work.prompts, exact + 2 * (rest > 0) - (exact == 0)), width)
+        return self._phase(ledger, "sampling")
+
+    def evaluation(self) -> Phase:
+        """One greedy answer a problem, after training; between steps the last batch is still there."""
+        work = self.work
+        ledger = self._trained()
+        if work.evaluated_between:
+            self._boundary(ledger)
+        rows = min(self.sizes.eval_batch_size, work.questions)
+        if work.plain:
+            self._plain_wave(ledger, min(rows, 1))
+        elif work.static_decode:
+            table = DecodeTable.of(rows, 1, work.prompt, work.length, False)
+            self._decode_wave(ledger, [table], rows, work.prompt)
+        else:
+            self._wave(ledger, rows, rows, work.prompt)
+        return self._phase(ledger, "evaluation")
+
+    def _decode_tables(self) -> list[DecodeTable]:
+        """What is kept for the waves of a step, the largest first: two shapes at most."""
+        work = self.work
+        width = work.path if work.restarts else work.prompt
+        waves = waves_of(work.prompts, work.generations, self.sizes.wave_size)
+        tables = [DecodeTable.of(prompts, each, width, work.length, True) for prompts, each in waves]
+        return list(dict.fromkeys(tables))[:2]
+
+    def _keep_steps(self, ledger: Ledger, tables: list[DecodeTable]) -> None:
+        """What captured decode steps hold, from the first wave on: buffers, and each graph its own memory."""
+        work = self.work
+        ledger.take("decode buffers", sum(decode_buffers(work, table) for table in tables))
+        ledger.take("workspaces", CUDA_WORKSPACE)  # of the stream that captures
+        if not self.tensors:
+            graphs = sum(decode_moment(work, table) + CUDA_GRAPH for table in tables)
+            ledger.take("captured graph", graphs)
+
+    def _decode_wave(self, ledger: Ledger, tables: list[DecodeTable], prompts: int, width: int) -> None:
+        """A wave by captured steps: prompts of up to `width` tokens, then steps over buffers that stay.
+
+        In the first wave of its shape a step runs as it is beside the prompts, and is captured.
+        """
+        work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
+        table, hidden, prompt_tokens = tables[0], shape.hidden * e, prompts * width
+        self._keep_steps(ledger, tables)
+        # The noise is there once more, as it was drawn.
+        ledger.take("sampled tokens", table.rows * work.length * (2 * table.sampled + 2) * wide)
+        masks = self._masks(ledger, prompts, width, set(shape.windows))
+        ledger.take("key-value cache", prompt_tokens * shape.layers * 2 * shape.key * e)
+        ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and what goes on
+        ledger.moment("activations", layer_moment(work, prompts, width))
+        ledger.drop("masks", masks)
+        ledger.take("logits", prompts * shape.vocabulary * wide)
+        spread = table.rows * shape.vocabulary * wide  # the prompts' logits for each of their rows
+        ledger.moment("logits", max(spread, decode_moment(work, table)) if self.tensors else spread)
+        for name in ("logits", "activations", "key-value cache"):
+            ledger.drop(name)
+        if table.sampled and work.recorded:  # what was recorded, by row, then what of it is there
+            ledger.moment("activations", 2 * table.rows * work.length * hidden)
+
+    def _wave(self, ledger: Ledger, rows: int, prompts: int, width: int) -> None:
+        """`rows` completions of `prompts` prompts of up to `width` tokens."""
+        work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
+        slots = width + work.length
+        row = shape.layers * 2 * shape.key * e  # keys and values of a token
+        hidden, prompt_tokens = shape.hidden * e, prompts * width
+        ledger.take("sampled tokens", rows * work.length * (3 * wide + 2 * _INT))
+
+        masks = self._masks(ledger, prompts, width, set(shape.windows))
+        ledger.take("key-value cache", prompt_tokens * row)
+        ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and what goes on
+        ledger.moment("activations", layer_moment(work, prompts, width))
+        ledger.drop("masks", masks)
+        ledger.take("logits", (2 * prompts + rows) * shape.vocabulary * wide)
+        ledger.drop("logits", 2 * prompts * shape.vocabulary * wide)
+        # The buffers of the whole wave are made at once; a CPU gives their pages as they are written to.
+        first = width if work.kind == "cpu" else slots
+        ledger.take("key-value cache", rows * first * row)
+        ledger.drop("key-value cache", prompt_tokens * row)
+        ledger.take("key-value cache", rows * (slots - first) * row)
+        ledger.drop("activations")
+
+        kinds = 2 if shape.per_type_rotary else 1
+        ledger.take("masks", rows * (slots * (_INT + _BOOL) + work.length * 2 * kinds * shape.head_dim * e))
+        # Choosing a token: logits, log-probs, probabilities, and their sums or entropies.
+        ledger.moment("logits", 3 * rows * shape.vocabulary * wide)
+        # Rows that ended are left out, and the others copied, one layer after another.
+        ledger.moment("key-value cache", _COMPACTED * rows * slots * row / shape.layers)
+        ledger.take("activations", rows * hidden)
+        ledger.moment("activations", layer_moment(work, rows, 1, slots))
+        ledger.moment("logits", rows * shape.vocabulary * (2 * wide if e == wide else wide + e))
+
+    def _masks(
+        self, ledger: Ledger, rows: int, columns: int, windows: set[int | None], keys: int | None = None
+    ) -> float:
+        """Takes the masks and rotary embeddings of a table; returns their bytes."""
+        shape, e = self.work.shape, self.work.element
+        cells = rows * columns * (columns if keys is None else keys)
+        if any(window is not None for window in windows):
+            ledger.moment("masks", cells * (_INT + 2 * _BOOL))
+        rotary = 2 * rows * columns * shape.head_dim * e * (2 if shape.per_type_rotary else 1)
+        size = len(windows) * cells * e + rotary
+        ledger.take("masks", size)
+        ledger.moment("masks", cells * _BOOL)
+        return size
+
+    def update(self) -> Phase:
+        """The packs of one batch, forward and backward, and the optimizer's step."""
+        work, shape = self.work, self.work.shape
+        ledger = self._trained()
+        self._boundary(ledger)
+        if work.static_decode:
+            self._keep_steps(ledger, self._decode_tables())
+        ledger.take("sampled tokens", work.prompts * work.generations * work.length * (36 + 4 * _INT))
+        table = pack_table(work, self.sizes.pack_size)
+        if work.plain:
+            self._plain_pack(ledger, table)
+        else:
+            stem = 2 * table.stem * shape.key * work.element  # keys and values of a layer
+            ledger.take("prompt's keys and values", (shape.layers - work.cut * work.recorded) * stem)
+            self._pack(ledger, table)
+            ledger.take("prompt's keys and values", (shape.layers - work.cut) * stem)  # their gradients
+            if table.stem:
+                self._stem(ledger, Table(1, table.stem, 0, 0, 0))
+        ledger.take("gradients", work.adapter_bytes)  # the pack's, before they are added to the batch's
+        ledger.drop("gradients", work.adapter_bytes)
+        return self._phase(ledger, "update")
+
+    def _pack(self, ledger: Ledger, table: Table) -> None:
+        work, shape, e = self.work, self.work.shape, self.work.element
+        hidden, tokens, top = shape.hidden * e, table.tokens, shape.layers - 1
+        rows, columns, queries = table.rows, table.columns, last_queries(work, table)
+        cells, square = tokens * table.keys, columns**2 * _BOOL
+        ledger.take("masks", (1 + (table.stem == 0)) * cells * _BOOL + square)
+        ledger.drop("masks", (table.stem == 0) * cells * _BOOL + square)
+        masks = self._masks(ledger, rows, columns, set(shape.windows), table.keys)
+        ledger.take("activations", tokens * hidden)  # the trunk's output
+        if not work.recorded and work.cut > 0:
+            ledger.moment("activations", layer_moment(work, rows, columns, table.keys))
+
+        kept = {
+            i: kept_by_layer(work, table, i > work.cut, queries if i == top else None)
+            for i in range(work.cut, shape.layers)
+        }
+        padded = cells * e if work.kind == "cuda" and not work.eager and table.keys % 8 else 0
+        own = 2 * tokens * shape.key * e * (table.stem > 0)  # keys and values before the stem's join them
+        for i, halves in kept.items():
+            run = tokens if i < top or queries is None else rows * queries
+            inner = layer_moment(work, 1, run, table.keys)
+            ledger.take("activations", own)
+            if self.sizes.checkpoint_layers:
+                ledger.moment("activations", inner)
+                ledger.take("kept for backward", tokens * hidden * (i > work.cut))
+            else:
+                ledger.take("kept for backward", sum(halves))
+                ledger.take("masks", padded)
+                ledger.moment("activations", run * (3 * hidden + shape.intermediate * e))
+        ledger.drop("activations", own * len(kept))
+        ledger.drop("masks", cells * _BOOL + (masks if work.eager else 0))
+        if not self.sizes.checkpoint_layers:
+            ledger.drop("activations", tokens * hidden)
+
+        self._head(ledger, table.head, table.targets)
+        ledger.take("activations", tokens * hidden)  # the gradient that comes down
+        numbers = [top] if queries is None or top == work.cut else [top, top - 1]
+        for i in numbers:  # the last layer may run at few columns; the one below it then needs more
+            at = queries if i == top else None
+            self._layer_backward(ledger, table, kept[i], at, padded)
+        for name in ("activations", "masks", "kept for backward"):
+            ledger.drop(name)
+
+    def _layer_backward(
+        self, ledger: Ledger, table: Table, kept: tuple[float, float], queries: int | None, padded: float
+    ) -> None:
+        work = self.work
+        attention, mlp = backward_moment(work, table, queries)
+        if self.sizes.checkpoint_layers:
+            run = table.tokens if queries is None else table.rows * queries
+            ledger.moment("activations", layer_moment(work, 1, run, table.keys))
+            ledger.take("kept for backward", sum(kept))
+            ledger.take("masks", padded)
+        ledger.moment("activations", mlp)
+        ledger.drop("kept for backward", kept[1])
+        ledger.moment("activations", attention)
+        ledger.drop("kept for backward", kept[0])
+        if self.sizes.checkpoint_layers:
+            ledger.drop("masks", padded)
+
+    def _stem(self, ledger: Ledger, table: Table) -> None:
+        """A prompt is run again once its packs are done, and their gradients are sent through it."""
+        work, shape, e = self.work, self.work.shape, self.work.element
+        inputs, below = table.tokens * shape.hidden * e, range(work.cut, shape.layers - 1)
+        self._masks(ledger, table.rows, table.columns, set(shape.windows))
+        ledger.take("activations", inputs)
+        kept = {i: kept_by_layer(work, table, i > work.cut) for i in below}
+        for i, halves in kept.items():
+            ledger.take(
+                "kept for backward", inputs * (i > work.cut) if self.sizes.checkpoint_layers else sum(halves)
+            )
+        ledger.moment("activations", layer_moment(work, table.rows, table.columns))
+        if kept:
+            self._layer_backward(ledger, table, kept[max(kept)], None, 0)
+        for name in ("activations", "masks", "kept for backward"):
+            ledger.drop(name)
+
+    def _head(self, ledger: Ledger, rows: int, targets: int) -> None:
+        """From the last layer's output at `rows` to its gradient."""
+        shape, e, wide = self.work.shape, self.work.element, self.work.wide
+        width = shape.hidden
+        chunk = min(max(self.sizes.head_chunk // rows, 1), shape.vocabulary) * rows
+        several = chunk < rows * shape.vocabulary
+        ledger.take(
+            "head", rows * width * (e + 4 + e + wide)
+        )  # rows, the norm's input and output, log Z's gradient
+        # One chunk is computed while the one before is still there.
+        size = wide * several + e + wide * (e != wide) + 2 * wide * shape.logit_softcap
+        ledger.moment("head chunk", chunk * size)
+        ledger.moment("head", targets * width * (e + wide + wide * (e != wide)) + rows * width * wide)
+        ledger.drop("head")
+
+    # ---- the plain engine ------------------------------------------------------------------------------
+
+    def _plain_wave(self, ledger: Ledger, rows: int) -> None:
+        """A prompt's completions by the model's own forward: the logits of the whole prompt, a cache that is
+        copied as it grows."""
+        work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
+        row = shape.layers * 2 * shape.key * e
+        ledger.take("key-value cache", rows * work.prompt * row)
+        ledger.take("activations", rows * work.prompt * shape.hidden * e)
+        ledger.moment("activations", layer_moment(work, rows, work.prompt))
+        ledger.moment(
+            "logits", rows * work.prompt * shape.vocabulary * e + 4 * rows * shape.vocabulary * wide
+        )
+        ledger.drop("activations")
+        ledger.take("key-value cache", rows * work.length * row)
+        ledger.moment("key-value cache", rows * (work.prompt + work.length) * row / shape.layers)
+        ledger.moment("logits", rows * shape.vocabulary * (4 * wide + e))
+
+    def _plain_pack(self, ledger: Ledger, table: Table) -> None:
+        """Whole rows through the whole model, logits of every token among them."""
+        work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
+        tokens, head = table.tokens, table.head
+        ledger.take("masks", tokens * table.columns * _BOOL)
+        ledger.take("activations", tokens * shape.hidden * e)
+        for i in range(work.cut, shape.layers):
+            ledger.take("kept for backward", sum(kept_by_layer(work, table, i > work.cut)))
+        ledger.take("logits", tokens * shape.vocabulary * e)
+        ledger.take("logits", head * shape.vocabulary * wide * (1 + (e != wide)))
+        ledger.moment("logits", (head * wide + tokens * e) * shape.vocabulary)
+        ledger.drop("logits")
+        ledger.moment("activations", max(backward_moment(work, table)))

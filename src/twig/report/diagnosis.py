@@ -1,0 +1,255 @@
+"""What a run's numbers say is wrong with it, in words, and which setting to change.
+
+`SYMPTOMS` is a table: a name, a condition on a run's history, what it means, what to change. The report shows
+the rows that hold, and training prints them at its end. `LiveWarnings` looks at the rows of a run that is
+still training. No torch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from twig.report import conditions
+from twig.report.history import History
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """A row of the table. `condition` returns what was seen, in words, or None where nothing was."""
+
+    name: str
+    condition: Callable[[History], str | None]
+    meaning: str
+    change: str
+    is_problem: bool = True  # False: worth knowing
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A symptom that a run has: its name, what was seen, what it means, what to change."""
+
+    name: str
+    seen: str
+    meaning: str
+    change: str
+    is_problem: bool
+
+
+def findings(history: History) -> list[Finding]:
+    """The symptoms that a run has, problems first, in the order of the table."""
+    if not len(history):
+        return []
+    found = []
+    for symptom in SYMPTOMS:
+        seen = symptom.condition(history)
+        if seen is not None:
+            found.append(Finding(symptom.name, seen, symptom.meaning, symptom.change, symptom.is_problem))
+    return sorted(found, key=lambda finding: not finding.is_problem)
+
+
+# ---- the table --------------------------------------------------------------------------------------------
+
+SYMPTOMS = (
+    Symptom(
+        "All completions are cut off",
+        conditions.truncated,
+        "A completion that ends before its answer gets no reward, so no group tells right from wrong.",
+        "a larger rollout.max_completion_length, or rollout.stop with the text that follows an answer",
+    ),
+    Symptom(
+        "Many completions are cut off",
+        conditions.often_truncated,
+        "They are wrong for their length, whatever they would have said.",
+        "a larger rollout.max_completion_length, or algorithm.mask_truncated_completions=true",
+        is_problem=False,
+    ),
+    Symptom(
+        "No answer is found",
+        conditions.no_answer,
+        "The reward cannot see an answer, right or wrong: the model does not write the form that is read.",
+        "task.prompt_template or task.system_prompt, to show the form that the task reads",
+    ),
+    Symptom(
+        "Right, but not marked as the answer",
+        conditions.not_marked,
+        "The model knows more than its answers show: what it would learn now is the form.",
+        "task.prompt_template or task.system_prompt; tell form from skill when you report a gain",
+        is_problem=False,
+    ),
+    Symptom(
+        "No completion has a reward",
+        conditions.no_reward,
+        "Every reward function answered None, so there is nothing to learn from.",
+        "task.reward_file: let a function return a number for each completion that it can judge",
+    ),
+    Symptom(
+        "Rewards cancel each other",
+        conditions.cancel,
+        "What one reward function gives the other takes away: their sum asks for nothing.",
+        "task.reward_weights, so that what matters more weighs more, or leave one function out",
+    ),
+    Symptom(
+        "A reward function that always says the same",
+        conditions.constant_function,
+        "A constant adds nothing to any advantage.",
+        "task.reward_file: leave it out, or see whether it reads the completions as you meant",
+        is_problem=False,
+    ),
+    Symptom(
+        "Groups without signal: all right",
+        conditions.all_right,
+        "Where every completion of a group is right nothing is left to learn; the problems are too easy now.",
+        "harder problems (task.path, task.digits), or stop earlier (train.max_steps)",
+        is_problem=False,
+    ),
+    Symptom(
+        "Groups without signal: all wrong",
+        conditions.all_wrong,
+        "Without a right completion in its group, a wrong one cannot be told from a better one.",
+        "easier problems, more rollout.num_generations, or a reward that gives part of the points",
+    ),
+    Symptom(
+        "Groups without signal: all alike",
+        conditions.all_alike,
+        "The completions of a group share one fate: sampling explores too little.",
+        "a higher rollout.temperature, or more rollout.num_generations",
+    ),
+    Symptom(
+        "Steps that change nothing",
+        conditions.skipped,
+        "No token of the whole batch had credit, so the optimizer took no step.",
+        "more rollout.prompts_per_step or rollout.num_generations, or problems of mixed difficulty",
+        is_problem=False,
+    ),
+    Symptom(
+        "Replay never happens",
+        conditions.no_replay,
+        "No completion could be restarted from: none of two tokens or more ended by itself.",
+        "a larger rollout.max_completion_length",
+    ),
+    Symptom(
+        "The reward stays flat",
+        conditions.flat,
+        "There is signal in the groups, but what is learned from it does not add up.",
+        "a larger train.learning_rate (three times, then ten), more train.max_steps, or more "
+        "rollout.prompts_per_step where the reward is noisy",
+    ),
+    Symptom(
+        "What was learned is lost again",
+        conditions.lost,
+        "The steps are too long for this model: it learned, and then it broke.",
+        "a smaller train.learning_rate (a third of it); the folder adapter-best has the best",
+    ),
+    Symptom(
+        "The entropy collapsed",
+        conditions.entropy_gone,
+        "The model answers the same way every time and has stopped exploring before it was right.",
+        "a smaller train.learning_rate, a higher rollout.temperature, or algorithm.epsilon_high above "
+        "algorithm.epsilon",
+    ),
+    Symptom(
+        "The entropy rises without reward",
+        conditions.entropy_up,
+        "Sampling turns into noise.",
+        "a smaller train.learning_rate",
+    ),
+    Symptom(
+        "Far from the base model",
+        conditions.far_from_base,
+        "The policy has left the base: rewards may be gamed, and other skills forgotten.",
+        "a larger algorithm.beta, or a smaller train.learning_rate",
+    ),
+    Symptom(
+        "The gradient is clipped most of the time",
+        conditions.clipped,
+        "Steps have one length whatever the batch says. With Adam that is mild.",
+        "a larger train.max_grad_norm, or a smaller train.learning_rate",
+        is_problem=False,
+    ),
+    Symptom(
+        "The learning rate ran out",
+        conditions.no_rate,
+        "A third of the samples was paid for and hardly learned from.",
+        "train.lr_scheduler_type=constant, or fewer train.max_steps",
+    ),
+    Symptom(
+        "The best was earlier",
+        conditions.best_before,
+        "The last adapter is worse than the best one by more than chance.",
+        "fewer train.max_steps, or a smaller train.learning_rate; the folder adapter-best has the best",
+    ),
+    Symptom(
+        "Learned by heart",
+        conditions.by_heart,
+        "The training problems are known; others are not.",
+        "more training problems (task.path), or fewer train.max_steps",
+    ),
+    Symptom(
+        "Too few problems to tell",
+        conditions.uncertain,
+        "A change of this size may be chance.",
+        "a larger eval.limit, or several train.seed",
+        is_problem=False,
+    ),
+    Symptom(
+        "Sampling and update disagree",
+        conditions.gap,
+        "The update trains on probabilities that were not those of sampling.",
+        "model.dtype=float32, or model.attn_implementation=eager; in float32 please report it",
+    ),
+    Symptom(
+        "Memory was predicted wrong",
+        conditions.mispredicted,
+        "The plan does not fit this model or machine.",
+        "memory.budget, with room to spare; and please report the model and settings",
+        is_problem=False,
+    ),
+)
+
+PATIENCE = 10  # steps in a row before a warning
+
+
+class LiveWarnings:
+    """Counts the steps in a row that show a symptom, and warns once each time it lasts."""
+
+    def __init__(self) -> None:
+        self._lasting = {"cut off": 0, "no signal": 0}
+
+    def warnings(self, row: Mapping[str, Any]) -> list[str]:
+        """What there is to say after a step with the metrics `row`, mostly nothing."""
+        cut_off = row.get("completions/clipped_ratio") == 1
+        found = []
+        if self._lasts("cut off", cut_off):
+            found.append(
+                f"all completions of the last {PATIENCE} steps were cut off at their length limit, so their "
+                "answers may be missing; write a larger rollout.max_completion_length"
+            )
+        # Where all are cut off that is the cause, and has been said.
+        if self._lasts("no signal", row.get("frac_reward_zero_std") == 1) and not cut_off:
+            found.append(f"no group of the last {PATIENCE} steps had anything to learn from: {_cause(row)}")
+        return found
+
+    def _lasts(self, name: str, here: bool) -> bool:
+        self._lasting[name] = self._lasting[name] + 1 if here else 0
+        return self._lasting[name] == PATIENCE
+
+
+def _cause(row: Mapping[str, Any]) -> str:
+    if row.get("reward") is None:
+        return (
+            "every reward function answered None; see task.reward_file, which should give a number for what "
+            "it can judge"
+        )
+    if row.get("answers/found") == 0:
+        return (
+            "no answer is found in any completion; show the form that the task reads in "
+            "task.prompt_template or task.system_prompt"
+        )
+    if row["answers/right"] == 1:
+        return "all completions are right; choose harder problems (task.path), or stop here"
+    if row["answers/right"] == 0:
+        return (
+            "no completion is right; choose easier problems, more rollout.num_generations, or a reward that "
+            "gives part of the points"
+        )
+    return "the completions of each group all have the same reward; write a higher rollout.temperature"

@@ -1,0 +1,119 @@
+"""The completions of a step as a file: columns, texts of single tokens, no secrets, Parquet.
+
+Knows the columns of `completions/step-N.parquet` and how a tokenizer decodes; nothing of training.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from twig.common.redact import without_secrets
+from twig.common.text import storable
+
+_COLUMNS = {
+    "step": "int64",
+    "prompt_index": "int64",
+    "completion_index": "int64",
+    "prompt": "string",
+    "completion": "string",
+    "prefix_length": "int64",
+    "token_ids": "list<int64>",
+    "tokens": "list<string>",
+    "logps": "list<double>",
+    "entropies": "list<double>",
+    "weights": "list<double>",
+    "finished": "bool",
+    "reward": "double",
+    "rewards": "string",
+    "right": "bool",
+}
+
+
+def public_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without secrets, in texts that UTF-8 can hold. Where a completion had a secret in it, its
+    tokens spell it too: they are blanked, and their ids are 0."""
+    texts = [{key: value for key, value in row.items() if isinstance(value, str)} for row in rows]
+    found = []
+    for row, before, after in zip(rows, texts, without_secrets(texts), strict=True):
+        row = row | {key: storable(text) for key, text in after.items()}
+        if "tokens" in row:
+            row["tokens"] = [storable(token) for token in row["tokens"]]
+        if before.get("completion") != after.get("completion"):
+            for key, blank in (("tokens", ""), ("token_ids", 0)):
+                row[key] = [blank] * len(row.get(key, ()))
+        found.append(row)
+    return found
+
+
+def parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
+    """A Parquet file of completions, one row each; a column that a row lacks is empty there."""
+    import pyarrow
+    from pyarrow import parquet
+
+    names = {
+        "int64": pyarrow.int64(),
+        "string": pyarrow.string(),
+        "bool": pyarrow.bool_(),
+        "double": pyarrow.float64(),
+        "list<int64>": pyarrow.list_(pyarrow.int64()),
+        "list<string>": pyarrow.list_(pyarrow.string()),
+        "list<double>": pyarrow.list_(pyarrow.float64()),
+    }
+    schema = pyarrow.schema([(column, names[kind]) for column, kind in _COLUMNS.items()])
+    assert all(set(row) <= set(_COLUMNS) for row in rows), "a column without a type; add it to _COLUMNS"
+    buffer = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), buffer, compression="zstd")
+    return buffer.getvalue().to_pybytes()
+
+
+_INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character yet
+
+
+def token_texts(
+    prompt_ids: Sequence[int], ids: Sequence[int], decode: Callable[[list[int]], str]
+) -> list[str]:
+    """What each token of `ids` adds to the text after a prompt; laid end to end they are the decoded text.
+
+    A token that ends inside a character adds "", the one that completes the character adds it whole.
+
+    >>> token_texts([1], [2, 3], lambda ids: "".join("abcd"[i] for i in ids))
+    ['c', 'd']
+    """
+    return texts_after(prompt_ids, decode)(ids)
+
+
+def texts_after(
+    prompt_ids: Sequence[int] | np.ndarray, decode: Callable[[list[int]], str]
+) -> Callable[[Sequence[int]], list[str]]:
+    """`token_texts` for many completions of one prompt: what a token adds is looked up once."""
+    # Decoding is not a sum over tokens: a first token may lose its space, and only together do bytes make a
+    # character. So every token is decoded behind another one. What each adds there is nearly always what it
+    # adds here, and is kept; where the sum is not the text, the text is decoded token by token.
+    before = [int(prompt_ids[-1])]
+    start, known = len(decode(before)), {}
+
+    def alone(token: int) -> str:
+        if token not in known:
+            known[token] = decode([*before, token])[start:]
+        return known[token]
+
+    def texts(ids: Sequence[int]) -> list[str]:
+        found = [alone(token) for token in ids]
+        if "".join(found) == decode([*before, *ids])[start:] and _INCOMPLETE not in "".join(found):
+            return found
+        return _one_by_one(before, ids, decode)
+
+    return texts
+
+
+def _one_by_one(before: list[int], ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    found, shown = [], decode(before)
+    for end in range(1, len(ids) + 1):
+        text = decode([*before, *ids[:end]])
+        if text.endswith(_INCOMPLETE) and end < len(ids):
+            found.append("")  # what the bytes are is not known yet
+            continue
+        found.append(text[len(shown) :])
+        shown = text
+    return found

@@ -1,0 +1,271 @@
+"""The tables of a study: what its runs come to, by variant and between variants, as JSON and as Markdown.
+
+Everything is computed from the run folders, so the tables can be made again at any time. Needs no torch.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twig.common.errors import UserError
+from twig.common.text import percent
+from twig.evaluation.statistics import bootstrap_gap, bootstrap_runs, mcnemar, permutation
+from twig.runs.reader import ENVIRONMENT, read_evaluations, read_metrics, read_summary
+
+SCHEMA_VERSION = 1
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the budget, at which accuracy is shown
+_MOST_PAIRS = 6  # variants of which all pairs are compared; of more, only those with the first
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run, read from its folder."""
+
+    variant: str
+    seed: int
+    folder: Path
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        return read_summary(self.folder) or {}
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl that are steps, not evaluations."""
+        return [row for row in read_metrics(self.folder) if "tokens/sampled" in row]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations.jsonl; raises UserError where there is none."""
+        found = read_evaluations(self.folder)
+        if not found:
+            raise UserError(f"{self.folder}: no evaluation to compare; evaluate after training (eval.limit)")
+        return found
+
+    @property
+    def right(self) -> np.ndarray:
+        """Which problems were right in the end, float [problems]."""
+        return _flags(self.evaluations[-1])
+
+    def at(self, tokens: float) -> tuple[np.ndarray, int, float] | None:
+        """Which problems were right in the last evaluation that had seen at most `tokens` sampled tokens, the
+        tokens it had seen, and the seconds of training before it; None where there was none yet."""
+        sampled = np.cumsum([0, *(row["tokens/sampled"] for row in self.steps)])
+        seconds = np.cumsum([0, *(row["time/step"] for row in self.steps)])
+        usable = [row for row in self.evaluations if sampled[row["step"]] <= tokens]
+        if not usable:
+            return None
+        row = usable[-1]
+        return _flags(row), int(sampled[row["step"]]), float(seconds[row["step"]])
+
+
+def _flags(row: dict[str, Any]) -> np.ndarray:
+    return np.array([float(digit) for digit in row["right"]])
+
+
+def compare_runs(results: Sequence[Result], max_tokens: int) -> dict[str, Any]:
+    """Everything the tables say, as comparison.json has it. Runs of one variant are those of its name.
+
+    Raises UserError where runs answered other problems.
+    """
+    problems = {row["problems"] for result in results for row in result.evaluations}
+    if len(problems) > 1:
+        raise UserError(
+            "runs that answered other problems cannot be compared; give all the same task and eval"
+        )
+    by_variant: dict[str, list[Result]] = {}
+    for result in results:
+        by_variant.setdefault(result.variant, []).append(result)
+    names = list(by_variant)
+    pairs = itertools.combinations(names, 2)
+    if len(names) > _MOST_PAIRS:
+        pairs = ((names[0], name) for name in names[1:])
+    commits = {_commit(result.folder) for result in results}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "max_tokens": max_tokens,
+        "problems": len(results[0].right) if results else 0,
+        "commits": sorted(commit or "unknown" for commit in commits),
+        "seconds": sum(result.summary["seconds"] for result in results),
+        "variants": {name: _variant(runs, max_tokens) for name, runs in by_variant.items()},
+        "pairs": [_pair(first, by_variant[first], second, by_variant[second]) for first, second in pairs],
+    }
+
+
+def _commit(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["commit"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _variant(runs: list[Result], max_tokens: int) -> dict[str, Any]:
+    summaries = [run.summary for run in runs]
+    after = [summary["accuracy_after"] for summary in summaries]
+    sampled, selected = _sum(summaries, "tokens_sampled"), _sum(summaries, "tokens_selected")
+    answered = None
+    if after[0]["found"] is not None:
+        found = _mean(after, "found")
+        answered = {"found": found, "right_when_found": _mean(after, "value") / found if found else None}
+        before = [s["accuracy_before"] for s in summaries if s["accuracy_before"]]
+        answered["found_before"] = _mean(before, "found") if before else None
+    flops = [summary["update_flops"] or None for summary in summaries]
+    return {
+        "seeds": [run.seed for run in runs],
+        "accuracy": _figure([run.right for run in runs]),
+        "by_seed": [float(run.right.mean()) for run in runs],
+        "before": _mean([s["accuracy_before"] for s in summaries if s["accuracy_before"]], "value"),
+        "answers": answered,
+        "mean_length": _mean(after, "mean_length"),
+        "entropy": float(np.mean([_last(run.steps, "entropy") for run in runs])),
+        "steps": _mean(summaries, "steps"),
+        "tokens_sampled": sampled / len(runs),
+        "share_trained": selected / sampled,
+        "nodes_run": _mean(summaries, "nodes_run"),
+        "update_flops": None if None in flops else float(np.mean(flops)),
+        "seconds": _mean(summaries, "seconds"),
+        "under_budget": [run.folder.name for run in runs if run.summary["tokens_sampled"] < max_tokens],
+        "curve": [_point(runs, share, max_tokens) for share in _SHARES],
+    }
+
+
+def _point(runs: list[Result], share: float, max_tokens: int) -> dict[str, Any]:
+    # The last evaluation is that of the whole budget, which a run ends a little above.
+    whole = share == 1.0
+    found = [run.at(float("inf") if whole else share * max_tokens) for run in runs]
+    if any(each is None for each in found):
+        return {"share": share, "tokens": None, "seconds": None, "value": None, "low": None, "high": None}
+    tokens, seconds = (float(np.mean([each[i] for each in found])) for i in (1, 2))
+    return {"share": share, "tokens": tokens, "seconds": seconds, **_figure([each[0] for each in found])}
+
+
+def _figure(right: list[np.ndarray]) -> dict[str, float]:
+    table = np.stack(right)
+    low, high = bootstrap_runs(table)
+    return {"value": float(table.mean()), "low": low, "high": high}
+
+
+def _pair(first: str, ours: list[Result], second: str, theirs: list[Result]) -> dict[str, Any]:
+    """Two variants on the same problems: the difference, over runs and problems, and McNemar by seed."""
+    a, b = np.stack([run.right for run in ours]), np.stack([run.right for run in theirs])
+    low, high = bootstrap_gap(a, b)
+    of_seed = {run.seed: run for run in theirs}
+    by_seed = {
+        str(run.seed): mcnemar(run.right.astype(bool), of_seed[run.seed].right.astype(bool)).as_dict()
+        for run in ours
+        if run.seed in of_seed
+    }
+    return {
+        "first": first,
+        "second": second,
+        "difference": float(a.mean() - b.mean()),
+        "low": low,
+        "high": high,
+        "p_runs": permutation(a.mean(1).tolist(), b.mean(1).tolist()),
+        "mcnemar": by_seed,
+    }
+
+
+def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+    return float(np.mean([row[key] for row in rows])) if rows else None
+
+
+def _sum(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return float(sum(row[key] for row in rows))
+
+
+def _last(rows: Sequence[dict[str, Any]], key: str) -> float:
+    """The mean over the last tenth of the steps."""
+    return float(np.mean([row[key] for row in rows[-max(len(rows) // 10, 1) :]]))
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------
+
+
+def markdown(found: dict[str, Any], differences: bool = True) -> str:
+    """What `compare_runs` returns as tables to read, with or without the one of `differences`."""
+    lines = [
+        f"Every run sampled {found['max_tokens']:,} tokens and answered the same {found['problems']:,} "
+        "problems greedily. An interval is 95 %, by resampling runs and problems.",
+        "",
+        "| | seeds | before | after | answer found | right when found | tokens trained | update FLOPs | "
+        "seconds | entropy at the end | answer, tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_row(name, variant) for name, variant in found["variants"].items()]
+    curves = {name: [_point_words(p) for p in v["curve"]] for name, v in found["variants"].items()}
+    if any(set(cells[:-1]) != {"-"} for cells in curves.values()):
+        shares = [f"{100 * share:.0f} %" for share in _SHARES]
+        lines += ["", "Accuracy after a share of the tokens (seconds of training until then):", ""]
+        lines += [f"| | {' | '.join(shares)} |", "|---|" + "---|" * len(shares)]
+        lines += [f"| {_cell(name)} | {' | '.join(cells)} |" for name, cells in curves.items()]
+    if differences and found["pairs"]:
+        lines += ["", *_differences(found["pairs"])]
+    under = [run for variant in found["variants"].values() for run in variant["under_budget"]]
+    if under:
+        lines += ["", f"Ended before the budget: {', '.join(under)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _differences(pairs: list[dict[str, Any]]) -> list[str]:
+    return [
+        "Differences, in points: first minus second.",
+        "",
+        "| first | second | difference | p, runs exchanged | McNemar p below 0.05 |",
+        "|---|---|---|---|---|",
+        *map(_pair_row, pairs),
+        "",
+        "*p, runs exchanged*: the share of all ways to deal the runs to the two variants that give so large "
+        "a difference. *McNemar*: in how many seeds the exact test on the same problems has p below 0.05; it "
+        "compares two trained models, not two algorithms.",
+    ]
+
+
+def _row(name: str, variant: dict[str, Any]) -> str:
+    answers, flops, before = variant["answers"], variant["update_flops"], variant["before"]
+    cells = [
+        _cell(name),
+        str(len(variant["seeds"])),
+        "-" if before is None else percent(before),
+        _figure_words(variant["accuracy"]),
+        "-" if answers is None else percent(answers["found"]),
+        "-"
+        if answers is None or answers["right_when_found"] is None
+        else percent(answers["right_when_found"]),
+        percent(variant["share_trained"]),
+        "-" if flops is None else f"{flops:.3g}",
+        f"{variant['seconds']:.1f}",
+        f"{variant['entropy']:.3f}",
+        f"{variant['mean_length']:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _pair_row(pair: dict[str, Any]) -> str:
+    difference = f"{100 * pair['difference']:+.1f} ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f})"
+    below = sum(each["p_value"] < 0.05 for each in pair["mcnemar"].values())
+    tests = f"{below} of {len(pair['mcnemar'])} seeds" if pair["mcnemar"] else "-"
+    names = f"{_cell(pair['first'])} | {_cell(pair['second'])}"
+    return f"| {names} | {difference} | {pair['p_runs']:.3f} | {tests} |"
+
+
+def _point_words(point: dict[str, Any]) -> str:
+    """A point of the curve; a dash where no evaluation had been made, or none since the beginning."""
+    if point["value"] is None or (point["share"] > 0 and point["tokens"] == 0):
+        return "-"
+    return f"{_figure_words(point)} ({point['seconds']:.0f} s)"
+
+
+def _figure_words(figure: dict[str, Any]) -> str:
+    return f"{percent(figure['value'])} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
+
+
+def _cell(name: str) -> str:
+    return name.replace("|", "\\|").replace("\n", " ")

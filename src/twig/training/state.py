@@ -1,0 +1,51 @@
+"""Where a run stands: its step, its totals and its evaluations so far. A checkpoint keeps it.
+
+What training itself goes on from (`trainer.Trainer.state`) is kept beside it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TOTALS = {
+    "tokens_sampled": "tokens/sampled",
+    "tokens_selected": "tokens/selected",
+    "nodes_run": "tokens/nodes_run",
+    "update_flops": "flops/update",
+}
+
+
+@dataclass
+class RunState:
+    """Steps done, totals over them, and every evaluation with its step (0: before training)."""
+
+    step: int = 0
+    totals: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0) | {"seconds": 0.0})
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_step(self, metrics: Mapping[str, Any], seconds: float) -> None:
+        """One more step is done."""
+        self.step += 1
+        self.totals["seconds"] += seconds
+        for total, metric in TOTALS.items():
+            self.totals[total] += metrics.get(metric, 0)
+
+    def add_evaluation(self, result: Mapping[str, Any]) -> bool:
+        """Keeps an evaluation of this step; whether it is the best since training began."""
+        self.evaluations.append({**result, "step": self.step})
+        return self.best is self.evaluations[-1]
+
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """The evaluation before training, without its step; None where there was none."""
+        found = [each for each in self.evaluations if each["step"] == 0]
+        return {key: value for key, value in found[0].items() if key != "step"} if found else None
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best evaluation since training began, the first of equal ones; None where there was none."""
+        trained = [each for each in self.evaluations if each["step"] > 0]
+        return max(trained, key=lambda each: each["value"], default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

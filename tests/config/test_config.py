@@ -1,0 +1,277 @@
+"""Settings: what is read from recipes, files, overrides and dicts; and that the reference page is current."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from twig.common.errors import UserError
+from twig.config.load import RUN_CONFIG, Settings, load, parse_override, parse_yaml, recipe_names, recipe_text
+from twig.config.messages import fields_of, rule_of
+from twig.config.reference import settings_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAST = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
+
+
+def words_of(values, *overrides):
+    with pytest.raises(UserError) as caught:
+        Settings.from_dict(values, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# What is shipped and documented
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_says_what_it_is(name):
+    settings = load(name)
+    assert settings == Settings.from_dict(settings.model_dump())
+    assert recipe_text(name).startswith("# ")
+
+
+def test_the_reference_page_is_current():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == settings_reference(), "run: python -m twig.config.reference > docs/settings.md"
+
+
+@pytest.mark.parametrize("key, info", list(fields_of(Settings)))
+def test_every_setting_has_a_description_a_rule_and_a_row(key, info):
+    assert info.description and info.description.strip().endswith((".", "`", ")"))
+    assert rule_of(info)
+    assert f"| `{key}` |" in settings_reference()
+
+
+@pytest.mark.parametrize(
+    "key, rule",
+    [
+        ("train.learning_rate", "a number above 0"),
+        ("rollout.num_generations", "a whole number of at least 2"),
+        ("algorithm.replay.probability", "a number from 0 to 1"),
+        ("train.adam_beta1", "a number of at least 0 and below 1"),
+        ("train.max_steps", "a whole number of at least 1 or null"),
+        ("lora.layers", "last_third, all or a list of one or more whole numbers of at least 0"),
+        ("task.digits", "a list of 2 whole numbers from 1 to 9"),
+        ("log.report_to", "a list of values out of tensorboard, wandb, trackio"),
+        ("model.trust_remote_code", "true or false"),
+        ("model.revision", "text that is not empty or null"),
+    ],
+)
+def test_a_rule_is_made_from_its_field(key, rule):
+    assert rule_of(dict(fields_of(Settings))[key]) == rule
+
+
+# Reading
+
+
+def test_overrides_are_read_as_yaml_and_the_last_one_wins():
+    settings = load(
+        "quickstart",
+        [
+            "train.learning_rate=1e-5",
+            "train.max_steps=7",
+            "train.max_steps=8",
+            "lora.layers=[2, 3]",
+            "eval.before=false",
+            "task.system_prompt='a = b: c'",
+            "task.chat_template_kwargs.enable_thinking=false",
+            "algorithm.replay.probability=0.5",
+        ],
+    )
+    assert settings.train.learning_rate == 1e-5
+    assert settings.train.max_steps == 8
+    assert settings.lora.layers == [2, 3]
+    assert settings.eval.before is False
+    assert settings.task.system_prompt == "a = b: c"
+    assert settings.algorithm.replay.probability == 0.5
+    assert settings.task.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_a_value_may_hold_equals_signs():
+    assert parse_override("task.prompt_template='{a}*{b}='") == ("task.prompt_template", "{a}*{b}=")
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-5", 1e-5),
+        ("1E5", 1e5),
+        (".5", 0.5),
+        ("2.", 2.0),
+        ("-3", -3),
+        ("010", 10),  # decimal: a leading zero is not octal
+        ("0x10", "0x10"),
+        ("1:30", "1:30"),  # text: not 90
+        ("2024-01-31", "2024-01-31"),  # text: not a date
+        ("yes", "yes"),  # text: only true and false are booleans
+        ("off", "off"),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("[1, 2e0]", [1, 2.0]),
+        ("{a: 1}", {"a": 1}),
+        ("1_000", "1_000"),
+        ("'1'", "1"),
+    ],
+)
+def test_plain_values(text, value):
+    found = parse_yaml(text, "test")
+    assert found == value and type(found) is type(value)
+
+
+def test_settings_survive_being_written_and_read(tmp_path):
+    odd = ["1e5", "yes", "null", "2024-01-31", "a: b", "# c", "ä\u2028\tö", "'", "{x}", "- y", "1:30", ""]
+    values = LEAST | {"task": LEAST["task"] | {"chat_template_kwargs": {"odd": odd, "n": 1e-5}}}
+    settings = Settings.from_dict(values, ["algorithm.name=s-grpo", "train.learning_rate=3e-7"])
+    (tmp_path / RUN_CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
+    assert load(str(tmp_path)) == settings
+    assert load(str(tmp_path / RUN_CONFIG)) == settings
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+@example("a\x85b\u2028c\u2029")
+def test_any_text_survives_being_written_and_read(text):
+    settings = Settings.from_dict(LEAST | {"task": LEAST["task"] | {"system_prompt": text}})
+    assert parse_yaml(settings.to_yaml(), "test") == settings.model_dump()
+
+
+@given(st.text(max_size=40))
+def test_any_override_is_taken_or_refused_in_one_line(text):
+    """Whatever is written, a person gets settings or one line; never another exception."""
+    for override in (text, f"train.{text}", f"train.max_steps={text}", f"task.system_prompt={text}"):
+        try:
+            Settings.from_dict(LEAST, [override])
+        except UserError as error:
+            assert str(error)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.yaml").write_text(recipe_text("quickstart"), encoding="utf-8-sig")
+    assert load(str(tmp_path / "a.yaml")) == load("quickstart")
+
+
+def test_what_python_passes_naturally_is_taken():
+    values = LEAST | {"task": LEAST["task"] | {"digits": (2, 2), "path": Path("data") / "x.jsonl"}}
+    task = Settings.from_dict(values).task
+    assert task.digits == [2, 2]
+    assert Path(task.path) == Path("data/x.jsonl")
+
+
+def test_reading_changes_no_argument():
+    values = LEAST | {"train": {"max_steps": 3}}
+    Settings.from_dict(values, ["train.max_steps=4", "eval.limit=5"])
+    assert values == LEAST | {"train": {"max_steps": 3}}
+
+
+def test_settings_are_frozen_and_overrides_make_new_ones():
+    settings = load("quickstart")
+    with pytest.raises(ValueError, match="frozen"):
+        settings.train.seed = 3
+    assert settings.with_overrides(["train.seed=3"]).train.seed == 3
+    assert settings.train.seed == 0
+
+
+def test_flat_has_every_setting_by_its_dotted_key():
+    flat = load("quickstart").flat()
+    assert list(flat) == [key for key, _ in fields_of(Settings)]
+    assert flat["algorithm.replay.cut"] == "entropy"
+
+
+# What stands for something else, and what excludes something else
+
+
+def test_null_becomes_what_it_stands_for():
+    assert (
+        Settings.from_dict(LEAST, ["algorithm.epsilon=0.3", "algorithm.name=grpo"]).algorithm.epsilon_high
+        == 0.3
+    )
+    s_grpo = Settings.from_dict(LEAST, ["algorithm.name=s-grpo", "algorithm.k=70"]).algorithm
+    assert (s_grpo.alpha, s_grpo.p, s_grpo.k) == (50, 0.3, 70)
+    assert Settings.from_dict(LEAST).algorithm.alpha is None
+
+
+@pytest.mark.parametrize(
+    "overrides, key",
+    [
+        (["algorithm.alpha=3"], "algorithm.alpha"),
+        (["algorithm.name=grpo", "algorithm.p=0.3"], "algorithm.p"),
+        (["algorithm.name=grpo", "algorithm.k=3"], "algorithm.k"),
+        (["algorithm.unbiased=true"], "algorithm.unbiased"),
+        (["algorithm.name=s-grpo", "algorithm.unbiased=true", "algorithm.k=50"], "algorithm.k"),
+        (["algorithm.beta=0.04"], "algorithm.beta"),
+        (["algorithm.scale_rewards=none"], "algorithm.scale_rewards"),
+        (["algorithm.name=grpo", "algorithm.normalise=branches"], "algorithm.normalise"),
+        (["algorithm.name=grpo", "algorithm.l2=0.1"], "algorithm.l2"),
+        (["algorithm.name=s-grpo", "algorithm.replay.probability=0.1"], "algorithm.replay.probability"),
+        (["train.warmup_steps=3"], "train.warmup_steps"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(overrides, key):
+    words = words_of(LEAST, *overrides)
+    assert f" {key}: " in words and "write " in words
+
+
+def test_a_setting_is_taken_where_it_does_something():
+    for overrides in (
+        ["algorithm.name=s-grpo", "algorithm.unbiased=true", "algorithm.k=51"],
+        ["algorithm.name=grpo", "algorithm.beta=0.04", "algorithm.scale_rewards=none"],
+        ["algorithm.l2=0.1", "algorithm.normalise=branches", "algorithm.replay.probability=0.1"],
+        ["train.warmup_steps=3", "train.lr_scheduler_type=linear"],
+    ):
+        Settings.from_dict(LEAST, overrides)
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("train.learning_rat", "train.learning_rate"),
+        ("train.num_generations", "rollout.num_generations"),
+        ("num_generations", "rollout.num_generations"),
+        ("rollout.temprature", "rollout.temperature"),
+        ("rollout.lerning_rate", "train.learning_rate"),
+        ("trian.learning_rate", "train"),
+        ("algorithm.probability", "algorithm.replay.probability"),
+        ("algorithm.replay.cuts", "algorithm.replay.cut"),
+    ],
+)
+def test_an_unknown_setting_gets_the_nearest_valid_one(key, meant):
+    words = words_of(LEAST, f"{key}=3")
+    assert meant in words.partition("write" if "write" in words else "unknown")[2]
+
+
+def test_an_unknown_setting_like_no_other_gets_the_ones_there_are():
+    assert words_of(LEAST, "lora.xyz=3").endswith("lora has r, alpha, target_modules, layers")
+    assert words_of(LEAST | {"xyz": 3}).endswith("the groups are " + ", ".join(Settings.model_fields))
+
+
+def test_the_place_of_a_mistake_is_named(tmp_path):
+    (tmp_path / "my.yaml").write_text("model: {name: x}\ntask: {name: svamp}\ntrain: {max_steps: soon}\n")
+    with pytest.raises(UserError, match=r"my\.yaml: train\.max_steps: 'soon' is not a whole number"):
+        load(str(tmp_path / "my.yaml"))
+    with pytest.raises(UserError, match=r"^override train\.max_steps=0: train\.max_steps: 0 is not"):
+        load(str(tmp_path / "my.yaml"), ["train.max_steps=0"])
+    assert load(str(tmp_path / "my.yaml"), ["train.max_steps=5"]).train.max_steps == 5
+
+
+def test_several_mistakes_are_counted():
+    assert words_of(LEAST, "train.seed=x", "eval.limit=0").endswith("(and 1 more)")
+
+
+@pytest.mark.parametrize(
+    "override, instead",
+    [
+        ("train.max_steps=1e3", "train.max_steps=1000"),
+        ("log.report_to=wandb", "log.report_to=[wandb]"),
+        ("lora.target_modules=q_proj", "lora.target_modules=[q_proj]"),
+        ("lora.layers=3", "lora.layers=[3]"),
+        ("model.revision=1234", "model.revision=\"'1234'\""),
+        ("task.name=svmp", "did you mean svamp?"),
+    ],
+)
+def test_what_to_write_instead_is_the_value_put_right(override, instead):
+    assert words_of(LEAST, override).endswith(instead)

@@ -1,0 +1,326 @@
+"""The planner: weights and activations counted exactly, phases added up, budgets respected."""
+
+import json
+import re
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from gradients import credit_of, texts_of
+from transformers import AutoModelForCausalLM
+
+from twig.cli.app import main
+from twig.common.errors import UserError
+from twig.config.load import Settings
+from twig.engine import kv_cache
+from twig.engine.kv_cache import KeyValueCache
+from twig.engine.load import load_model, load_tokenizer
+from twig.engine.pack import build_packs
+from twig.engine.sampler import Request, sample
+from twig.evaluation.evaluate import evaluate_policy as evaluate
+from twig.evaluation.evaluate import measure_model
+from twig.planner.choose import size_run
+from twig.planner.layer_costs import DecodeTable, Table, decode_buffers, kept_by_pack
+from twig.planner.model_shape import Shape
+from twig.planner.phases import CUDA_OUTSIDE
+from twig.planner.plan import workload_of
+from twig.runtime.machine import free_memory
+from twig.runtime.memory_use import CUDA_CONTEXT, PeakMemory
+from twig.tasks.load import load_task
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def settings_of(*overrides):
+    values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
+    return Settings.from_dict(values, overrides)
+
+
+def config_of(family):
+    name, extra = tiny.FAMILIES[family]
+    return getattr(transformers, name)(**tiny.SHAPE | extra)
+
+
+def shape_of(config):
+    return Shape.from_config(json.loads(config.to_json_string()))
+
+
+# Weights
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_weights_are_those_of_the_model(family):
+    config = config_of(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(shape_of(config).parameters().values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2", "Gemma3Text", "Granite"])
+def test_what_a_config_leaves_out_is_what_its_class_has(name):
+    """A config.json may have nothing but the sizes; biases, head width and tied embeddings then follow."""
+    config = getattr(transformers, f"{name}Config")()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    keys = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"
+    short = {key: getattr(config, key) for key in [*keys.split(), "num_key_value_heads"]}
+    assert sum(Shape.from_config(short).parameters().values()) == sum(p.numel() for p in model.parameters())
+
+
+# What autograd keeps
+
+
+def saved_bytes(policy, pack):
+    """Bytes of the different storages that the backward pass of a pack keeps, without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.peft_model.parameters()}
+    found = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.is_floating_point():
+            found[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy._target_logps(pack, None, None)
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), ("k_proj", "o_proj"), MLP, ATTENTION + MLP])
+@pytest.mark.parametrize("family, attention", [*((f, None) for f in tiny.FAMILIES), ("qwen2", "eager")])
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(family, attention, modules, dtype):
+    attention = attention or ("sdpa" if tiny.has_sdpa(family) else "eager")
+    policy = tiny.build_policy(
+        family, attention, getattr(torch, dtype), layers=[1, 2, 3], target_modules=modules
+    )
+    group = tiny.random_group(np.random.default_rng(0), prompt_length=8, size=8, longest=16)
+    tries, credits = credit_of([group])
+    (pack,) = build_packs([group], tries, credits, 4096)
+    settings = settings_of(
+        "lora.layers=[1,2,3]",
+        f"lora.target_modules=[{','.join(modules)}]",
+        "lora.r=4",
+        f"model.dtype={dtype}",
+        f"model.attn_implementation={attention}",
+    )
+    work = workload_of(shape_of(policy.model.config), settings, "cpu", 8)
+    widest = np.bincount(pack.rows // pack.ids.shape[1]).max()
+    table = Table(*pack.ids.shape, 0, len(pack.rows), len(pack.targets), int(widest))
+    predicted = kept_by_pack(work, table)
+    assert predicted == pytest.approx(saved_bytes(policy, pack), rel=0.01)
+
+
+# The cache
+
+
+def test_leaving_rows_out_never_holds_two_caches(monkeypatch):
+    """When a layer is copied, those copied before it are gone."""
+    cache = KeyValueCache(4, 6)
+    for layer in range(4):
+        cache.update(*torch.randn(2, 3, 2, 5, 8), layer)
+    cache.filled = 5
+    expected = cache.select(torch.tensor([2, 0]))
+    originals = [weakref.ref(buffer) for buffers in (cache.keys, cache.values) for buffer in buffers]
+    gone, copy = [], kv_cache.copy_rows
+
+    def watched(*arguments):
+        gone.append(sum(original() is None for original in originals))
+        return copy(*arguments)
+
+    monkeypatch.setattr(kv_cache, "copy_rows", watched)
+    cache.keep(torch.tensor([2, 0]))
+    assert gone == list(range(8))
+    for ours, theirs in ((cache.keys, expected.keys), (cache.values, expected.values)):
+        assert all(torch.equal(a[:, :, :5], b[:, :, :5]) for a, b in zip(ours, theirs, strict=True))
+
+
+# What sampling by captured steps keeps
+
+
+@pytest.mark.parametrize(("greedy", "num"), [(False, 3), (True, 1)])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_what_a_decode_step_keeps_is_counted(family, greedy, num):
+    """With a prompt's keys and values held once for all of its rows, and with one row of each."""
+    policy = tiny.build_policy(family, dtype=torch.float32, decode="graph")
+    requests = [Request(np.arange(3, 3 + n), num, 9, slot) for slot, n in enumerate((4, 2, 3))]
+    sample(policy, requests, end_ids=[1], decode=texts_of, greedy=greedy, record=not greedy)
+    (step,) = policy.decode_steps.steps.values()
+    work = workload_of(shape_of(policy.model.config), settings_of("lora.layers=last_third"), "cuda", 4)
+    work = replace(work, element=4)
+    table = DecodeTable.of(3, num, 4, 9, not greedy)
+    assert (table.prompts, table.each, table.slots, table.length) == (
+        step.shape.prompts,
+        step.shape.rows,
+        step.shape.slots,
+        step.shape.length,
+    )
+    assert step.shape.shared == (num > 1)
+    assert decode_buffers(work, table) == pytest.approx(bytes_of(step), rel=0.01)
+
+
+def bytes_of(step):
+    """Bytes of the tensors that a decode step holds, of each once."""
+    found = [value for value in vars(step).values() if isinstance(value, torch.Tensor)]
+    found += [x for pair in step.rotary.values() for x in pair]
+    found += [x for cache in step.caches for x in (*(cache.prompt or ()), *cache.own)]
+    return sum({x.data_ptr(): x.numel() * x.element_size() for x in found}.values())
+
+
+# The command
+
+
+def test_the_plan_of_this_machine_is_shown_item_by_item(capsys):
+    assert main(["plan", "quickstart"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny-arithmetic on a CPU, prompts of up to 7 tokens\n" in shown
+    assert re.search(r"^MiB at the peak of .*loading +sampling +update +evaluation", shown, re.MULTILINE)
+    assert re.search(r"^together( +[\d,.]+){4}", shown, re.MULTILINE)
+    assert re.search(r"^Fits: \d+ MiB of [\d.]+ GiB\.", shown, re.MULTILINE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory of Linux")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    """Which is what getrusage says on Linux."""
+    code = "from twig.runtime.memory_use import PeakMemory; print(PeakMemory('cpu').peak())"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(started.stdout) < PeakMemory("cpu").now() / 2
+
+
+def test_the_predicted_peak_is_the_plan_above_what_is_there(monkeypatch):
+    values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 4}}
+    settings = Settings.from_dict(values)
+    task = load_task(settings)
+    memory = PeakMemory("cpu")
+    monkeypatch.setattr(memory, "now", lambda: 10**9)
+    tokenizer = load_tokenizer(settings.model)
+    found = size_run(settings, task, tokenizer, None, memory, begins=True)
+    assert found.peak == 10**9 + found.plan.peak
+    model, _ = load_model(settings.model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    passed = size_run(settings, task, tokenizer, model, memory, begins=True)
+    assert passed.peak == 10**9 - weights + passed.plan.peak, "the weights are there, and in the plan"
+
+
+# A budget on a CUDA device, with a device that is not there
+
+GIB = 2**30
+
+
+class Cuda(SimpleNamespace):
+    """What torch.cuda says of a device of 8 GiB; `shares` are those that it was limited to."""
+
+    def __init__(self, free=6 * GIB, allocated=0, reserved=0, share=1.0):
+        super().__init__(free=free, allocated=allocated, reserved=reserved, shares=[share])
+
+    def is_available(self):
+        return False
+
+    def current_device(self):
+        return 0
+
+    def mem_get_info(self, device):
+        return self.free, 8 * GIB
+
+    def memory_allocated(self, device):
+        return self.allocated
+
+    def memory_reserved(self, device):
+        return self.reserved
+
+    def max_memory_allocated(self, device):
+        return self.allocated
+
+    def reset_peak_memory_stats(self, device):
+        pass
+
+    def get_per_process_memory_fraction(self, number):
+        return self.shares[-1]
+
+    def set_per_process_memory_fraction(self, share, number):
+        assert isinstance(number, int) and isinstance(share, float) and 0 <= share <= 1, "torch refuses these"
+        self.shares.append(share)
+
+
+def size_on(monkeypatch, cuda, *words, model=None, device="cuda", begins=True):
+    """Sizes a run on the device; the run is over when this returns."""
+    monkeypatch.setattr(torch, "cuda", cuda)
+    settings = settings_of("task.eval_size=4", *words)
+    with PeakMemory(device) as memory:
+        tokenizer = load_tokenizer(settings.model)
+        return size_run(settings, load_task(settings), tokenizer, model, memory, begins=begins)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_written_budget_is_a_limit_until_the_run_ends(device, monkeypatch):
+    """Torch may take what the context, which the budget includes, leaves of it."""
+    cuda = Cuda()
+    size_on(monkeypatch, cuda, "memory.budget=4GiB", device=device)
+    assert cuda.shares == [1.0, (4 * GIB - CUDA_OUTSIDE) / (8 * GIB), 1.0]
+
+
+def test_auto_is_no_limit(monkeypatch):
+    cuda = Cuda()
+    size_on(monkeypatch, cuda)
+    assert cuda.shares == [1.0]
+
+
+def test_a_share_is_one_of_what_is_free_with_what_the_context_took_of_it(monkeypatch):
+    """8 GiB: 6 free, 1 reserved and half of that in use, 1 outside torch, the context among it."""
+    cuda = Cuda(free=6 * GIB, reserved=GIB, allocated=GIB // 2)
+    size_on(monkeypatch, cuda, "memory.budget=0.5")
+    free = 6 * GIB + GIB // 2 + CUDA_CONTEXT
+    assert cuda.shares[1] == pytest.approx((GIB // 2 + 0.5 * free - CUDA_OUTSIDE) / (8 * GIB))
+    assert free_memory("cuda", torch) == 6 * GIB + GIB // 2, "what torch keeps without need is free"
+
+
+def test_what_was_there_before_is_not_the_runs_but_the_model_is(monkeypatch):
+    model, _ = load_model("tiny-arithmetic")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cuda = Cuda(allocated=GIB + weights, reserved=GIB + weights)
+    found = size_on(monkeypatch, cuda, "memory.budget=3GiB", model=model)
+    assert cuda.shares[1] == (4 * GIB - CUDA_OUTSIDE) / (8 * GIB)
+    assert found.peak == GIB + found.plan.tensors_peak
+
+
+def test_a_limit_never_widens_one_that_is_there_and_ends_with_an_error_too(monkeypatch):
+    cuda = Cuda(share=0.25)
+    size_on(monkeypatch, cuda, "memory.budget=4GiB")
+    assert cuda.shares == [0.25, 0.25, 0.25]
+    with pytest.raises(KeyError), PeakMemory("cuda") as memory:
+        memory.limit(GIB)
+        memory.limit(2 * GIB)
+        raise KeyError
+    assert cuda.shares[3:] == [0.125, 0.25, 0.25]
+
+
+def test_a_budget_below_the_context_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match=r"^memory.budget: 500MiB is less than CUDA itself takes, \d+ MiB; "):
+        size_on(monkeypatch, Cuda(), "memory.budget=500MiB", begins=False)
+
+
+def test_elsewhere_nothing_is_limited(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", None)
+    with PeakMemory("cpu") as memory:
+        memory.limit(1)
+        assert memory.context() == 0
+
+
+def test_an_evaluation_keeps_to_the_budget_too(monkeypatch):
+    """Until its last answer, and not after it."""
+    limits = []
+    monkeypatch.setattr(PeakMemory, "__exit__", lambda self, *error: limits.append("left"))
+    monkeypatch.setattr(
+        "twig.evaluation.evaluate.evaluate_policy",
+        lambda *a, **k: limits.append("answers") or evaluate(*a, **k),
+    )
+    measure_model(settings_of("task.eval_size=2", "memory.budget=2GiB", "rollout.max_completion_length=2"))
+    assert limits == ["answers", "left"]

@@ -1,0 +1,442 @@
+"""The plan of memory: rows worked out by hand, sums, budgets, what is chosen and what is advised."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from twig.cli.app import main
+from twig.cli.plan import assumed_prompt, longest_prompt_at_hand
+from twig.common.errors import UserError
+from twig.config.load import Settings, load, recipe_names, recipe_text
+from twig.config.sizes import DEFAULT_SIZES, SIZE_KEYS, Sizes, open_sizes, with_sizes
+from twig.planner.choose import choose_sizes
+from twig.planner.layer_costs import waves_of
+from twig.planner.ledger import Ledger
+from twig.planner.model_shape import Shape, Unplannable
+from twig.planner.phases import CUDA_GRAPH, LIBRARIES, OUTSIDE, Footprint
+from twig.planner.plan import _wave_sizes, plan, workload_of
+from twig.runtime.memory_use import CUDA_CONTEXT
+
+MIB, GIB = 2**20, 2**30
+MINIMAL = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 10,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+}
+_QWEN2 = {"model_type": "qwen2", "torch_dtype": "bfloat16", "tie_word_embeddings": True, "vocab_size": 151936}
+# The public shapes of the recipes' models: hidden width, MLP width, layers, heads, key-value heads.
+_WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+MODELS = {
+    "Qwen/Qwen2-1.5B": _QWEN2 | dict(zip(_WIDTHS, (1536, 8960, 28, 12, 2), strict=True)),
+    "Qwen/Qwen2.5-0.5B-Instruct": _QWEN2 | dict(zip(_WIDTHS, (896, 4864, 24, 14, 2), strict=True)),
+    "Qwen/Qwen3-1.7B": _QWEN2
+    | dict(zip(_WIDTHS, (2048, 6144, 28, 16, 8), strict=True))
+    | {"model_type": "qwen3", "head_dim": 128},
+    "meta-llama/Llama-3.2-1B-Instruct": _QWEN2
+    | dict(zip(_WIDTHS, (2048, 8192, 16, 32, 8), strict=True))
+    | {"model_type": "llama", "vocab_size": 128256, "head_dim": 64},
+}
+BILLION = MODELS["Qwen/Qwen2-1.5B"]
+GPUS = (2, 4, 6, 8, 12, 16, 24)
+
+
+def settings_of(*overrides):
+    return Settings.from_dict(MINIMAL, overrides)
+
+
+def items(found, phase):
+    (one,) = [p for p in found.phases if p.name == phase]
+    return {item.name: item.size for item in one.items}
+
+
+# Rows by hand
+
+
+def test_what_a_run_holds_all_along_is_counted_by_hand():
+    """A layer has 8*8 + 2*8*4 + 8*8 + 3*8*16 = 576 weights and two norms of 8; embedding and head 10*8 each,
+    and a last norm. The adapter of rank 2 on q and v of one layer: 2*(8+8) + 2*(8+4) = 56 numbers."""
+    found = plan(SMALL, settings_of("lora.r=2", *HAND), GIB, "cpu", prompt_tokens=3)
+    held = items(found, "sampling")
+    assert held["base weights"] == 4 * (3 * (576 + 16) + 2 * 80 + 8)
+    assert (held["adapter"], held["gradients"], held["optimizer"]) == (4 * 56, 4 * 56, 2 * 4 * 56)
+    # 2 prompts of 3 tokens, 4 completions of 5 tokens each; a row is 8 numbers wide
+    assert held["trunk's output, recorded"] == 2 * (3 + 4 * 5) * 8 * 4
+    # 8 completions of 8 slots; 3 layers of a key and a value of 4 numbers
+    assert held["key-value cache"] == 8 * 8 * 3 * 2 * 4 * 4
+    assert held["libraries"] == LIBRARIES["cpu"] + 15 * MIB
+
+
+HAND = ("rollout.num_generations=4", "rollout.prompts_per_step=2", "rollout.max_completion_length=5")
+
+
+def test_a_head_chunk_is_counted_by_hand():
+    """GRPO on 2 x 4 completions of 5 tokens in one pack: the root and 4 tokens of each predict one."""
+    words = ("algorithm.name=grpo", "train.pack_size=1000", "train.head_chunk=170", *HAND)
+    found = plan(SMALL, settings_of(*words), GIB, "cpu", prompt_tokens=3)
+    rows = 2 * (1 + 4 * 4)
+    # 170 // 34 = 5 of the 10 words at a time; the chunk before is still there when one is computed
+    assert items(found, "update").get("head chunk", 0) in (0, 5 * rows * (4 + 4))
+    work = workload_of(Shape.from_config(SMALL), settings_of(*words), "cpu", 3)
+    ledger = Ledger()
+    Footprint(work, Sizes(8, 1000, 170, False, 8))._head(ledger, rows, rows)
+    assert ledger.highest["head chunk"] in (0, 5 * rows * 8)
+    assert ledger.peak >= 5 * rows * 8
+
+
+def test_a_ledger_remembers_its_highest_moment():
+    ledger = Ledger({"a": 1})
+    ledger.take("b", 5)
+    ledger.moment("c", 4)
+    ledger.drop("b")
+    ledger.take("d", 8)
+    found = ledger.phase("x")
+    assert found.peak == 10
+    assert [(item.name, item.size) for item in found.items] == [("b", 5), ("c", 4), ("a", 1)]
+
+
+# Sums, budgets, order
+
+_ASKED = st.fixed_dictionaries(
+    {
+        "algorithm.name": st.sampled_from(["grpo", "s-grpo", "t-spmo"]),
+        "rollout.num_generations": st.integers(2, 40),
+        "rollout.prompts_per_step": st.integers(1, 9),
+        "rollout.max_completion_length": st.integers(1, 700),
+        "lora.layers": st.sampled_from(["last_third", "all", "[5]"]),
+        "model.attn_implementation": st.sampled_from(["sdpa", "eager"]),
+    }
+)
+
+
+@examples(max_examples=10, deadline=None)
+@given(_ASKED, st.integers(1, 600), st.integers(1, 30), st.integers(0, 30), st.sampled_from(["cpu", "cuda"]))
+def test_phases_add_up_and_a_larger_budget_never_chooses_less(asked, prompt, first, more, kind):
+    settings = settings_of(*(f"{key}={value}" for key, value in asked.items()))
+    small, large = (
+        plan(BILLION, settings, n * GIB, kind, prompt_tokens=prompt) for n in (first, first + more)
+    )
+    for found in (small, large):
+        assert all(phase.peak == sum(item.size for item in phase.items) for phase in found.phases)
+        assert all(item.size > 0 for phase in found.phases for item in phase.items)
+        assert found.fits == all(phase.peak <= 0.95 * found.budget for phase in found.phases)
+        assert found.fits or found.advice or found.sizes.wave_size == 1
+    assert large.fits or not small.fits
+    if small.decode == "plain" != large.decode:
+        assert 4 * large.wave_size >= small.wave_size
+        return
+    assert large.wave_size >= small.wave_size and large.eval_batch_size >= small.eval_batch_size
+    if kind == "cuda" and large.wave_size > small.wave_size:
+        return  # what a larger wave keeps is not there for the update
+    if not small.sizes.checkpoint_layers:
+        assert large.pack_size >= small.pack_size and large.head_chunk >= small.head_chunk
+    assert small.sizes.checkpoint_layers or not large.sizes.checkpoint_layers
+
+
+@pytest.mark.slow
+@examples(max_examples=10, deadline=None)
+@given(_ASKED, st.integers(1, 600), st.data())
+def test_more_of_anything_never_takes_less(asked, prompt, data):
+    fixed = ("rollout.wave_size=16", "train.pack_size=512", "train.head_chunk=65536")
+    fixed += ("train.checkpoint_layers=false", "eval.batch_size=16")
+
+    def peak(values, prompt):
+        settings = settings_of(*fixed, *(f"{key}={value}" for key, value in values.items()))
+        return plan(BILLION, settings, GIB, "cpu", prompt_tokens=prompt).peak
+
+    key = data.draw(st.sampled_from(["rollout.prompts_per_step", "rollout.max_completion_length", "prompt"]))
+    if key == "prompt":
+        assert peak(asked, prompt + 16) >= peak(asked, prompt)
+    else:
+        assert peak(asked | {key: asked[key] + 16}, prompt) >= peak(asked, prompt)
+
+
+def test_what_the_settings_say_is_not_chosen():
+    words = ["rollout.wave_size=3", "train.pack_size=77", "train.head_chunk=99", "eval.batch_size=5"]
+    found = plan(BILLION, settings_of(*words, "train.checkpoint_layers=true"), 24 * GIB, "cuda")
+    assert found.sizes == Sizes(3, 77, 99, True, 5)
+
+
+def test_restarts_are_planned_for():
+    """One whose prompt has nearly a whole completion may lie beside one that has none."""
+    plain, replayed = (
+        plan(SMALL, settings_of(*HAND, f"algorithm.replay.probability={p}"), GIB, "cpu", prompt_tokens=3)
+        for p in (0, 0.5)
+    )
+    assert items(plain, "sampling")["key-value cache"] * (3 + 4 + 5) == (
+        items(replayed, "sampling")["key-value cache"] * (3 + 5)
+    )
+
+
+# A CUDA device
+
+
+def names(found, phase):
+    return set(items(found, phase))
+
+
+def test_on_cuda_a_step_that_is_kept_is_there_in_the_update_too():
+    words = ("algorithm.name=grpo", "rollout.num_generations=8", "rollout.prompts_per_step=4")
+    found = plan(BILLION, settings_of(*words), 24 * GIB, "cuda", prompt_tokens=100)
+    assert found.wave_size == 32
+    # 32 completions of 256 slots behind the 128 of their prompts, of which there are so few that each row has
+    # them; 28 layers with 2 x 2 heads of 128. Then per token the id, and log-prob, entropy and noise in
+    # float32, and the trunk's output; per row the next logits
+    cache = 32 * (128 + 256) * 28 * 2 * 256 * 2
+    row = 256 * (8 + 3 * 4 + 1536 * 2) + 151936 * 4
+    rotary = 2 * (128 + 256) * 128 * 2
+    for phase in ("sampling", "update"):
+        assert items(found, phase)["decode buffers"] == cache + 32 * row + rotary
+        assert items(found, phase)["captured graph"] == CUDA_GRAPH + 3 * 32 * 151936 * 4
+    assert {"context", "workspaces", "allocator's reserve"} <= names(found, "loading")
+    assert "decode buffers" not in names(found, "loading")
+
+
+@pytest.mark.parametrize("word", ["rollout.decode=plain", "model.engine=plain", "rollout.stop=[x]"])
+def test_sampling_without_captured_steps_keeps_none(word):
+    found = plan(BILLION, settings_of(word), 24 * GIB, "cuda", prompt_tokens=100)
+    assert not any("decode buffers" in names(found, phase.name) for phase in found.phases)
+    assert workload_of(Shape.from_config(BILLION), settings_of(), "cpu", 100).static_decode is False
+
+
+def test_the_peak_that_torch_counts_is_that_of_the_tensors_alone():
+    """While a step is captured it is at work in torch's memory; later what it needs is the graph's own."""
+    found = plan(BILLION, settings_of(), 24 * GIB, "cuda", prompt_tokens=100)
+    outside = {p.name: sum(i.size for i in p.items if i.name in OUTSIDE) for p in found.phases}
+    tensors = [phase.peak - outside[phase.name] for phase in found.phases]
+    assert CUDA_CONTEXT < min(outside.values())
+    assert max(tensors) <= found.tensors_peak < found.peak - CUDA_CONTEXT
+    plain = plan(BILLION, settings_of("rollout.decode=plain"), 24 * GIB, "cuda", prompt_tokens=100)
+    tensors = [sum(i.size for i in p.items if i.name not in OUTSIDE) for p in plain.phases]
+    assert plain.tensors_peak == max(tensors)
+
+
+@pytest.mark.parametrize(
+    ("generations", "prompts", "sizes"),
+    [
+        (8, 8, {64, 32, 24, 16, 8, 4, 2, 1}),
+        (50, 8, {200, 150, 100, 50, 25, 10, 5, 2, 1}),
+        (300, 2, {150, 100, 75, 60, 50, 30, 25, 20, 15, 12, 10, 6, 5, 4, 3, 2, 1}),
+    ],
+)
+def test_waves_of_captured_steps_are_whole_groups_or_equal_parts_of_one(generations, prompts, sizes):
+    words = (f"rollout.num_generations={generations}", f"rollout.prompts_per_step={prompts}")
+    work = workload_of(Shape.from_config(BILLION), settings_of(*words), "cuda", 100)
+    assert set(_wave_sizes(work, None)) == sizes
+    assert _wave_sizes(work, 7) == [7]
+
+
+@examples(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 60))
+def test_waves_are_those_that_sampling_makes(prompts, generations, size):
+    rows = [prompt for prompt in range(prompts) for _ in range(generations)]
+    waves = [rows[i : i + size] for i in range(0, len(rows), size)]
+    assert set(waves_of(prompts, generations, size)) == {
+        (len(set(wave)), max(map(wave.count, wave))) for wave in waves
+    }
+
+
+def test_where_captured_steps_do_not_fit_the_plain_loop_is_chosen_and_said():
+    words = ("rollout.num_generations=16", "rollout.prompts_per_step=8", "model.dtype=bfloat16")
+    config = MODELS["Qwen/Qwen2.5-0.5B-Instruct"]
+    small, large = (plan(config, settings_of(*words), int(n * GIB), "cuda") for n in (2.1, 12))
+    assert small.fits and (small.decode, large.decode) == ("plain", None)
+    assert any("rollout.decode=plain" in note for note in small.notes)
+    assert not any("rollout.decode" in note for note in large.notes)
+    fixed = plan(config, settings_of(*words, "rollout.decode=graph"), int(1.95 * GIB), "cuda")
+    assert fixed.decode is None and "rollout.decode=plain" in {each.changes for each in fixed.advice}
+    found = choose_sizes(settings_of(*words), config, "cuda", int(2.1 * GIB), prompt_tokens=256)
+    assert found.settings.rollout.decode == "plain"
+
+
+def test_a_wave_leaves_room_for_the_update():
+    words = ("rollout.num_generations=32", "rollout.prompts_per_step=8", "rollout.max_completion_length=1024")
+    settings = settings_of(*words, "algorithm.name=grpo")
+    found = plan(BILLION, settings, 7 * GIB, "cuda", prompt_tokens=100)
+    assert found.fits
+    kept = [item.size for phase in found.phases[1:3] for item in phase.items if item.name == "decode buffers"]
+    assert kept[0] == kept[1]
+
+
+# What to change
+
+
+def test_advice_is_in_order_of_cost_and_works():
+    """Sizes that somebody wrote come first: only speed depends on them."""
+    words = ["rollout.wave_size=128", "train.pack_size=4096", "train.checkpoint_layers=false"]
+    words += ["algorithm.name=grpo", "rollout.max_completion_length=8000", "model.dtype=float32"]
+    settings, budget = settings_of(*words, "lora.layers=all", "rollout.prompts_per_step=64"), int(4.3 * GIB)
+    found = plan(BILLION, settings, budget, "cuda", prompt_tokens=200)
+    assert not found.fits
+    keys = [re.sub("=[^ ]*", "", each.changes) for each in found.advice]
+    assert keys == [
+        "rollout.wave_size train.pack_size train.checkpoint_layers",
+        "model.dtype",
+        "rollout.max_completion_length",
+    ]
+    assert found.advice[0].changes.endswith("train.checkpoint_layers=null")
+    peaks = [found.peak, *(each.peak for each in found.advice)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert [each.fits for each in found.advice] == [False] * (len(keys) - 1) + [True]
+    changed = settings.with_overrides([word for each in found.advice for word in each.changes.split()])
+    assert plan(BILLION, changed, budget, "cuda", prompt_tokens=200).peak == peaks[-1]
+
+
+# What a run makes of it
+
+
+def sized(*words, config=SMALL, free=GIB, **options):
+    options = {"prompt_tokens": 3} | options
+    return choose_sizes(settings_of(*words), config, "cpu", free, **options)
+
+
+def test_open_sizes_are_chosen_and_others_kept():
+    found = sized("rollout.wave_size=7")
+    assert found.settings.rollout.wave_size == 7 and open_sizes(found.settings) == []
+    assert found.settings.flat()["train.pack_size"] == found.plan.sizes.pack_size
+    assert found.warning is None
+    assert open_sizes(settings_of()) == list(SIZE_KEYS)
+    assert with_sizes(settings_of(), DEFAULT_SIZES.by_key()).flat().items() >= DEFAULT_SIZES.by_key().items()
+
+
+def test_a_budget_that_somebody_wrote_is_kept():
+    with pytest.raises(
+        UserError, match=r"^memory\.budget: 1GiB is too little: the run takes up to .* GiB, and"
+    ):
+        sized("memory.budget=1GiB", "model.dtype=float32", config=BILLION)
+    with pytest.raises(
+        UserError, match=r"0\.5 is too little: .*; change, the cheapest first: model\.dtype=bfl"
+    ):
+        sized("memory.budget=0.5", "model.dtype=float32", config=BILLION, free=8 * GIB)
+    assert sized("memory.budget=200MiB", free=1).warning is None, "a size does not ask what is free"
+
+
+@pytest.mark.parametrize("words, options", [((), {}), (("memory.budget=1GiB",), {"begins": False})])
+def test_what_does_not_fit_is_a_warning_where_nobody_wrote_a_budget_or_the_run_goes_on(words, options):
+    found = sized(*words, config=BILLION, **options)
+    assert found.warning.startswith("memory may run out: the run takes up to ")
+    assert found.settings.rollout.wave_size == 1
+
+
+def test_a_model_that_cannot_be_planned_gets_the_defaults_and_says_so():
+    found = sized("rollout.wave_size=7", config={"model_type": "gpt2"})
+    assert (found.plan, found.settings.rollout.wave_size) == (None, 7)
+    assert found.settings.train.pack_size == DEFAULT_SIZES.by_key()["train.pack_size"]
+    assert "'gpt2' cannot be planned" in found.warning and "train.checkpoint_layers=false" in found.warning
+    all_set = [f"{key}={value}".lower() for key, value in DEFAULT_SIZES.by_key().items()]
+    assert sized(*all_set, config={"model_type": "gpt2"}).warning is None
+    with pytest.raises(UserError, match=r"^memory\.budget: 6GiB cannot be promised; leave it out"):
+        sized("memory.budget=6GiB", config={"model_type": "gpt2"})
+    with pytest.raises(Unplannable, match="c_attn"):
+        plan(SMALL, settings_of("lora.target_modules=[c_attn]"), GIB, "cpu")
+
+
+# The recipes
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_says_what_memory_it_takes(name):
+    settings = load(name)
+    assert open_sizes(settings) == list(SIZE_KEYS), "a recipe leaves them to the device"
+    said = re.search(r"^# Memory, predicted: (.*)$", recipe_text(name), re.MULTILINE)[1]
+    prompt = {"prompt_tokens": longest_prompt_at_hand(settings) or assumed_prompt(settings)}
+    if settings.model.name == "tiny-arithmetic":
+        peak = plan(settings.model.name, settings, 4 * GIB, "cpu", **prompt).peak
+        assert said == f"{peak / GIB:.1f} GiB beside what Python and torch take."
+        return
+    plans = {size: plan(MODELS[settings.model.name], settings, size * GIB, "cuda", **prompt) for size in GPUS}
+    size = next(size for size, found in plans.items() if found.fits)
+    quickest = plan(MODELS[settings.model.name], settings, 80 * GIB, "cuda", **prompt)
+    assert said == (
+        f"{plans[size].peak / GIB:.1f} GiB on a GPU of {size} GiB, the smallest that it fits; "
+        f"{quickest.peak / GIB:.1f} GiB at its quickest."
+    )
+
+
+# The command
+
+
+def test_a_plan_needs_neither_weights_nor_torch(test_data):
+    config = test_data / "qwen2_1.5b_config" / "config.json"
+    words = ["plan", "svamp-qwen2-1.5b", f"model.name={config}", "--for", "6GiB,8GiB"]
+    code = f"import sys; from twig.cli.app import main; status = main({words!r})\n"
+    code += "heavy = ('torch', 'transformers', 'datasets', 'peft', 'huggingface_hub', 'pandas')\n"
+    code += "sys.exit(status or ' '.join(name for name in heavy if name in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("6GiB", "8GiB"))]
+    assert [row[5] for row in rows] == ["yes", "yes"]
+
+
+def test_devices_are_compared_and_the_small_one_is_told_what_to_change(test_data, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    folder = str(test_data / "qwen2_1.5b_config")
+    words = f"plan gsm8k-qwen3-1.7b model.name={folder} model.dtype=float32 lora.layers=all --for 6GiB,24GiB"
+    assert main(words.split()) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert (
+        heading == f"{folder} on a CUDA GPU, prompts of up to 320 tokens (assumed; write --prompt-tokens N)"
+    )
+    assert all(len(line) <= 80 for line in lines)
+    assert "peak, GiB  loading  sampling  update  evaluation  fits" in "\n".join(lines)
+    assert [line.split()[5] for line in lines if line.startswith(("6GiB ", "24GiB "))] == ["no", "yes"]
+    start = next(i for i, line in enumerate(lines) if line.startswith("6GiB: "))
+    assert " too little. Change, the cheapest first" in lines[start]
+    assert lines[start + 1].split()[:1] == ["model.dtype=bfloat16"]
+
+
+def test_the_plan_of_a_run_can_be_written_into_its_settings(tmp_path, capsys):
+    assert main(["train", "quickstart", "--dry-run", "train.pack_size=512"]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text(shown)
+    assert load(str(tmp_path / "mine.yaml")) == load("quickstart", ["train.pack_size=512"])
+    assert re.search(r"^# together +\d+ +\d+ +\d+ +\d+$", shown, re.MULTILINE)
+    assert re.search(r"^# +train.pack_size +512 +as set$", shown, re.MULTILINE)
+    assert re.search(r"^# +rollout.wave_size +128$", shown, re.MULTILINE)
+
+
+def test_a_dry_run_without_a_config_at_hand_says_so(capsys):
+    assert main(["train", "svamp-qwen2-1.5b", "model.name=nobody/nothing", "--dry-run"]) == 0
+    assert "# memory is not planned: model.name: the config.json of nobody/nothing is neither here" in (
+        capsys.readouterr().out
+    )
+
+
+def test_without_a_network_a_plan_ends_at_once(monkeypatch, capsys):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    def never(*arguments, **options):
+        raise AssertionError("its retries take half a minute")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", never)
+    monkeypatch.setattr("twig.planner.model_shape.reachable", lambda: False)
+    assert main(["plan", "svamp-qwen2-1.5b", "model.name=nobody/nothing"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "neither here nor reachable on the Hub" in shown
+
+
+def test_a_broken_config_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 4}))
+    assert main(["plan", "quickstart", f"model.name={tmp_path}"]) == 2
+    assert "'mamba' cannot be planned" in capsys.readouterr().err

@@ -1,0 +1,31 @@
+"""Where the project lies, and its modules."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "twig"
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+# Dotted name below twig -> file; a package goes by its own name.
+MODULES = {_module_name(path): path for path in sorted(SOURCE.rglob("*.py")) if "assets" not in path.parts}
+
+# These may import torch, transformers or peft as soon as they are imported; all others work without them.
+WITH_TORCH = {
+    "__main__",
+    "core.objective",
+    "runtime.rng_state",
+    "runs.checkpoint",
+    "runs.resume",
+    "evaluation.evaluate",
+    "training.batch",
+    "training.session",
+    "training.train",
+    "training.trainer",
+    "export.export",
+    *(name for name in MODULES if name.startswith("engine.") and name != "engine.pack"),
+}
