@@ -25,6 +25,7 @@ CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 1 TB"
 )
 MPS = RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def break_at(monkeypatch, owner, name, wanted, error=None, when=lambda *args: Tr
     return calls
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), CPU, MPS, MemoryError()], ids=repr)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), CPU, MPS, CUBLAS, MemoryError()], ids=repr)
 def test_what_running_out_of_memory_looks_like(error):
     assert out_of_memory(error)
 

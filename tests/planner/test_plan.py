@@ -140,15 +140,16 @@ def test_phases_add_up_and_a_larger_budget_never_chooses_less(asked, prompt, fir
         assert found.fits == all(phase.peak <= 0.95 * found.budget for phase in found.phases)
         assert found.fits or found.advice or found.sizes.wave_size == 1
     assert large.fits or not small.fits
+    less, more = small.sizes, large.sizes
     if small.decode == "plain" != large.decode:
-        assert 4 * large.wave_size >= small.wave_size
+        assert 4 * more.wave_size >= less.wave_size
         return
-    assert large.wave_size >= small.wave_size and large.eval_batch_size >= small.eval_batch_size
-    if kind == "cuda" and large.wave_size > small.wave_size:
+    assert more.wave_size >= less.wave_size and more.eval_batch_size >= less.eval_batch_size
+    if kind == "cuda" and more.wave_size > less.wave_size:
         return  # what a larger wave keeps is not there for the update
-    if not small.sizes.checkpoint_layers:
-        assert large.pack_size >= small.pack_size and large.head_chunk >= small.head_chunk
-    assert small.sizes.checkpoint_layers or not large.sizes.checkpoint_layers
+    if not less.checkpoint_layers:
+        assert more.pack_size >= less.pack_size and more.head_chunk >= less.head_chunk
+    assert less.checkpoint_layers or not more.checkpoint_layers
 
 
 @pytest.mark.slow
@@ -196,7 +197,7 @@ def names(found, phase):
 def test_on_cuda_a_step_that_is_kept_is_there_in_the_update_too():
     words = ("algorithm.name=grpo", "rollout.num_generations=8", "rollout.prompts_per_step=4")
     found = plan(BILLION, settings_of(*words), 24 * GIB, "cuda", prompt_tokens=100)
-    assert found.wave_size == 32
+    assert found.sizes.wave_size == 32
     # 32 completions of 256 slots behind the 128 of their prompts, of which there are so few that each row has
     # them; 28 layers with 2 x 2 heads of 128. Then per token the id, and log-prob, entropy and noise in
     # float32, and the trunk's output; per row the next logits

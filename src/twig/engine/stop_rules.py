@@ -35,7 +35,7 @@ class Ending:
         if missing:
             tails = [
                 np.concatenate([self.prefixes[r][-missing:], tail])
-                for r, tail in zip(rows, tails, strict=True)
+                for r, tail in zip(rows.tolist(), tails, strict=True)
             ]
         found = [any(text in tail for text in self.stop) for tail in self.decode(list(tails))]
         return torch.tensor(found, device=ids.device)

@@ -105,7 +105,7 @@ def plan(
         found = _choose(work, changed, budget)
         if work.static_decode and changed.rollout.decode == "auto":
             plain = _choose(replace(work, static_decode=False), changed, budget)
-            if not found.fits or (plain.fits and found.wave_size * _FASTER < plain.wave_size):
+            if not found.fits or (plain.fits and found.sizes.wave_size * _FASTER < plain.sizes.wave_size):
                 return replace(plain, decode="plain")
         return found
 

@@ -109,8 +109,8 @@ def _resident_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# How torch words it where it has no error class of its own (CPU, Apple GPUs).
-_WORDS = ("can't allocate memory", "out of memory", "not enough memory")
+# How torch words it where it has no error class of its own (CPU, Apple GPUs, cuBLAS).
+_WORDS = ("can't allocate memory", "out of memory", "not enough memory", "cublas_status_alloc_failed")
 
 
 def out_of_memory(error: BaseException) -> bool:
