@@ -317,6 +317,10 @@ TABLE = {
         ("{train} lora.target_modules=[c_attn]", ["c_attn", "q_proj"]),
         ("{train} lora.layers=[7]", ["lora.layers: 7", "0 to 2"]),
         ("{train} rollout.suppress_tokens=[9999]", ["rollout.suppress_tokens: 9999"]),
+        (
+            "{train} rollout.decode=graph",
+            ["rollout.decode: graph needs a CUDA device", "rollout.decode=auto"],
+        ),
     ],
     "datasets": [
         ("{custom} task.path=empty.jsonl", ["empty.jsonl holds no rows"]),

@@ -59,6 +59,11 @@ def size_run(
 
     asked, questions, held = settings, task.eval[: settings.eval.limit], 0
     kind, free = memory.device.partition(":")[0], free_memory(memory.device, torch)
+    if kind != "cuda" and settings.rollout.decode in ("graph", "compiled"):
+        raise UserError(
+            f"rollout.decode: {settings.rollout.decode} needs a CUDA device, and this run is on {kind}; "
+            "write rollout.decode=auto"
+        )
     # the plan counts the context of a CUDA device, which asking has made
     free = free + memory.context() if kind == "cuda" else free // beside
     if model is None:

@@ -69,6 +69,14 @@ class Run:
     summary: dict[str, Any]
 
 
+def decode_of(chosen: str, found: str, steps: int) -> str:
+    """Returns how a run of `steps` decode steps samples: `auto` compiles what is captured if that pays.
+
+    `chosen` is `rollout.decode`, `found` what the policy made of it on its device.
+    """
+    return "compiled" if (chosen, found) == ("auto", "graph") and steps >= COMPILED_FROM else found
+
+
 class Session:
     """One process's work on a run: its parts, and where it stands."""
 
@@ -150,9 +158,8 @@ class Session:
         self.processes.copy_from_main(list(self.policy.parameters.values()))
         known = (self.policy, tokenizer, self.task, self.end_ids, self.progress, self.processes)
         self.trainer = Trainer(settings, *known)
-        if settings.rollout.decode == "auto" and self.policy.decode == "graph":
-            steps = self.trainer.total_steps * settings.rollout.max_completion_length
-            self.policy.decode = "compiled" if steps >= COMPILED_FROM else "graph"
+        steps = self.trainer.total_steps * settings.rollout.max_completion_length
+        self.policy.decode = decode_of(settings.rollout.decode, self.policy.decode, steps)
 
     def _attach(self, model: Any) -> PeftModel:
         settings = self.settings
