@@ -59,6 +59,29 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
+def trl_settings(output: str, batch: int, micro: int, **settings: Any) -> Any:
+    """Returns a GRPOConfig for `batch` completions in micro-batches, without KL term, logs or checkpoints."""
+    from trl import GRPOConfig
+
+    chosen = {
+        "output_dir": output,
+        "loss_type": "grpo",
+        "beta": 0.0,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": batch // micro,
+        "lr_scheduler_type": "constant",
+        "activation_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return GRPOConfig(**chosen | settings)
+
+
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:
     """The median of each figure over the processes."""
     return {key: median(row[key] for row in rows) for key in rows[0]}

@@ -31,9 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.assign import assign
-from twig.core.algorithms.base import Credit
+from twig.core.algorithms.registry import algorithm
+from twig.core.credit import Scored, assign
 from twig.core.trie import PrefixTrie
 from twig.core.types import Completion, Example, Group
 from twig.engine.decoder import tree_visible
@@ -52,21 +51,22 @@ TRIES = ((16, "early"), (8, "early"), (50, "early"), (16, "late"), (50, "late"),
 
 def packs_of(generations: int, forks: str, size: int, scale: int = 1) -> list[Pack]:
     """The packs of a step of full-token GRPO; `scale` divides every length."""
-    return build_packs(*_step(generations, forks, scale), size // scale)
+    return build_packs(_step(generations, forks, scale), size // scale)
 
 
 @cache
-def _step(generations: int, forks: str, scale: int) -> tuple[list[Group], list[PrefixTrie], list[Credit]]:
-    """The groups of a step, their tries and credits."""
-    length, groups, tries, credits = LENGTH // scale, [], [], []
+def _step(generations: int, forks: str, scale: int) -> list[Scored]:
+    """The groups of a step with their credit."""
+    length, groups, tries = LENGTH // scale, [], []
     for number in range(GROUPS):
         rewards = np.arange(generations) % 2 * 1.0
         rows = completions(length, _forks(generations, forks, length, number), 1000, seed=number)
         made = [Completion(ids, np.zeros(length), np.zeros(length), True, "") for ids in rows]
         groups.append(Group(Example(""), number, np.arange(PROMPT // scale), made, rewards))
         tries.append(PrefixTrie.build(rows, rewards))
-        credits.append(assign(tries[-1], Algorithm(name="grpo"), np.random.default_rng(0), GROUPS))
-    return groups, tries, credits
+    rngs = [np.random.default_rng(0) for _ in tries]
+    credits, _ = assign(algorithm("grpo"), tries, rngs, GROUPS)
+    return [Scored(*each) for each in zip(groups, tries, credits, range(GROUPS), strict=True)]
 
 
 def _forks(generations: int, forks: str, length: int, number: int) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import trl_settings
 from gpu_meter import MIB, Meter, bandwidth, profiled, spread, weight_bytes
 from memory import fork_late
 from shapes import ALPHA, LORA, last_third
@@ -151,11 +152,13 @@ def trainer_on(policy: Any, tokenizer: Any, ends: list[int], options: Options, s
     """The same with a policy that is loaded already."""
     from twig.common.progress import Progress
     from twig.core.types import Example
+    from twig.engine.sampler import SamplingParams
     from twig.tasks.base import Task
     from twig.training.trainer import Trainer
 
     task = Task("benchmark", [Example("a" * options.prompt, {})], [], (reward,))
-    return Trainer(settings, policy, tokenizer, task, ends, Progress())
+    sampling = SamplingParams.of(settings, tokenizer, ends)
+    return Trainer(settings, policy, tokenizer, task, sampling, Progress())
 
 
 def sampling_of(policy: Any) -> dict[str, Any]:
@@ -311,7 +314,7 @@ def update_sizes(trainer: Any, batch: Any, options: Options) -> list[dict[str, A
 
 def twig_decode(case: Case, options: Options, meter: Meter) -> dict[str, Any]:
     """Sampling alone: tokens per second, milliseconds a step, and the share of the memory's bandwidth."""
-    from twig.engine.sampler import Request, sample
+    from twig.engine.sampler import Request, SamplingParams, sample
 
     settings, _ = settings_of(case, options)
     policy, tokenizer, ends = open_policy(case, options, settings)
@@ -322,10 +325,8 @@ def twig_decode(case: Case, options: Options, meter: Meter) -> dict[str, Any]:
         return sample(
             policy,
             [Request(np.array(prompt, np.int64), case.generations, length, 0, expected=length)],
-            end_ids=ends,
-            decode=lambda rows: ["" for _ in rows],
+            SamplingParams(ends, decode=lambda rows: ["" for _ in rows], wave_size=case.generations),
             step=step,
-            wave_size=case.generations,
         )
 
     seconds = timed_lengths(draw, options, meter)
@@ -472,28 +473,17 @@ def trl_step(case: Case, options: Options, meter: Meter) -> dict[str, Any]:
 
 def trl_arguments(case: Case, options: Options, output: str) -> Any:
     """TRL's settings: no checkpointing of activations, no logs, nothing else that takes time."""
-    from trl import GRPOConfig
-
-    return GRPOConfig(
-        output_dir=output,
-        loss_type="grpo",
-        beta=0.0,
-        per_device_train_batch_size=case.micro,
-        gradient_accumulation_steps=case.generations // case.micro,
+    return trl_settings(
+        output,
+        case.generations,
+        case.micro,
         num_generations=case.generations,
         max_completion_length=options.length,
         generation_kwargs={"suppress_tokens": [END]},
         learning_rate=RATE,
-        lr_scheduler_type="constant",
         max_steps=options.steps + 1,
-        activation_checkpointing=False,
         use_cpu=options.device == "cpu",
         bf16=case.autocast,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
 
 
@@ -552,6 +542,7 @@ def svamp(case: Case, options: Options, meter: Meter) -> dict[str, Any]:
     from twig.engine.load import end_ids, load_model
     from twig.engine.lora import attach
     from twig.engine.policy import Policy
+    from twig.engine.sampler import SamplingParams
     from twig.evaluation.evaluate import evaluate_policy
     from twig.tasks.load import load_task
     from twig.training.trainer import Trainer
@@ -566,19 +557,13 @@ def svamp(case: Case, options: Options, meter: Meter) -> dict[str, Any]:
     if hasattr(policy, "decode") and case.decode != "auto":
         policy.decode = case.decode
     task, ends = load_task(settings, reward_funcs=[answered]), end_ids(model, tokenizer)
-    trainer = Trainer(settings, policy, tokenizer, task, ends, Progress())
+    sampling = SamplingParams.of(settings, tokenizer, ends)
+    trainer = Trainer(settings, policy, tokenizer, task, sampling, Progress())
     meter.note("loading")
 
     def evaluate() -> dict[str, Any]:
         found, _ = evaluate_policy(
-            policy,
-            tokenizer,
-            task,
-            settings.task,
-            end_ids=ends,
-            max_completion_length=settings.rollout.max_completion_length,
-            limit=options.problems,
-            batch_size=options.problems,
+            policy, tokenizer, task, replace(sampling, wave_size=options.problems), limit=options.problems
         )
         meter.note("evaluation")
         return found.as_dict() | found.each()

@@ -182,7 +182,7 @@ def constants(device: Device) -> dict[str, Any]:
 
         def on_side() -> None:
             with torch.cuda.stream(side):
-                left @ left  # noqa: B018
+                left @ left
 
         grown("product on another stream", on_side)
         grown("graph of one product", lambda: _captured(left))
@@ -301,6 +301,7 @@ def trainer_of(case: str, settings: Any, options: argparse.Namespace, progress: 
     from twig.engine.load import end_ids
     from twig.engine.lora import attach
     from twig.engine.policy import Policy
+    from twig.engine.sampler import SamplingParams
     from twig.tasks.base import Task
     from twig.training.trainer import Trainer
 
@@ -320,7 +321,8 @@ def trainer_of(case: str, settings: Any, options: argparse.Namespace, progress: 
 
     examples = [Example("a" * PROMPT, {}) for _ in range(64)]
     task = Task("memory", examples, examples[:QUESTIONS], (reward,))
-    return Trainer(settings, policy, tokenizer, task, end_ids(model, tokenizer), progress or Progress())
+    sampling = SamplingParams.of(settings, tokenizer, end_ids(model, tokenizer))
+    return Trainer(settings, policy, tokenizer, task, sampling, progress or Progress())
 
 
 def run(case: str, device: Device, options: argparse.Namespace) -> dict[str, Any]:
@@ -340,15 +342,7 @@ def run(case: str, device: Device, options: argparse.Namespace) -> dict[str, Any
         done = trainer.update(batch, 1e-4)
         device.note("update")
         del batch
-    evaluate_policy(
-        policy,
-        trainer.tokenizer,
-        trainer.task,
-        settings.task,
-        end_ids=trainer.end_ids,
-        max_completion_length=settings.rollout.max_completion_length,
-        batch_size=QUESTIONS,
-    )
+    evaluate_policy(policy, trainer.tokenizer, trainer.task, replace(trainer.sampling, wave_size=QUESTIONS))
     device.note("evaluation")
     assert done["grad_norm"] > 0
     predicted, measured = predict(case, settings, options), device.phases
@@ -496,7 +490,7 @@ def import_everything() -> None:
     import torch
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-    import twig.evaluation.evaluate  # noqa: F401
+    import twig.evaluation.evaluate
     import twig.training.train  # noqa: F401
 
     assert not torch.cuda.is_initialized()

@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def measure(case: str, folder: str) -> dict[str, float]:
     from twig.engine.load import end_ids, load_model
     from twig.engine.lora import attach
     from twig.engine.policy import Policy
+    from twig.engine.sampler import SamplingParams
     from twig.evaluation.evaluate import evaluate_policy
     from twig.runtime.memory_use import return_freed_memory
     from twig.tasks.base import Task
@@ -225,7 +227,8 @@ def measure(case: str, folder: str) -> dict[str, float]:
         peft_model, head_chunk=settings.train.head_chunk, checkpoint_layers=settings.train.checkpoint_layers
     )
     task = Task("memory", examples, examples[:QUESTIONS], (reward,))
-    trainer = Trainer(settings, policy, tokenizer, task, end_ids(model, tokenizer), Progress())
+    sampling = SamplingParams.of(settings, tokenizer, end_ids(model, tokenizer))
+    trainer = Trainer(settings, policy, tokenizer, task, sampling, Progress())
     peaks.note("loading")
     for step in (1, 2):
         batch = trainer.sample(step)
@@ -236,15 +239,7 @@ def measure(case: str, folder: str) -> dict[str, float]:
         trainer.update(batch, 1e-4)
         peaks.note("update")
         del batch
-    evaluate_policy(
-        policy,
-        tokenizer,
-        task,
-        settings.task,
-        end_ids=trainer.end_ids,
-        max_completion_length=settings.rollout.max_completion_length,
-        batch_size=QUESTIONS,
-    )
+    evaluate_policy(policy, tokenizer, task, replace(sampling, wave_size=QUESTIONS))
     peaks.note("evaluation")
     assert np.isfinite(torch.cat([p.flatten() for p in policy.parameters.values()]).sum().item())
     return peaks.found

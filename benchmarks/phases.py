@@ -31,17 +31,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from update import GENERATIONS, LENGTH, PROMPT, record
 
 from twig.common.progress import Progress
-from twig.config.schema import Algorithm
 from twig.config.sizes import Sizes
-from twig.core.algorithms.assign import assign
-from twig.core.objective import Surrogate
+from twig.core.algorithms.base import Objective
+from twig.core.algorithms.registry import algorithm
+from twig.core.credit import Scored, assign_one
 from twig.core.trie import PrefixTrie
 from twig.core.types import Completion, Example, Group
 from twig.engine.decoder import Decoder
 from twig.engine.lm_head import Head
 from twig.engine.lora import attach
 from twig.engine.policy import Policy
-from twig.engine.sampler import Request, sample
+from twig.engine.sampler import Request, SamplingParams, sample
 from twig.engine.update import Passes
 
 SAMPLED = 32  # tokens of each completion of the large model
@@ -149,10 +149,10 @@ def update_phases(policy: Policy, shape: str, recorded: bool, rounds: int) -> li
             stack.enter_context(found.wrap(Policy, "backward", lambda *_: "layers, backward"))
             with found.phase("trie, credit, packs"):
                 trie = PrefixTrie.build(rows, rewards)
-                credit = assign(trie, Algorithm(name="grpo"), np.random.default_rng(0), 1)
+                credit = assign_one(algorithm("grpo"), trie, np.random.default_rng(0))
                 sizes = Sizes(0, LENGTH, policy.head_chunk, policy.checkpoint_layers)
-                passes = Passes(policy, sizes, Progress(), [group], [trie], [credit], boundary)
-                passes.backward(Surrogate())
+                passes = Passes(policy, sizes, Progress(), [Scored(group, trie, credit)], boundary)
+                passes.backward(Objective())
         for parameter in policy.parameters.values():
             parameter.grad = None
         return found
@@ -188,7 +188,10 @@ def sampling_phase(name: str, policy: Policy, requests: list, ends: list[int], r
         nonlocal steps
         began = time.perf_counter()
         drawn = sample(
-            policy, requests, end_ids=ends, decode=lambda rows: [""] * len(rows), step=step, wave_size=256
+            policy,
+            requests,
+            SamplingParams(ends, decode=lambda rows: [""] * len(rows), wave_size=256),
+            step=step,
         )
         steps = max(len(c) for found in drawn.completions for c in found)
         return time.perf_counter() - began

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, alternate, medians, write
+from common import ROOT, alternate, medians, trl_settings, write
 from memory import Peaks, build, fork_late
 from shapes import ALPHA, LORA, SHAPES, last_third
 
@@ -81,6 +81,7 @@ def twig_side(side: str, folder: str, shape: str) -> dict[str, float]:
     from twig.engine.load import end_ids, load_model
     from twig.engine.lora import attach
     from twig.engine.policy import Policy
+    from twig.engine.sampler import SamplingParams
     from twig.tasks.base import Task
     from twig.training.trainer import Trainer
 
@@ -107,7 +108,8 @@ def twig_side(side: str, folder: str, shape: str) -> dict[str, float]:
         head_chunk=settings.train.head_chunk,
     )
     task = Task("benchmark", [Example("a" * PROMPT, {})], [], (reward,))
-    trainer = Trainer(settings, policy, tokenizer, task, end_ids(model, tokenizer), Progress())
+    sampling = SamplingParams.of(settings, tokenizer, end_ids(model, tokenizer))
+    trainer = Trainer(settings, policy, tokenizer, task, sampling, Progress())
     clock.note("loading")
     batch = trainer.sample(1)
     clock.note("sampling")
@@ -118,7 +120,7 @@ def twig_side(side: str, folder: str, shape: str) -> dict[str, float]:
     clock.note("update")
     assert measured["grad_norm"] > 0
     assert all(len(c.ids) == LENGTH for c in batch.groups[0].completions)
-    trained = sum(int(credit.weighted.sum()) for credit in batch.credits)
+    trained = sum(int(each.credit.weighted.sum()) for each in batch.scored)
     return clock.figures() | {"trained_tokens": trained}
 
 
@@ -127,7 +129,7 @@ def trl_side(side: str, folder: str, shape: str) -> dict[str, float]:
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     disable_progress_bars()
     lengths: list[int] = []
@@ -144,26 +146,15 @@ def trl_side(side: str, folder: str, shape: str) -> dict[str, float]:
         return reward(completions)
 
     with tempfile.TemporaryDirectory() as output:
-        arguments = GRPOConfig(
-            output_dir=output,
-            loss_type="grpo",
-            beta=0.0,
-            per_device_train_batch_size=int(SIDES[side]),
-            gradient_accumulation_steps=GENERATIONS // int(SIDES[side]),
+        arguments = trl_settings(
+            output,
+            GENERATIONS,
+            int(SIDES[side]),
             num_generations=GENERATIONS,
             max_completion_length=LENGTH,
             generation_kwargs={"suppress_tokens": [1]},
             learning_rate=1e-4,
-            lr_scheduler_type="constant",
             max_steps=1,
-            activation_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
         )
         clock = Clock()
         trainer = Timed(

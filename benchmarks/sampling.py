@@ -46,7 +46,7 @@ def prepare(case: str) -> tuple[Any, list[list[int]], list[int]]:
 
 def twig_side(case: str, repeats: int) -> dict[str, float]:
     from twig.engine.policy import Policy
-    from twig.engine.sampler import Request, sample
+    from twig.engine.sampler import Request, SamplingParams, sample
 
     _, _, each, limit = CASES[case]
     model, prompts, ends = prepare(case)
@@ -55,7 +55,10 @@ def twig_side(case: str, repeats: int) -> dict[str, float]:
 
     def run(step: int) -> int:
         drawn = sample(
-            policy, requests, end_ids=ends, decode=lambda rows: [""] * len(rows), step=step, wave_size=256
+            policy,
+            requests,
+            SamplingParams(ends, decode=lambda rows: [""] * len(rows), wave_size=256),
+            step=step,
         )
         return sum(len(c) for completions in drawn.completions for c in completions)
 

@@ -58,10 +58,10 @@ def point(name: str, sizes: dict[str, float], repeats: int) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from twig.common.progress import Progress
-    from twig.config.schema import Algorithm
     from twig.config.sizes import Sizes
-    from twig.core.algorithms.assign import assign
-    from twig.core.objective import Surrogate
+    from twig.core.algorithms.base import Objective
+    from twig.core.algorithms.registry import algorithm
+    from twig.core.credit import Scored, assign_one
     from twig.core.trie import PrefixTrie
     from twig.core.types import Completion, Example, Group
     from twig.engine.lora import attach
@@ -74,7 +74,7 @@ def point(name: str, sizes: dict[str, float], repeats: int) -> dict[str, float]:
     randomise(policy.parameters)
     length, generations, prompt = sizes["length"], sizes["generations"], sizes["prompt"]
     boundary = torch.randn(prompt + generations * length, SHAPE["hidden_size"])
-    options = Algorithm(name=name, **({"alpha": 0, "p": 0.3, "k": length} if name == "s-grpo" else {}))
+    options = algorithm(name, **({"alpha": 0, "p": 0.3, "k": length} if name == "s-grpo" else {}))
     seconds, run, trained = [], [], []
     for seed in range(repeats):
         forks = entropic_forks(generations, length, sizes["entropy"], seed)
@@ -89,9 +89,11 @@ def point(name: str, sizes: dict[str, float], repeats: int) -> dict[str, float]:
         group = Group(Example(""), 0, np.arange(2, prompt + 2), made, rewards, 0, np.arange(prompt))
         began = time.perf_counter()
         trie = PrefixTrie.build(rows, rewards)
-        credit = assign(trie, options, np.random.default_rng(seed), 1)
-        passes = Passes(policy, Sizes(1, PACK, 2**20, False), Progress(), [group], [trie], [credit], boundary)
-        passes.backward(Surrogate())
+        credit = assign_one(options, trie, np.random.default_rng(seed))
+        passes = Passes(
+            policy, Sizes(1, PACK, 2**20, False), Progress(), [Scored(group, trie, credit)], boundary
+        )
+        passes.backward(Objective())
         seconds.append(time.perf_counter() - began)
         run.append(passes.num_tokens)
         trained.append(int(credit.weighted.sum()))

@@ -52,7 +52,7 @@ def record(path: Path, recipe: str, overrides: list[str], prompts: int, completi
     from twig.engine.load import end_ids, load_model
     from twig.engine.lora import attach
     from twig.engine.policy import Policy
-    from twig.engine.sampler import Request, sample
+    from twig.engine.sampler import Request, SamplingParams, sample
     from twig.tasks.load import load_task
     from twig.tasks.prompts import encode_prompt
 
@@ -67,10 +67,10 @@ def record(path: Path, recipe: str, overrides: list[str], prompts: int, completi
     length = settings.rollout.max_completion_length
     for slot in range(prompts):
         began = time.perf_counter()
-        ids = encode_prompt(task, task.train[slot], tokenizer, settings.task)
+        ids = encode_prompt(task, task.train[slot], tokenizer)
         request = Request(ids, completions, length, slot)
-        options = {"end_ids": ends, "decode": tokenizer.batch_decode, "step": 1, "wave_size": completions}
-        drawn = sample(policy, [request], **options, record=False).completions[0]
+        params = SamplingParams(ends, tokenizer.batch_decode, wave_size=completions, record=False)
+        drawn = sample(policy, [request], params, step=1).completions[0]
         line = {
             "model": settings.model.name,
             "temperature": settings.rollout.temperature,

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from common import alternate, medians, ratio, write
+from common import alternate, medians, ratio, trl_settings, write
 
 PROMPTS, GENERATIONS, LENGTH, RATE = 8, 16, 64, 1e-3
 WARMUP = 3
@@ -85,7 +85,7 @@ def trl_side(options: argparse.Namespace) -> dict[str, float]:
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from twig.tasks.multiplication import problems, product, prompt_text
 
@@ -109,7 +109,6 @@ def trl_side(options: argparse.Namespace) -> dict[str, float]:
         def on_step_end(self, *arguments: object, **kwargs: object) -> None:
             ends.append(time.perf_counter())
 
-    batch = PROMPTS * GENERATIONS
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model,
@@ -124,27 +123,16 @@ def trl_side(options: argparse.Namespace) -> dict[str, float]:
                 target_modules=["q_proj", "v_proj"],
                 layers_to_transform=list(range(layers - math.ceil(layers / 3), layers)),
             ),
-            args=GRPOConfig(
-                output_dir=folder,
-                loss_type="grpo",
-                beta=0.0,
-                per_device_train_batch_size=options.micro_batch,
-                gradient_accumulation_steps=batch // options.micro_batch,
+            args=trl_settings(
+                folder,
+                PROMPTS * GENERATIONS,
+                options.micro_batch,
                 num_generations=GENERATIONS,
                 max_completion_length=LENGTH,
                 temperature=1.0,
                 learning_rate=RATE,
-                lr_scheduler_type="constant",
                 max_steps=options.steps,
                 seed=options.seed,
-                activation_checkpointing=False,
-                use_cpu=True,
-                bf16=False,
-                report_to=[],
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
             ),
         )
         trainer.train()

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, medians, peak_memory, ratio, write
+from common import alternate, medians, peak_memory, ratio, trl_settings, write
 from safetensors.torch import load_file, save_file
 from shapes import ALPHA, LORA, SHAPES, build, completions, early_forks, last_third, randomise, recorded_forks
 
@@ -78,10 +78,10 @@ def groups_of(options: argparse.Namespace) -> list[tuple[list[int], list[np.ndar
 
 def twig_side(options: argparse.Namespace) -> dict[str, float]:
     from twig.common.progress import Progress
-    from twig.config.schema import Algorithm
     from twig.config.sizes import Sizes
-    from twig.core.algorithms.assign import assign
-    from twig.core.objective import Surrogate
+    from twig.core.algorithms.base import Objective
+    from twig.core.algorithms.registry import algorithm
+    from twig.core.credit import Scored, assign_one
     from twig.core.trie import PrefixTrie
     from twig.core.types import Completion, Example, Group
     from twig.engine.lora import attach
@@ -93,7 +93,7 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
     policy = Policy(peft_model, checkpoint_layers=options.checkpoint_layers, head_chunk=options.head_chunk)
     randomise(policy.parameters)
     extra = S_GRPO if options.algorithm == "s-grpo" else {}
-    algorithm = Algorithm(name=options.algorithm, **extra)
+    rule = algorithm(options.algorithm, **extra)
     seconds, memory, targets, run = [], [], [], []
     for prompt, rows, rewards in groups_of(options):
         offsets = len(prompt) + LENGTH * np.arange(GENERATIONS)
@@ -107,10 +107,10 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
         with peak_memory() as measured:
             began = time.perf_counter()
             trie = PrefixTrie.build(rows, rewards)
-            credit = assign(trie, algorithm, np.random.default_rng(0), 1)
+            credit = assign_one(rule, trie, np.random.default_rng(0))
             sizes = Sizes(0, options.pack_size, options.head_chunk, options.checkpoint_layers)
-            passes = Passes(policy, sizes, Progress(), [group], [trie], [credit], boundary)
-            passes.backward(Surrogate())
+            passes = Passes(policy, sizes, Progress(), [Scored(group, trie, credit)], boundary)
+            passes.backward(Objective())
             seconds.append(time.perf_counter() - began)
         memory.append(measured())
         targets.append(int(credit.weighted.sum()))
@@ -149,7 +149,7 @@ def trl_side(options: argparse.Namespace) -> dict[str, float]:
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     disable_progress_bars()
     prompt, rows, rewards = groups_of(options)[0]
@@ -189,25 +189,16 @@ def trl_side(options: argparse.Namespace) -> dict[str, float]:
             peft_config=LoraConfig(
                 task_type="CAUSAL_LM", lora_alpha=ALPHA, layers_to_transform=last_third(options.shape), **LORA
             ),
-            args=GRPOConfig(
-                output_dir=folder,
-                loss_type="grpo",
-                beta=0.0,
-                per_device_train_batch_size=options.micro_batch,
-                gradient_accumulation_steps=GENERATIONS // options.micro_batch,
+            args=trl_settings(
+                folder,
+                GENERATIONS,
+                options.micro_batch,
                 num_generations=GENERATIONS,
                 max_completion_length=LENGTH,
                 learning_rate=1e-6,
                 max_grad_norm=0.0,
                 max_steps=1,
                 activation_checkpointing=options.checkpointing,
-                use_cpu=True,
-                bf16=False,
-                report_to=[],
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
             ),
         )
         randomise({n: p for n, p in trainer.model.named_parameters() if p.requires_grad})

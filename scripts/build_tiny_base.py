@@ -1,15 +1,15 @@
-"""Trains the embedded base model from nothing and writes it, with its card, to a folder.
+"""Trains the embedded base model from scratch and writes it, with its card, to a folder.
 
     python scripts/build_tiny_base.py --output src/twig/assets/tiny-arithmetic
 
-The model learns two ways of answering `347*26=`: at once (`#9022`, mostly wrong when it does so) and worked
-out (mostly right). Which way a training text takes is drawn anew each time: worked out with probability 0.7
-where the first factor is 700 or more, with 0.3 below. So the model's most likely way is to work out the large
-ones and to answer the small ones at once, and sampling finds both ways on every problem.
+The model learns two ways of answering `347*26=`: directly (`#9022`, mostly wrong) and worked out (mostly
+right). Each training text is drawn to be worked out with probability 0.7 if the first factor is 700 or more,
+and with 0.3 otherwise. So greedy decoding works out the large problems only, and sampling finds both ways on
+every problem.
 
-It trains on problems of the split `pretrain` alone and is measured on `eval`. The same seed, steps and
-threads give the same bytes on the same machine with the same versions. Knows nothing of Twig but the problems
-and the forms of their answers.
+It trains on problems of the split `pretrain` and is measured on `eval`. The same seed, steps and threads give
+the same bytes on the same machine with the same versions. Of Twig it uses only the problems and the forms of
+their answers.
 """
 
 import argparse
@@ -44,10 +44,10 @@ Problem = tuple[int, int]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the finished model does on unseen problems, as shares between 0 and 1.
+    """Results of the finished model on unseen problems, as shares between 0 and 1.
 
-    `worked_right` and `at_once_right` are sampled at temperature 1 with the first token kept to that way.
-    `least_way` is the smallest probability of either way on any problem.
+    `worked_right` and `at_once_right` are sampled at temperature 1, with the first token restricted to that
+    way. `least_way` is the smallest probability of either way on any problem.
     """
 
     greedy: float
@@ -60,12 +60,12 @@ class Measured:
 
 
 def worked_share(a: int) -> float:
-    """The probability that a training text for first factor `a` works the problem out."""
+    """Returns the probability that a training text with first factor `a` is worked out."""
     return WORKED_SHARE_ABOVE if a >= WORKED_FROM else WORKED_SHARE_BELOW
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character, <unk> for those it does not know. It adds no other tokens."""
+    """Returns a tokenizer with one token per character and <unk> for others. It adds no other tokens."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -82,7 +82,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """An untrained model of 1.2 million parameters in float32, drawn from torch's global generator."""
+    """Returns an untrained model of 1.2 million parameters in float32, from torch's global generator."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=160,
@@ -105,7 +105,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def training_texts(seed: int) -> Iterator[tuple[str, str]]:
-    """Prompts and completions without end: every `pretrain` problem once, in a new order, then again."""
+    """Yields prompts and completions forever: all `pretrain` problems in a new order, again and again."""
     pool = problems("pretrain", DIGITS, seed)
     generator = random.Random(seed)
     while True:
@@ -116,7 +116,7 @@ def training_texts(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels [B, T], padded on the right; only a completion's tokens have labels."""
+    """Returns token ids and labels [B, T], padded on the right; only completion tokens have labels."""
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.full((len(rows), length), pad)
     labels = torch.full((len(rows), length), IGNORED)
@@ -130,9 +130,9 @@ def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Ten
 def batch_loss(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str]]
 ) -> float:
-    """The mean loss per completion token, end token included; adds its gradient to the parameters.
+    """Returns the mean loss per completion token, end token included; adds its gradient to the parameters.
 
-    Short and long rows go through the model apart, which leaves little padding. Padding is on the right, so
+    Short and long rows go through the model separately, which saves padding. Padding is on the right, so
     causal attention never sees it and needs no mask.
     """
     eos = [tokenizer.eos_token_id]
@@ -150,10 +150,10 @@ def batch_loss(
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal (Jordan et al., 2024), for matrices, in float32.
+    """Orthogonalised momentum for matrices (Jordan et al., 2024), in float32.
 
-    torch has one; its bfloat16 products take as long as the rest of the step on a CPU without such a unit.
-    Matrices of one shape go through the iteration together.
+    torch's own uses bfloat16 products, which take as long as the rest of the step on a CPU without a unit for
+    them. Matrices of one shape go through the iteration together.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """The matrices [N, rows, columns] with singular values brought near 1: five Newton-Schulz iterations."""
+    """Returns the matrices [N, rows, columns] with singular values near 1: five Newton-Schulz iterations."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -191,7 +191,7 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def build_optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embeddings, norms and biases.
+    """Returns Muon for the layers' matrices, and AdamW for embeddings, norms and biases.
 
     In trials of 200 s, Muon answered 30 % of the problems right by working them out, AdamW alone 1 %.
     """
@@ -201,7 +201,7 @@ def build_optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """Returns the rate of a step: linear warm-up, then half a cosine down to zero."""
     return peak * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -237,10 +237,9 @@ def answer(
     sample: bool,
     first: str = "",
 ) -> tuple[list[str], torch.Tensor]:
-    """One completion per problem, greedy or sampled at temperature 1, and the chance of `#` as first token,
-    [B].
+    """Returns a completion per problem, greedy or sampled at temperature 1, and P(`#` first) [B].
 
-    `first` keeps to one way: "worked" never starts with `#`, "at once" always does. A completion that does
+    `first` restricts the way: "worked" never starts with `#`, "at once" always does. A completion that does
     not end is an empty text.
     """
     ids = torch.tensor([tokenizer.encode(prompt_text(a, b)) for a, b in asked])
@@ -273,7 +272,7 @@ def answer(
 
 
 def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, size: int) -> Measured:
-    """What the model does on `size` problems of the split `eval`, asked 500 at a time."""
+    """Measures the model on `size` problems of the split `eval`, 500 at a time."""
     asked = problems("eval", DIGITS, seed, size)
     pieces = [asked[i : i + 500] for i in range(0, size, 500)]
 
@@ -354,7 +353,7 @@ end token. The same command gives the same bytes on the same machine with the sa
 
 
 def card(model: Qwen2ForCausalLM, measured: Measured, options: argparse.Namespace) -> str:
-    """The model card: what it is, what it was taught, what it does, how it was built."""
+    """Returns the model card."""
     config = model.config
     return CARD.format(
         parameters=model.num_parameters(),
@@ -389,7 +388,7 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def parse() -> argparse.Namespace:
-    """The command line's options."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description="Train the embedded base model and write it to a folder.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--steps", type=int, default=4000, help=f"optimizer steps of {BATCH} texts")

@@ -1,11 +1,11 @@
-"""Shows that two states of the source train the same runs, byte for byte.
+"""Compares the training runs of two versions of the source, byte for byte.
 
-    python scripts/compare_checkouts.py 96be401 .          # each a folder that holds src/twig, or a commit
+    python scripts/compare_checkouts.py HEAD .          # each a folder that holds src/twig, or a commit
 
-Each case is the quickstart with some settings, run by both on one thread, in a process of its own. Compared
-are the adapter's files, the completions (ids, log-probs, entropies, weights, texts), the rows of metrics but
-for times and memory, the evaluations problem by problem, and the optimizer's state in the last checkpoint.
-Prints a line a case; the exit status is 1 if anything differs.
+Each case is the quickstart with some settings. Both versions run it in separate processes on one thread.
+Compared are the adapter's files, the completions (ids, log-probs, entropies, weights, texts), the rows of
+metrics except times and memory, the evaluations problem by problem, and the optimizer's state in the last
+checkpoint. Prints a line per case; the exit status is 1 if anything differs.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CASES = {
     "t-spmo": [],
     "t-spmo with replay": ["algorithm.replay.probability=0.5"],
 }
-# What every case has: few problems to evaluate, every few steps' completions and a checkpoint at the end.
+# Settings of every case: few problems to evaluate, completions every few steps, a checkpoint at the end.
 COMMON = [
     "eval.limit=100",
     "eval.steps=10",
@@ -50,95 +50,99 @@ BYTES = (
     "adapter-best/adapter_model.safetensors",
     "adapter/adapter_config.json",
 )
-MACHINE = ("time/", "memory/", "seconds", "peak_memory_bytes", "predicted_peak_bytes")  # of clock and memory
+MACHINE = ("time/", "memory/", "seconds", "peak_memory_bytes", "predicted_peak_bytes")  # these vary
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the cases in both and compares them."""
+    """Runs the cases with both versions and compares them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("before", help="a folder that holds src/twig, or a commit")
-    parser.add_argument("after", help="the same")
+    parser.add_argument("after", help="a folder that holds src/twig, or a commit")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this one; may be repeated")
     options = parser.parse_args(argv)
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         sources = [
-            source(words, Path(folder) / f"source-{n}")
-            for n, words in enumerate((options.before, options.after))
+            source(version, Path(folder) / f"source-{n}")
+            for n, version in enumerate((options.before, options.after))
         ]
         for name in options.case or CASES:
-            words = [*COMMON, f"train.max_steps={options.steps}", *CASES[name]]
-            runs = [run(src, Path(folder) / f"{name}-{n}", words) for n, src in enumerate(sources)]
-            found = differences(*map(contents, runs))
-            wrong += bool(found)
-            print(
-                f"{name}: {'; '.join(found) if found else 'identical, ' + fingerprint(runs[0])}", flush=True
-            )
+            overrides = [*COMMON, f"train.max_steps={options.steps}", *CASES[name]]
+            runs = [run(src, Path(folder) / f"{name}-{n}", overrides) for n, src in enumerate(sources)]
+            differing = differences(*map(contents, runs))
+            wrong += bool(differing)
+            print(f"{name}: {'; '.join(differing) or 'identical, ' + fingerprint(runs[0])}", flush=True)
     return 1 if wrong else 0
 
 
-def source(words: str, folder: Path) -> Path:
-    """The src folder of a checkout; a commit is unpacked into `folder`."""
-    if (Path(words) / "src" / "twig").is_dir():
-        return Path(words).resolve() / "src"
-    done = subprocess.run(["git", "archive", words, "src"], cwd=ROOT, capture_output=True, check=True)
+def source(version: str, folder: Path) -> Path:
+    """Returns the src folder of a checkout; unpacks a commit into `folder` first."""
+    if (Path(version) / "src" / "twig").is_dir():
+        return Path(version).resolve() / "src"
+    done = subprocess.run(["git", "archive", version, "src"], cwd=ROOT, capture_output=True, check=True)
     with tarfile.open(fileobj=BytesIO(done.stdout)) as file:
         file.extractall(folder, filter="data")
     return folder / "src"
 
 
-def run(src: Path, folder: Path, words: list[str]) -> Path:
-    """Trains with the source in `src` on one thread; returns the run's folder."""
+def run(src: Path, folder: Path, overrides: list[str]) -> Path:
+    """Trains with the source in `src` on one thread, and returns the run's folder."""
     environ = os.environ | {"PYTHONPATH": str(src), "HF_HUB_OFFLINE": "1"}
     environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     code = f"import twig; assert twig.__file__.startswith({str(src)!r}), twig.__file__"
     subprocess.run([sys.executable, "-c", code], env=environ, check=True)
-    command = [sys.executable, "-m", "twig", "train", "quickstart", *words, "--output", str(folder)]
+    command = [sys.executable, "-m", "twig", "train", "quickstart", *overrides, "--output", str(folder)]
     subprocess.run(command, env=environ, check=True, stdout=subprocess.DEVNULL, cwd=folder.parent)
     return folder
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What is compared, by name."""
+    """Returns what is compared, by name."""
     from pyarrow import parquet
     from safetensors import safe_open
 
-    found: dict[str, Any] = {name: (folder / name).read_bytes() for name in BYTES if (folder / name).exists()}
+    values: dict[str, Any] = {
+        name: (folder / name).read_bytes() for name in BYTES if (folder / name).exists()
+    }
     for path in sorted((folder / "completions").glob("*.parquet")):
-        for column, values in parquet.read_table(path).to_pydict().items():
-            found[f"completions/{path.name} {column}"] = repr(values)
+        for column, rows in parquet.read_table(path).to_pydict().items():
+            values[f"completions/{path.name} {column}"] = repr(rows)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        found |= {f"step {row['step']} {k}": v for k, v in row.items() if not k.startswith(MACHINE)}
-    found["evaluations.jsonl"] = (folder / "evaluations.jsonl").read_text()
+        values |= {f"step {row['step']} {k}": v for k, v in row.items() if not k.startswith(MACHINE)}
+    values["evaluations.jsonl"] = (folder / "evaluations.jsonl").read_text()
     summary = json.loads((folder / "summary.json").read_text())
-    found |= {f"summary.json {key}": value for key, value in summary.items() if not key.startswith(MACHINE)}
+    values |= {f"summary.json {key}": value for key, value in summary.items() if not key.startswith(MACHINE)}
     newest = max(
         (folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-"))
     )
     for name in ("adapter", "optimizer"):
         with safe_open(newest / f"{name}.safetensors", "pt") as file:
-            found |= {
+            values |= {
                 f"{newest.name}/{name} {key}": file.get_tensor(key).numpy().tobytes() for key in file.keys()
             }
-    assert sum(name.startswith("completions/") for name in found) > 10, "completions were written"
-    return found
+    assert sum(name.startswith("completions/") for name in values) > 10, "completions were written"
+    return values
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The names of what differs, at most five."""
+    """Returns the names of what differs, at most five.
+
+    A column of the completions that only the second state writes is an addition, and no difference.
+    """
     names = [
         name
         for name in (before | after)
-        if name not in before or name not in after or before[name] != after[name]
+        if (name not in before and not name.startswith("completions/"))
+        or (name in before and (name not in after or before[name] != after[name]))
     ]
     more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
     return [*names[:5], *more]
 
 
 def fingerprint(folder: Path) -> str:
-    """The beginning of the adapter's checksum."""
+    """Returns the beginning of the adapter's checksum."""
     return "adapter " + hashlib.sha256((folder / BYTES[0]).read_bytes()).hexdigest()[:12]
 
 

@@ -1,10 +1,9 @@
-"""Draws the packages of Twig as a house: each storey rests on those that it may import from.
+"""Draws the packages of Twig as a house: each storey may import from those below it.
 
     python scripts/house.py            # writes docs/images/house.svg
 
-The order of the storeys is that of the contract in pyproject.toml, the words are the first lines of the
-packages' docstrings, the files are those that are there. A picture has a background of its own, so it can be
-read on a light page and on a dark one.
+The order of the storeys comes from the contract in pyproject.toml, the text of each from its package's
+docstring. The picture has its own background, so it can be read on light and dark pages.
 """
 
 import ast
@@ -40,28 +39,30 @@ def main() -> int:
 
 
 def storeys() -> list[str]:
-    """The packages from the top of the house to its ground floor, as the contract has them."""
+    """Returns the packages in the order of the contract, the top one first."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = settings["tool"]["importlinter"]["contracts"]
     return next(contract["layers"] for contract in contracts if contract["type"] == "layers")
 
 
 def first_line(package: Path) -> str:
-    """What lives in a package: the first line of its docstring."""
+    """Returns the first line of a package's docstring."""
     tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
     return (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".")
 
 
 def files_of(package: Path) -> list[tuple[str, bool]]:
-    """The files of a package, without .py, and whether importing them imports torch; a folder stands for its
-    files."""
-    found = [(path.stem, needs_torch(path)) for path in package.glob("*.py") if path.stem != "__init__"]
-    found += [(f"{path.parent.name}/", False) for path in package.glob("*/__init__.py")]
-    return sorted(found)
+    """Returns a package's files, without .py, and whether importing them imports torch.
+
+    A folder stands for its files.
+    """
+    files = [(path.stem, needs_torch(path)) for path in package.glob("*.py") if path.stem != "__init__"]
+    files += [(f"{path.parent.name}/", False) for path in package.glob("*/__init__.py")]
+    return sorted(files)
 
 
 def needs_torch(path: Path) -> bool:
-    """Whether a file imports torch, or a library that does, at its top."""
+    """Returns whether a file imports torch, or a library that does, at its top level."""
     heavy = {"torch", "transformers", "peft"}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -72,7 +73,7 @@ def needs_torch(path: Path) -> bool:
 
 
 def lines_of(files: list[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:
-    """The files in lines of at most LETTERS letters."""
+    """Breaks the files into lines of at most LETTERS letters."""
     lines, used = [[]], 0
     for name, heavy in files:
         if used + len(name) > LETTERS:
@@ -84,7 +85,7 @@ def lines_of(files: list[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:
 
 
 def drawn() -> str:
-    """The picture as the text of an SVG."""
+    """Returns the picture as SVG."""
     parts, y = [], MARGIN + ROOF
     peak = WIDTH / 2
     parts.append(f'<path class="wall" d="M{MARGIN} {y} L{peak:g} {MARGIN} L{WIDTH - MARGIN} {y} Z"/>')
@@ -109,13 +110,13 @@ def drawn() -> str:
                 f'xml:space="preserve">{spans}</text>'
             )
         y += high
-    words = "A storey imports only from those below it. Blue: needs torch as soon as it is imported."
-    parts.append(text(MARGIN + 12, y + 24, words, "soft", 12))
+    legend = "A storey imports only from those below it. Blue: importing it imports torch."
+    parts.append(text(MARGIN + 12, y + 24, legend, "soft", 12))
     return svg(parts, y + 24)
 
 
-def text(x: float, y: float, words: str, kind: str, size: int) -> str:
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" class="{kind}">{escape(words)}</text>'
+def text(x: float, y: float, content: str, kind: str, size: int) -> str:
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" class="{kind}">{escape(content)}</text>'
 
 
 def svg(parts: list[str], bottom: float) -> str:
@@ -123,7 +124,7 @@ def svg(parts: list[str], bottom: float) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {high}" width="{WIDTH}" '
         f'height="{high}" role="img">',
-        "<title>The packages of Twig, each on top of those that it may import from</title>",
+        "<title>The packages of Twig, each above those that it may import from</title>",
         f"<style>{STYLE}</style>",
         f'<rect width="{WIDTH}" height="{high}" rx="8" style="fill: var(--paper)"/>',
     ]

@@ -2,9 +2,8 @@
 
     python scripts/learning_curve.py RUN [RUN ...] --output docs/images/learning-curve.svg
 
-Reads `metrics.jsonl`, `config.yaml` and, where a run has finished, `summary.json`. The thin line is the
-reward of each step, the thick one the mean of the last `--smooth` steps. Needs matplotlib, which is in the
-extra `dev`.
+Reads `metrics.jsonl`, `config.yaml` and, if the run has finished, `summary.json`. The thin line is the reward
+of each step, the thick one the mean of the last `--smooth` steps. Needs matplotlib, from the extra `dev`.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from twig.common.errors import UserError
 from twig.config.load import load
 from twig.runs.reader import is_run, read_metrics, read_summary
 
-# Apart for most kinds of colour blindness, and dark enough on white.
+# Distinct for most kinds of colour blindness, and dark enough on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
 HEADER = (
     "| run | before | after | tokens sampled | with credit | training | peak memory |\n"
@@ -25,8 +24,8 @@ HEADER = (
 )
 
 
-def main(words: list[str] | None = None) -> int:
-    """Draws and prints; the exit status is 2 where a folder cannot be read."""
+def main(argv: list[str] | None = None) -> int:
+    """Draws and prints; the exit status is 2 if a folder cannot be read."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,24 +36,26 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--smooth", type=int, default=10, metavar="N", help="steps in the thick line's mean (10)"
     )
-    given = parser.parse_args(words)
+    options = parser.parse_args(argv)
     try:
-        curves = {label: curve(folder) for label, folder in labels(given.runs).items()}
+        curves = {label: curve(folder) for label, folder in labels(options.runs).items()}
     except UserError as error:
         print(f"learning_curve: {error}", file=sys.stderr)
         return 2
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(curves, given.smooth, given.output)
-    rows = [table_row(label, read_summary(folder)) for label, folder in labels(given.runs).items()]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    draw(curves, options.smooth, options.output)
+    rows = [table_row(label, read_summary(folder)) for label, folder in labels(options.runs).items()]
     print("\n".join([HEADER, *rows]))
     return 0
 
 
 def labels(folders: list[Path]) -> dict[str, Path]:
-    """Folder by label: the run's algorithm, and the folder where several runs have the same one."""
+    """Returns the folders by label: the algorithm, with the folder if several runs have the same one."""
     for folder in folders:
         if not is_run(folder) or not (folder / "metrics.jsonl").is_file():
-            raise UserError(f"{folder}: no run with metrics; write a folder such as runs/quickstart")
+            raise UserError(
+                str(folder), "not a run with metrics", "Pass a run folder such as runs/quickstart"
+            )
     names = [load(str(folder)).algorithm.name for folder in folders]
     return {
         name if names.count(name) == 1 else f"{name} ({folder.as_posix()})": folder
@@ -63,15 +64,15 @@ def labels(folders: list[Path]) -> dict[str, Path]:
 
 
 def curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The steps of a run and their mean rewards; a row without a reward (an evaluation) is left out."""
+    """Returns the steps of a run and their mean rewards, without rows that have none (evaluations)."""
     rows = [row for row in read_metrics(folder) if row.get("reward") is not None]
     if not rows:
-        raise UserError(f"{folder}: metrics.jsonl has no reward; let the run take a step first")
+        raise UserError(str(folder), "metrics.jsonl has no reward", "Train the run for a step first")
     return np.array([row["step"] for row in rows]), np.array([row["reward"] for row in rows], float)
 
 
 def trailing_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of each value and up to `width` - 1 before it."""
+    """Returns the mean of each value and up to `width` - 1 before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(stop - width, 0)
@@ -79,7 +80,7 @@ def trailing_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], smooth: int, path: Path) -> None:
-    """Writes the picture: dark lines and text on white, the same bytes for the same numbers."""
+    """Writes the picture, dark on white. The same numbers give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -100,7 +101,7 @@ def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], smooth: int, path: Pa
 
 
 def table_row(label: str, summary: dict | None) -> str:
-    """A run's row of the table; what has not been measured is a dash."""
+    """Returns a run's row of the table, with a dash for what was not measured."""
     summary = summary or {}
     sampled, seconds, peak = (summary.get(key) for key in ("tokens_sampled", "seconds", "peak_memory_bytes"))
     cells = [
@@ -115,12 +116,12 @@ def table_row(label: str, summary: dict | None) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def accuracy(found: dict | None) -> str:
-    """An accuracy in percent with its 95 % interval and the number of problems."""
-    if found is None:
+def accuracy(measured: dict | None) -> str:
+    """Returns an accuracy in percent with its 95 % interval and the number of problems."""
+    if measured is None:
         return "-"
-    value, low, high = (100 * found[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} % ({low:.1f} to {high:.1f}, n = {found['n']})"
+    value, low, high = (100 * measured[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} % ({low:.1f} to {high:.1f}, n = {measured['n']})"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python scripts/pictures.py            # writes docs/images/{trie,credit,compute,layers}.svg
 
-The numbers in them are asked of Twig (`PrefixTrie`, `assign`, `build_packs`). A picture has a background of
-its own, so it can be read on a light page and on a dark one.
+The numbers in them are computed by Twig (`PrefixTrie`, `assign_one`, `build_packs`). A picture has its own
+background, so it can be read on light and dark pages.
 """
 
 import sys
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.assign import assign
 from twig.core.algorithms.base import Credit
+from twig.core.algorithms.registry import algorithm
+from twig.core.credit import Scored, assign_one
 from twig.core.trie import ROOT, PrefixTrie
 from twig.core.types import Completion, Example, Group
 from twig.engine.pack import Pack, build_packs
@@ -27,9 +27,9 @@ PROMPT = "7*6="
 ANSWERS = (("42", 1.0), ("48", 0.0), ("42", 1.0), ("360", 0.0))
 END, SEED = 10, 1
 OPTIONS = {
-    "GRPO": Algorithm(name="grpo"),
-    "S-GRPO": Algorithm(name="s-grpo", alpha=1, p=0.5, k=2),
-    "T-SPMO": Algorithm(name="t-spmo"),
+    "GRPO": algorithm("grpo"),
+    "S-GRPO": algorithm("s-grpo", alpha=1, p=0.5, k=2),
+    "T-SPMO": algorithm("t-spmo"),
 }
 
 STYLE = """
@@ -53,7 +53,7 @@ COLUMN, ROW, BOX, HIGH = 92, 56, 44, 28  # of a trie: distances of nodes, and a 
 
 
 def group() -> Group:
-    """The group of the worked example; its token ids are its digits, and END."""
+    """Returns the group of the worked example. Token ids are its digits, and END."""
     completions = []
     for text, _ in ANSWERS:
         ids = np.array([*map(int, text), END])
@@ -67,7 +67,7 @@ def trie_of(group: Group) -> PrefixTrie:
 
 
 def credit_of(trie: PrefixTrie, title: str) -> Credit:
-    return assign(trie, OPTIONS[title], np.random.default_rng(SEED), num_prompts=1)
+    return assign_one(OPTIONS[title], trie, np.random.default_rng(SEED))
 
 
 def main() -> int:
@@ -92,15 +92,15 @@ def drawn() -> dict[str, str]:
 
 
 def picture_of_trie() -> str:
-    """The answers one by one, and below them the trie with counts and values."""
+    """Draws the answers one by one, and below them the trie with counts and values."""
     trie = trie_of(group())
     parts = [text(MARGIN, 30, f"Four answers to {PROMPT}", "bold", 15)]
     y = 44
     for answer, reward in ANSWERS:
         for column, token in enumerate([*answer, "end"]):
             parts += box(MARGIN + column * (BOX + 6), y, BOX, HIGH, token, "none")
-        words = "right: reward 1" if reward else "wrong: reward 0"
-        parts.append(text(MARGIN + 4 * (BOX + 6) + 16, y + 19, words, "" if reward else "soft", 13))
+        verdict = "right: reward 1" if reward else "wrong: reward 0"
+        parts.append(text(MARGIN + 4 * (BOX + 6) + 16, y + 19, verdict, "" if reward else "soft", 13))
         y += HIGH + 8
     y += 34
     parts.append(text(MARGIN, y, "The same, merged where they begin alike", "bold", 15))
@@ -111,7 +111,7 @@ def picture_of_trie() -> str:
 
 
 def picture_of_credit() -> str:
-    """The trie under each algorithm: blue nodes are pushed up, orange ones down, grey ones not trained."""
+    """Draws the trie under each algorithm: blue more likely, orange less likely, grey untrained."""
     trie, parts, y = trie_of(group()), [], 30
     for title in OPTIONS:
         credit = credit_of(trie, title)
@@ -125,17 +125,17 @@ def picture_of_credit() -> str:
         shapes, bottom = tree(trie, y + 16, fills, labels)
         parts += shapes
         y = bottom + 34
-    for x, fill, words in (
+    for x, fill, meaning in (
         (0, "p4", "made more likely"),
         (164, "m4", "less likely"),
         (272, "none", "not trained"),
     ):
-        parts += [rect(MARGIN + x, y - 14, 18, 14, fill), text(MARGIN + x + 26, y - 2, words, "soft", 13)]
+        parts += [rect(MARGIN + x, y - 14, 18, 14, fill), text(MARGIN + x + 26, y - 2, meaning, "soft", 13)]
     return svg(parts, y + 6, "The weight of every token of the trie under GRPO, S-GRPO and T-SPMO")
 
 
 def picture_of_compute() -> str:
-    """Which tokens run through the upper layers for one gradient: row by row, and as packs."""
+    """Draws the tokens that one gradient runs through the upper layers, row by row and as packs."""
     parts, y, size, gap = [], 30, 30, 4
     step = size + gap
 
@@ -150,8 +150,8 @@ def picture_of_compute() -> str:
             parts += token(column, y, word, "p2")
         y += step
     for title in ("GRPO", "T-SPMO"):
-        found, trie = group(), trie_of(group())
-        packs = build_packs([found], [trie], [credit_of(trie, title)], size=1024)
+        answered, trie = group(), trie_of(group())
+        packs = build_packs([Scored(answered, trie, credit_of(trie, title))], size=1024)
         runs = {node for pack in packs for node in nodes_of(pack, trie)}
         y += 30
         parts.append(text(MARGIN, y, f"A pack, {title}: {len(PROMPT) + len(runs)} tokens", "bold", 15))
@@ -160,7 +160,7 @@ def picture_of_compute() -> str:
             parts += token(column, y, word, "p2")
         for node, line in zip(range(1, len(trie)), lines(trie)[1:], strict=True):
             fill = "p2" if node in runs else "out"
-            parts += token(len(PROMPT) + trie.depth[node] - 1, y + line * step, words_of(trie)[node], fill)
+            parts += token(len(PROMPT) + trie.depth[node] - 1, y + line * step, token_texts(trie)[node], fill)
         y += 3 * step
     parts.append(
         text(MARGIN, y + 18, "dashed: nothing with credit comes after it, so it is not run", "soft", 13)
@@ -169,26 +169,26 @@ def picture_of_compute() -> str:
 
 
 def nodes_of(pack: Pack, trie: PrefixTrie) -> list[int]:
-    """The trie's nodes that a pack runs behind the prompt, by their places and tokens."""
-    found = []
+    """Returns the trie's nodes that a pack runs after the prompt, from its positions and tokens."""
+    nodes = []
     for ids, positions in zip(pack.ids, pack.positions, strict=True):
         last = {0: ROOT}
         for token, depth in zip(ids.tolist(), (positions - len(PROMPT) + 1).tolist(), strict=True):
             if depth > 0:
                 (last[depth],) = np.flatnonzero((trie.parent == last[depth - 1]) & (trie.token == token))
-                found.append(int(last[depth]))
-    return found
+                nodes.append(int(last[depth]))
+    return nodes
 
 
 def picture_of_layers() -> str:
-    """The model's layers: what runs while sampling, and what the update adds."""
+    """Draws the model's layers: what runs while sampling, and what the update adds."""
     parts, y, left, wide = [], 30, MARGIN, 200
     right = left + wide + 32
     parts += [text(left, y, "Sampling", "bold", 15), text(right, y, "Update", "bold", 15)]
     y += 14
     shapes = (("head", 30, "none", "p2"), ("upper third, with adapters", 84, "none", "p2"), ("", 8, "", ""))
     shapes += (("lower layers, frozen", 150, "none", "out"),)
-    words = {
+    labels = {
         "head": "rows before credit only",
         "upper third, with adapters": "forward and backward",
         "lower layers, frozen": "not run again",
@@ -203,7 +203,7 @@ def picture_of_layers() -> str:
         middle = y + high / 2 + 5
         parts.append(text(left + wide / 2, middle, name, "mid", 13))
         parts.append(
-            text(right + wide / 2, middle, words[name], "mid" if updated != "out" else "mid soft", 13)
+            text(right + wide / 2, middle, labels[name], "mid" if updated != "out" else "mid soft", 13)
         )
         y += high + 6
     parts.append(rect(left, y + 16, 18, 8, "p4"))
@@ -218,8 +218,8 @@ def picture_of_layers() -> str:
 
 
 def tree(trie: PrefixTrie, y: float, fills: list[str], labels: list[str]) -> tuple[list[str], float]:
-    """A trie from left to right: shapes, and where they end below."""
-    words, at = words_of(trie), lines(trie)
+    """Draws a trie from left to right. Returns its shapes and their lower end."""
+    tokens, at = token_texts(trie), lines(trie)
     parts = []
     for node in range(1, len(trie)):
         parent = int(trie.parent[node])
@@ -229,25 +229,25 @@ def tree(trie: PrefixTrie, y: float, fills: list[str], labels: list[str]) -> tup
         parts.append(f'<path class="line" d="M{x1 + BOX} {y1:g}H{bend:g}V{y2:g}H{x2}"/>')
     for node in range(len(trie)):
         x, top = MARGIN + int(trie.depth[node]) * COLUMN, y + at[node] * ROW
-        parts += box(x, top, BOX, HIGH, words[node], fills[node])
+        parts += box(x, top, BOX, HIGH, tokens[node], fills[node])
         parts.append(text(x + BOX / 2, top + HIGH + 16, labels[node], "mid soft", 13))
     return parts, y + (max(at) + 1) * ROW
 
 
 def lines(trie: PrefixTrie) -> list[int]:
-    """The line that each node is drawn on: a node's first child is on its own line."""
-    found, free = [0], 0
+    """Returns the line that each node is drawn on. A node's first child shares its line."""
+    drawn_on, free = [0], 0
     for node in range(1, len(trie)):
         parent = int(trie.parent[node])
         if node == parent + 1:
-            found.append(found[parent])
+            drawn_on.append(drawn_on[parent])
         else:
             free += 1
-            found.append(free)
-    return found
+            drawn_on.append(free)
+    return drawn_on
 
 
-def words_of(trie: PrefixTrie) -> list[str]:
+def token_texts(trie: PrefixTrie) -> list[str]:
     return [PROMPT, *("end" if token == END else str(token) for token in trie.token[1:])]
 
 
@@ -256,7 +256,7 @@ def fraction(value: float) -> str:
 
 
 def number(weight: float, title: str) -> str:
-    """A weight as the page writes it: T-SPMO's are fractions of small numbers."""
+    """Writes a weight as the page does: T-SPMO's are fractions of small numbers."""
     if weight == 0:
         return "0"
     sign = "+" if weight > 0 else "-"
@@ -266,7 +266,7 @@ def number(weight: float, title: str) -> str:
 
 
 def level(share: float) -> str:
-    """The colour of a weight, relative to the largest: p1 to p5, m1 to m5, or that of no credit."""
+    """Returns the colour of a weight relative to the largest: p1 to p5, m1 to m5, or none."""
     if share == 0:
         return "none"
     return ("p" if share > 0 else "m") + str(min(5, 1 + int(abs(share) * 4.999)))
@@ -277,8 +277,8 @@ def rect(x: float, y: float, wide: float, high: float, fill: str) -> str:
     return f'<rect x="{x:g}" y="{y:g}" width="{wide:g}" height="{high:g}" rx="4" {kind}/>'
 
 
-def text(x: float, y: float, words: str, kind: str, size: int) -> str:
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" class="{kind}">{escape(words)}</text>'
+def text(x: float, y: float, content: str, kind: str, size: int) -> str:
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" class="{kind}">{escape(content)}</text>'
 
 
 def box(x: float, y: float, wide: float, high: float, word: str, fill: str, size: int = 15) -> list[str]:

@@ -5,9 +5,8 @@
     python scripts/study.py tune             # tuning.yaml, and the best learning rates into study.yaml
     python scripts/study.py tables           # docs/study.md from docs/study/raw alone; nothing is run
 
-Words of the form key=value are passed on to every `twig compare` (`max_tokens=5000 'seeds=[0]'`). A study
-that was broken off goes on where it stopped. Of each run folder the tables need four files and a few
-columns; these are kept in docs/study/raw.
+Arguments such as `max_tokens=5000 'seeds=[0]'` are passed on to every `twig compare`. An interrupted study is
+resumed. The tables need four files and a few columns of each run folder; these are kept in docs/study/raw.
 """
 
 import argparse
@@ -30,8 +29,8 @@ KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = ("step", "tokens/sampled", "time/step", "entropy")
 
 
-def main(words: list[str] | None = None) -> int:
-    """Does what is asked; the exit status is that of the first `twig compare` that failed."""
+def main(argv: list[str] | None = None) -> int:
+    """Runs the action; returns the exit status of the first `twig compare` that failed, or 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,46 +44,47 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--docs", type=Path, default=DOCS, metavar="DIR", help="where study.md and study/ are"
     )
-    given = parser.parse_args(words)
-    if given.action != "tables":
-        names = FULL if given.full else ("tuning",) if given.action == "tune" else ("study",)
+    options = parser.parse_args(argv)
+    if options.action != "tables":
+        names = FULL if options.full else ("tuning",) if options.action == "tune" else ("study",)
         for name in names:
-            status = run(name, given)
+            status = run(name, options)
             if status:
                 return status
             if name == "tuning":
-                put_rates(given.docs, given.overrides)
-    write_page(given.docs)
+                put_rates(options.docs, options.overrides)
+    write_page(options.docs)
     return 0
 
 
-def run(name: str, given: argparse.Namespace) -> int:
+def run(name: str, options: argparse.Namespace) -> int:
     """Runs one study and keeps its raw results; returns the exit status of `twig compare`."""
-    study, folder = given.docs / "study" / f"{name}.yaml", given.work / name
-    words = ["compare", str(study), *given.overrides, "--output", str(folder), "--jobs", str(given.jobs)]
+    study, folder = options.docs / "study" / f"{name}.yaml", options.work / name
+    shared = [*options.overrides, "--jobs", str(options.jobs)]
     began = time.monotonic()
-    status = subprocess.run([sys.executable, "-m", "twig", *words]).returncode
+    status = subprocess.run(
+        [sys.executable, "-m", "twig", "compare", str(study), *shared, "--output", str(folder)]
+    ).returncode
     if status:
         return status
-    relative = [f"docs/study/{name}.yaml", *given.overrides, "--jobs", str(given.jobs)]
-    found = environment()
+    machine = environment()
     record = {
-        "command": " ".join(["twig", "compare", *relative]),
-        "overrides": given.overrides,
-        "commit": found["commit"],
+        "command": " ".join(["twig", "compare", f"docs/study/{name}.yaml", *shared]),
+        "overrides": options.overrides,
+        "commit": machine["commit"],
         "seconds": round(time.monotonic() - began, 1),
-        "platform": found["platform"],
-        "cpu_count": found["cpu_count"],
-        "versions": found["versions"],
+        "platform": machine["platform"],
+        "cpu_count": machine["cpu_count"],
+        "versions": machine["versions"],
     }
-    keep(folder, given.docs / "study" / "raw" / name, record)
+    keep(folder, options.docs / "study" / "raw" / name, record)
     return 0
 
 
 def keep(folder: Path, raw: Path, record: dict) -> None:
-    """Copies what the tables need of the runs in `folder`."""
+    """Copies what the tables need from the runs in `folder`."""
     old = json.loads((raw / "record.json").read_text()) if (raw / "record.json").is_file() else {}
-    # Gone on with: the time is that of all parts together.
+    # A study that was resumed took the time of all its parts.
     same = [old.get(key) == record[key] for key in ("command", "commit")]
     record["seconds"] += old["seconds"] if all(same) and record["seconds"] < 60 else 0
     shutil.rmtree(raw, ignore_errors=True)
@@ -99,8 +99,8 @@ def keep(folder: Path, raw: Path, record: dict) -> None:
     (raw / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def found_of(docs: Path, name: str) -> tuple[dict, dict] | None:
-    """What the raw results of a study come to, and how it was run; None where it was not run."""
+def read_study(docs: Path, name: str) -> tuple[dict, dict] | None:
+    """Returns the comparison of a study's raw results and its record; None if it was not run."""
     raw = docs / "study" / "raw" / name
     if not (raw / "record.json").is_file():
         return None
@@ -113,9 +113,9 @@ def found_of(docs: Path, name: str) -> tuple[dict, dict] | None:
 
 def put_rates(docs: Path, overrides: list[str]) -> None:
     """Writes the learning rate with the best mean accuracy in tuning.yaml into study.yaml, by variant."""
-    found, _ = found_of(docs, "tuning")
+    comparison, _ = read_study(docs, "tuning")
     best: dict[str, tuple[float, str]] = {}
-    for name, variant in found["variants"].items():
+    for name, variant in comparison["variants"].items():
         own, _, rate = name.rpartition(", train.learning_rate=")
         best[own] = max(best.get(own, (-1.0, "")), (variant["accuracy"]["value"], rate))
     path = docs / "study" / "study.yaml"
@@ -129,14 +129,14 @@ def put_rates(docs: Path, overrides: list[str]) -> None:
 
 
 def write_page(docs: Path) -> None:
-    """Writes the tables of every study that was run between its marks in study.md."""
+    """Writes the tables of every study that was run into study.md, between its marks."""
     page = docs / "study.md"
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- study: ([\w-]+) -->", text):
-        found = found_of(docs, name)
-        if found is None:
+        study = read_study(docs, name)
+        if study is None:
             continue
-        result, record = found
+        result, record = study
         how = (
             f"`{record['command']}`, commit {(record['commit'] or 'unknown')[:12]}, "
             f"{record['seconds'] / 60:.1f} minutes on {record['cpu_count']} processors; training took "

@@ -6,18 +6,25 @@ import oracles
 import tiny
 import torch
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.assign import assign
+from twig.core.algorithms.registry import algorithm
+from twig.core.credit import Scored, assign
 from twig.core.trie import PrefixTrie
 from twig.engine.pack import build_packs
 from twig.engine.sampler import Request
 
 
 def credit_of(groups, name="grpo", beta=0.0, seed=0):
-    options = Algorithm(name=name, beta=beta, **({"alpha": 2, "p": 0.3, "k": 6} if name == "s-grpo" else {}))
+    options = {"alpha": 2, "p": 0.3, "k": 6} if name == "s-grpo" else {}
+    rule = algorithm(name, **options, **({"beta": beta} if beta else {}))
     tries = [PrefixTrie.build([c.ids for c in g.completions], g.rewards) for g in groups]
     rng = np.random.default_rng(seed)
-    return tries, [assign(trie, options, rng, len(groups)) for trie in tries]
+    return tries, assign(rule, tries, [rng] * len(tries), len(groups))[0]
+
+
+def scored(groups, tries, credits):
+    """The groups of a step as the engine takes them."""
+    parts = enumerate(zip(groups, tries, credits, strict=True))
+    return [Scored(group, trie, credit, slot) for slot, (group, trie, credit) in parts]
 
 
 def groups_of(seed=0, count=3):
@@ -29,7 +36,7 @@ def engine_gradient(policy, groups, tries, credits, surrogate, size=4096, bounda
     for parameter in policy.parameters.values():
         parameter.grad = None
     total = 0.0
-    packs = build_packs(groups, tries, credits, size, share=not policy.plain)
+    packs = build_packs(scored(groups, tries, credits), size, share=policy.shares_prefixes)
     for pack in packs:
         ref = None
         if surrogate.beta:

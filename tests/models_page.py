@@ -36,34 +36,38 @@ NAMES = {
 START = """\
 # Models
 
-Made from the lists that the tests run over: `python tests/models_page.py > docs/models.md`; a test checks
-that it is current. Any causal language model from the Hub, or a folder, that transformers reads with its own
-code and that is stored as safetensors can be trained. What differs is how fast: the trie engine calls the
-layers itself, and serves the types below; for any other there is `model.engine=plain`, the model's ordinary
-batched forward.
+Twig trains any causal language model, from the Hub or a folder, that transformers loads with its own code and
+that is stored as safetensors. Model types differ in speed. The trie engine, the fast one, calls the layers
+itself and supports the types below. For any other type, set `model.engine=plain`, which uses the model's
+ordinary batched forward pass.
 
-No list decides. What a model needs is read from its config: windows by layer, rotary embeddings by layer
-type, scales of embeddings and logits, soft caps. Before anything relies on it, a small tree is run through
-the layers and compared with the model's own forward on the very weights that were loaded. A model that
-differs is refused in one line that names its type and says `model.engine=plain`; nothing was trained then.
+No list in the code decides this. Twig reads what a model needs from its config: windows by layer, rotary
+embeddings by layer type, scales of embeddings and logits, soft caps. Before it trains, it runs a small tree
+through the layers and compares the result with the model's own forward pass, on the weights that were loaded.
+If they differ, one error names the model type and says to set `model.engine=plain`.
 
-## Served by the trie engine
+This page is made from the lists that the tests use: `python tests/models_page.py > docs/models.md`. A test
+checks that it is current.
+
+## Supported by the trie engine
 
 Each row is a random model of four layers, two key-value heads and width 32, with the settings named, in
-float64. In each, log-probs and the gradients of all adapters equal those of the model's own forward over each
-completion within 1e-9 of the largest, for adapters whose lowest layer is the first, second, third or
-last, with every attention named; and sampling with the cache draws what a loop over whole texts draws.
+float64. The tests compare each with slow references. Log-probs and the gradients of all adapters equal
+those of the model's own forward pass over each completion, within 1e-9 of the largest. This holds for
+adapters whose lowest layer is the first, second, third or last, with every attention named. Sampling with
+the cache draws the same tokens as a loop over whole texts.
 
 | model type | models | settings of the config tested | attention | adapters tested on |
 |---|---|---|---|---|
 """
 REFUSED = """
-Llama 4, mixtures of experts and models with images or sound are not among the tests.
+Llama 4, mixtures of experts and models with images or sound were not tested.
 
-## Refused by the trie engine, trained by the plain one
+## Only with the plain engine
 
-Each is tested the same way: refused with this reason, and under `model.engine=plain` the gradient equals a
-forward over each prefix, and sampling with the model's own cache draws what a loop over whole texts draws.
+The trie engine refuses these types for the reason shown. With `model.engine=plain` they train. The tests
+check that the gradient equals that of a forward pass over each prefix, and that sampling with the model's
+own cache draws the same tokens as a loop over whole texts.
 
 | model type | why |
 |---|---|
@@ -71,14 +75,17 @@ forward over each prefix, and sampling with the model's own cache draws what a l
 END = """
 ## Quantised bases
 
-`model.quantization: nf4` or `int8` holds the matrices of the layers in 4 or 8 bits, through bitsandbytes
-(`pip install 'twig-rl[quantization]'`). Embeddings, norms and head keep `model.dtype`, and adapter, log-probs
-and loss are float32. Nothing is merged into a base, so its bytes stay as they are. `nf4` is 4-bit NormalFloat
-in blocks of 64 with quantised scales; `int8` is LLM.int8() with its outliers above 6. On a CPU bitsandbytes
-has kernels for both, and the tests train on them: sampling, update, evaluation, saving and going on, and the
-gradient against the quantised model's own forward. In int8 the input of a layer is rounded to 127 steps, so a
-difference in a float's last bit, as between sampling and update, may become a step: there log-probs and
-gradients agree to some per cent (`sampling/logp_gap`). Nothing of this was run on CUDA.
+Set `model.quantization` to `nf4` or `int8` to hold the matrices of the layers in 4 or 8 bits. This needs
+bitsandbytes: `pip install 'bitsandbytes>=0.49'`. Embeddings, norms and head keep `model.dtype`; adapter,
+log-probs and loss are float32. Nothing is merged into the base, so its bytes never change.
+
+`nf4` is 4-bit NormalFloat in blocks of 64 with quantised scales. `int8` is LLM.int8() with outliers above 6.
+bitsandbytes has CPU kernels for both, and the tests use them: they sample, update, evaluate, save and resume,
+and compare the gradient with the quantised model's own forward pass. None of this was run on CUDA.
+
+With `int8`, log-probs and gradients of sampling and update agree only to some per cent
+(`sampling/logp_gap`). The input of a layer is rounded to 127 levels, and a difference in the last bit of a
+float can change the level.
 """
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from twig.core.rng import uniforms
-from twig.engine.policy import Policy
+from twig.engine.base_policy import BasePolicy
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,16 @@ def casts() -> AbstractContextManager:
     return Float64() if now().is_exact else nullcontext()
 
 
-def exact(policy: Policy) -> Policy:
+def exact(policy: BasePolicy) -> BasePolicy:
     """The policy that oracles run: itself, or in bfloat16 the same weights in float32."""
     return recast(policy, torch.float32) if now().dtype is torch.bfloat16 else policy
 
 
-def recast(policy: Policy, dtype: torch.dtype, device: str | torch.device | None = None) -> Policy:
+def recast(policy: BasePolicy, dtype: torch.dtype, device: str | torch.device | None = None) -> BasePolicy:
     """A copy of the policy, all weights in `dtype`, on its device or another one."""
-    made = deepcopy(policy, {id(policy.decode_steps): None})  # captured graphs cannot be copied
+    made = deepcopy(
+        policy, {id(getattr(policy, "decode_steps", None)): None}
+    )  # captured graphs cannot be copied
     made.device = torch.device(policy.device if device is None else device)
     made.peft_model.to(made.device, dtype)
     made.suppressed = made.suppressed.to(made.device)
@@ -176,7 +178,7 @@ def follow(ids, uniform=None) -> Callable[[int, Tensor], int | None] | None:
     return other
 
 
-def common_length(policy: Policy, request, ours, theirs, uniform=None) -> int:
+def common_length(policy: BasePolicy, request, ours, theirs, uniform=None) -> int:
     """How many tokens two ways of sampling one completion have in common.
 
     All of them, or up to a first difference that the precision excuses: the oracle's probabilities there may
@@ -197,7 +199,7 @@ def common_length(policy: Policy, request, ours, theirs, uniform=None) -> int:
     return first
 
 
-def assert_same_text(policy: Policy, requests, ours, theirs, seed: int = 0, step: int = 0) -> list[int]:
+def assert_same_text(policy: BasePolicy, requests, ours, theirs, seed: int = 0, step: int = 0) -> list[int]:
     """Equal completions of all requests; returns how many tokens of each were compared."""
     lengths = []
     for request, left, right in zip(requests, ours, theirs, strict=True):

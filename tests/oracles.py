@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from twig.core.objective import Surrogate, k3
+from twig.core.algorithms.base import Objective
+from twig.core.objective import k3
 
 
 def all_prefixes(completions, rewards) -> dict[tuple[int, ...], list[float]]:
@@ -25,13 +26,16 @@ def prefix_of(trie, node: int) -> tuple[int, ...]:
 
 
 def forward_logits(policy, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [T, V] of the sampled distribution after each of the T tokens, by the model's own forward on one
-    text."""
-    logits = policy.model(input_ids=ids[None].to(policy.device), use_cache=False).logits[0]
+    """Logits [..., T, V] of the sampled distribution after each of the T tokens.
+
+    By the model's own forward on one text [T], or on a batch of texts [B, T].
+    """
+    rows = ids if ids.ndim == 2 else ids[None]
+    logits = policy.model(input_ids=rows.to(policy.device), use_cache=False).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / policy.temperature
     for token in policy.suppressed.tolist():
-        logits[:, token] = float("-inf")
-    return logits
+        logits[..., token] = float("-inf")
+    return logits if ids.ndim == 2 else logits[0]
 
 
 def completion_logps(policy, prompt, completion) -> torch.Tensor:
@@ -42,14 +46,33 @@ def completion_logps(policy, prompt, completion) -> torch.Tensor:
     return logp[at, ids[len(prompt) :]]
 
 
-def node_loss(policy, groups, tries, credits, surrogate: Surrogate, old=None) -> torch.Tensor:
+def prefix_logps(policy, prompt, prefixes) -> list[torch.Tensor]:
+    """Log-prob of each prefix's last token, each prefix a text by itself.
+
+    Those of one length are run as a batch, so nothing is padded.
+    """
+    logps: dict[int, torch.Tensor] = {}
+    for length in {len(prefix) for prefix in prefixes}:
+        numbers = [n for n, prefix in enumerate(prefixes) if len(prefix) == length]
+        ids = torch.tensor([[*prompt, *prefixes[n]] for n in numbers], device=policy.device)
+        logp = torch.log_softmax(forward_logits(policy, ids)[:, -2], -1)
+        logps |= {n: logp[row, ids[row, -1]] for row, n in enumerate(numbers)}
+    return [logps[n] for n in range(len(prefixes))]
+
+
+def node_loss(policy, groups, tries, credits, surrogate: Objective, old=None) -> torch.Tensor:
     """The loss node by node: each weighted node's log-prob from a forward over its own prefix alone."""
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
     for g, (group, trie, credit) in enumerate(zip(groups, tries, credits, strict=True)):
-        for node in np.flatnonzero(credit.weighted):
-            prefix = prefix_of(trie, int(node))
-            logp = completion_logps(policy, group.prompt_ids, prefix)[-1]
-            old_logp = logp.detach() if old is None else old[g][int(node)]
+        nodes = [int(node) for node in np.flatnonzero(credit.weighted)]
+        prefixes = [prefix_of(trie, node) for node in nodes]
+        refs = [None] * len(nodes)
+        if surrogate.beta:
+            with torch.no_grad(), policy.base():
+                refs = prefix_logps(policy, group.prompt_ids, prefixes)
+        logps = prefix_logps(policy, group.prompt_ids, prefixes)
+        for node, logp, ref in zip(nodes, logps, refs, strict=True):
+            old_logp = logp.detach() if old is None else old[g][node]
             ratio = (logp - old_logp).exp()
             plus, minus = float(credit.plus[node]), float(credit.minus[node])
             if old is None:
@@ -58,8 +81,6 @@ def node_loss(policy, groups, tries, credits, surrogate: Surrogate, old=None) ->
                 total = total - plus * ratio.clamp(max=1 + surrogate.epsilon_high)
                 total = total - minus * ratio.clamp(min=1 - surrogate.epsilon)
             if surrogate.beta:
-                with torch.no_grad(), policy.base():
-                    ref = completion_logps(policy, group.prompt_ids, prefix)[-1]
                 weight = ratio if surrogate.bias_correction else 1.0
                 total = (
                     total + surrogate.beta * float(credit.kl[node]) * k3(logp[None], ref[None])[0] * weight

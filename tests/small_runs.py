@@ -1,11 +1,16 @@
-"""Small runs for tests: their data, a reward, and what is left of them on disk."""
+"""Small runs for tests: their settings, their data, a reward, and what is left of them on disk.
+
+The fixtures `settings`, `run` and `whole` of conftest.py train them.
+"""
 
 import re
 import signal
 
 from pyarrow import parquet
 
+import twig
 from twig.common.progress import Progress
+from twig.config.load import Settings
 from twig.runs import checkpoint
 from twig.runs.reader import read_evaluations, read_metrics, read_summary
 
@@ -19,6 +24,25 @@ MACHINE = ("seconds", "peak_memory_bytes", "predicted_peak_bytes")  # of summary
 def digits(completions, **kwargs):
     """The share of digits in a completion: it varies from one to the next, whatever the model."""
     return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
+
+
+def small_settings(base, *overrides):
+    """The settings of a small run on the model in folder `base`, with overrides on top."""
+    values = {
+        "model": {"name": str(base)},
+        "task": {"name": "custom"},
+        "rollout": {"num_generations": 4, "prompts_per_step": 2, "max_completion_length": 7},
+        "train": {"max_steps": STEPS, "learning_rate": 0.05, "save_steps": 2},
+        "eval": {"steps": 2},
+        "log": {"completions_steps": 1},
+    }
+    return Settings.from_dict(values, overrides)
+
+
+def train_small(settings, output, **given):
+    """Trains, with this module's reward and data unless others are given."""
+    given = {"reward_funcs": digits, "train_dataset": TRAIN, "eval_dataset": EVAL} | given
+    return twig.train(settings, output=output, **given)
 
 
 def rows_of(folder):

@@ -9,8 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twig.core.types import Completion, Example, Group
+from twig.engine.base_policy import BasePolicy
+from twig.engine.build import ENGINES
 from twig.engine.lora import attach
-from twig.engine.policy import Policy
 
 VOCAB, END = 23, 1
 SHAPE = {
@@ -90,19 +91,19 @@ def build_model(
 
 
 def build_policy(
-    family: str = "qwen2", attention: str = "sdpa", dtype=None, layers="last_third", **kwargs
-) -> Policy:
+    family: str = "qwen2", attention: str = "sdpa", dtype=None, layers="last_third", engine="trie", **kwargs
+) -> BasePolicy:
     """A policy on a tiny model, its LoRA B matrices random: a fresh adapter hides every fault of the
     adapter."""
     kwargs = {"target_modules": ["q_proj", "v_proj"]} | kwargs
     options = {
         k: kwargs.pop(k)
-        for k in ("temperature", "suppress_tokens", "plain", "head_chunk", "checkpoint_layers", "decode")
+        for k in ("temperature", "suppress_tokens", "head_chunk", "checkpoint_layers", "decode")
         if k in kwargs
     }
     options = {"decode": "plain"} | options
     model = attach(build_model(family, attention, dtype), r=4, alpha=8.0, layers=layers, **kwargs)
-    return Policy(with_random_b(model), **options)
+    return ENGINES[engine](with_random_b(model), **options)
 
 
 def with_random_b(model: PeftModel) -> PeftModel:

@@ -2,8 +2,8 @@
 
     python workers.py SCENARIO FOLDER SIZE [JSON]
 
-`tests/runtime/test_processes.py` starts it. Nothing watches over the processes, as a launcher would: that
-one's death ends the others is then their own doing. What process N says on stderr goes to FOLDER/N.txt.
+`tests/runtime/test_processes.py` starts it. Nothing watches over the processes, as a launcher would. Started
+by a launcher, it is one of the processes. What process N says on stderr goes to FOLDER/N.txt.
 """
 
 import json
@@ -24,7 +24,8 @@ from saved import save_model
 import twig
 from twig.common.progress import Progress
 from twig.config.load import Settings
-from twig.runtime.processes import exit_status, together
+from twig.runtime.failures import exit_status
+from twig.runtime.processes import together
 
 PROMPTS = {"12*3=": "1", "9+8=": "3", "abc?": "5", "#=": "7", "0,1,": "9"}
 TRAIN = [{"prompt": prompt, "wanted": digit} for prompt, digit in PROMPTS.items()]
@@ -39,11 +40,11 @@ ALGORITHMS = {
 def digits(prompts, completions, log_metric, log_extra, **kwargs):
     """The share of digits in a completion; the same for all completions of two of the prompts."""
     log_metric("ones", 1.0)
-    found = [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
-    return [0.5 if prompt in ("#=", "abc?") else value for prompt, value in zip(prompts, found, strict=True)]
+    shares = [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
+    return [0.5 if prompt in ("#=", "abc?") else value for prompt, value in zip(prompts, shares, strict=True)]
 
 
-def train(base: Path, output: Path, words: Sequence[str], *, wide: bool = True, **given):
+def train(base: Path, output: Path, overrides: Sequence[str], *, wide: bool = True, **given):
     """A small run with three prompts a step; `wide`: everything is computed in float64."""
     values = {
         "model": {"name": str(base), "dtype": "float64"},
@@ -55,25 +56,25 @@ def train(base: Path, output: Path, words: Sequence[str], *, wide: bool = True, 
     }
     given = {"reward_funcs": digits, "train_dataset": TRAIN, "eval_dataset": EVAL} | given
     with Float64() if wide else nullcontext():
-        return twig.train(Settings.from_dict(values, words), output=output, **given)
+        return twig.train(Settings.from_dict(values, overrides), output=output, **given)
 
 
 # ---- scenarios: functions of the folder and what was passed
 
 
-def runs(folder: Path, wanted: dict[str, list[str]]) -> None:
-    """Trains once for each of `wanted`, a run's name with its settings; "resume" among these goes on."""
+def runs(folder: Path, trained: dict[str, list[str]]) -> None:
+    """Trains once for each of `trained`, a run's name and its overrides; "resume" among them resumes it."""
     with together() as processes:
-        for name, words in wanted.items():
-            resume = "resume" in words
-            words = [word for word in words if word != "resume"]
-            run = train(folder / "base", folder / name, words, resume=resume, processes=processes)
+        for name, overrides in trained.items():
+            resume = "resume" in overrides
+            overrides = [word for word in overrides if word != "resume"]
+            run = train(folder / "base", folder / name, overrides, resume=resume, processes=processes)
             adapters = [dict(run.model.named_parameters())[n] for n in sorted(_adapted(run.model))]
-            found = processes.gather([a.detach().numpy().tobytes() for a in adapters])
-            assert all(each == found[0] for each in found), "the adapters of all processes are the same"
+            each_has = processes.gather([a.detach().numpy().tobytes() for a in adapters])
+            assert all(each == each_has[0] for each in each_has), "the adapters of all processes are the same"
             alike = {k: v for k, v in run.summary.items() if k not in ("seconds", "peak_memory_bytes")}
-            found = processes.gather(alike)
-            assert all(each == found[0] for each in found), "and so are the results"
+            each_has = processes.gather(alike)
+            assert all(each == each_has[0] for each in each_has), "and so are the results"
 
 
 def _adapted(model) -> list[str]:
@@ -92,8 +93,8 @@ def fault(folder: Path, how: str) -> None:
             _end_as(how, rank)
         return [float(len(text)) for text in completions]
 
-    words = ["eval.before=false", "eval.steps=0", "train.max_steps=4"]
-    train(folder / "base", folder / "run", words, wide=False, reward_funcs=reward, eval_dataset=None)
+    overrides = ["eval.before=false", "eval.steps=0", "train.max_steps=4"]
+    train(folder / "base", folder / "run", overrides, wide=False, reward_funcs=reward, eval_dataset=None)
 
 
 def _end_as(how: str, rank: int) -> None:
@@ -101,8 +102,6 @@ def _end_as(how: str, rank: int) -> None:
         raise ZeroDivisionError("no such reward")
     if how == "raises in the first" and rank == 0:
         raise ZeroDivisionError("no such reward")
-    if how == "killed" and rank == 1 or how == "first killed" and rank == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
     if how == "raises while another is stuck":
         if rank == 1:
             raise ZeroDivisionError("no such reward")
@@ -139,8 +138,8 @@ def stop(folder: Path, _: str) -> None:
                 signal.raise_signal(signal.SIGTERM)
             return digits(completions=completions, **kwargs)
 
-        words = ["eval.before=false", "eval.steps=0"]
-        run = train(base, folder / "other", words, reward_funcs=reward, processes=processes)
+        overrides = ["eval.before=false", "eval.steps=0"]
+        run = train(base, folder / "other", overrides, reward_funcs=reward, processes=processes)
         assert (run.summary["status"], run.summary["steps"]) == ("stopped", 3)
 
 
@@ -160,11 +159,11 @@ def stop_evaluation(folder: Path, _: str) -> None:
     assert (run.summary["status"], run.summary["steps"]) == ("stopped", 0)
 
 
-def command(folder: Path, words: list[str]) -> None:
+def command(folder: Path, arguments: list[str]) -> None:
     """The command line."""
     from twig.cli.app import main
 
-    sys.exit(main(words))
+    sys.exit(main(arguments))
 
 
 # ---- as several processes
@@ -200,7 +199,6 @@ def _be(scenario, said: Path, folder: Path, argument) -> None:
     except BaseException as error:
         traceback.print_exc()
         status = exit_status(error)
-    sys.stderr.write(f"ended {time.monotonic()}\n")
     sys.stderr.flush()
     os._exit(status)
 
@@ -208,8 +206,10 @@ def _be(scenario, said: Path, folder: Path, argument) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    place = Path(sys.argv[2])
+    scenario, place = globals()[sys.argv[1]], Path(sys.argv[2])
+    given = json.loads(sys.argv[4]) if len(sys.argv) > 4 else ""
+    if "RANK" in os.environ:  # a launcher started it
+        _be(scenario, place / f"{os.environ['RANK']}.txt", place, given)
     if not (place / "base").exists():
         save_model(place / "base")
-    given = json.loads(sys.argv[4]) if len(sys.argv) > 4 else ""
-    sys.stdout.write(json.dumps(_fork(globals()[sys.argv[1]], place, int(sys.argv[3]), given)))
+    sys.stdout.write(json.dumps(_fork(scenario, place, int(sys.argv[3]), given)))

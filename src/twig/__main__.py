@@ -1,4 +1,4 @@
-"""`python -m twig` is `twig`."""
+"""Runs `twig` as `python -m twig`."""
 
 import sys
 

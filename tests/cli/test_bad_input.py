@@ -28,7 +28,7 @@ def raises(completions, **kwargs):
 def too_few(completions, **kwargs):
     return [1.0]
 
-def words(completions, **kwargs):
+def texts(completions, **kwargs):
     return ["good"] * len(completions)
 
 not_a_function = 3
@@ -80,72 +80,72 @@ FILES = {
     "nomodel/readme.txt": "no model here",
 }
 
-# Area -> (words, what the line says). run/ and photos/ are there already; {stock} is the folder with damaged
-# models (m_), adapters (a_) and runs, {model} that of a small model.
+# Area -> (command line, texts in the error). run/ and photos/ exist already; {stock} is the folder with
+# damaged models (m_), adapters (a_) and runs, {model} that of a small model.
 TABLE = {
     "commands": [
         ("train -x", ["-x", "twig train --help"]),
         ("--verison", ["--verison", "--version"]),
         ("plan", ["RECIPE_OR_FILE", "twig plan --help"]),
-        ("plan quickstart --for 4", ["--for: '4' is not a size", "write for example --for 4GiB,8GiB"]),
+        ("plan quickstart --for 4", ["--for: '4' is not a size", "--for 4GiB,8GiB"]),
         ("plan quickstart --prompt-tokens 0", ["--prompt-tokens", "greater than or equal to 1"]),
-        ("plan quikstart", ["quikstart", "did you mean quickstart?"]),
+        ("plan quikstart", ["quikstart", "quickstart"]),
         ("plan quickstart extra", ["override extra", "not group.key=value"]),
-        ("plan quickstart model.device=gpu9", ["model.device: 'gpu9'", "write auto, cpu, cuda or mps"]),
+        ("plan quickstart model.device=gpu9", ["model.device: 'gpu9'"]),
         ("export", ["RUN", "twig export --help"]),
         ("export {stock}/run extra", ["extra", "twig export --help"]),
-        ("export {stock}/run --push a/b/c", ["--push: a/b/c", "write USER/NAME"]),
-        ("export {stock}/run --public", ["--public: nothing is pushed", "add --push USER/NAME"]),
-        ("export {stock}/run --base-model !!", ["--base-model: !!", "write USER/NAME"]),
+        ("export {stock}/run --push a/b/c", ["--push: a/b/c", "USER/NAME"]),
+        ("export {stock}/run --public", ["--public: nothing is pushed", "--push USER/NAME"]),
+        ("export {stock}/run --base-model !!", ["--base-model: !!", "USER/NAME"]),
         ("env extra", ["extra", "twig env --help"]),
         ("env --all", ["--all", "twig env --help"]),
         ("recipes --all", ["--all", "twig recipes --help"]),
         ("eval {stock}/run --samples 1", ["--samples", "greater than or equal to 2"]),
-        ("eval {model} --best --task multiplication", ["--best", "not a run", "leave --best out"]),
+        ("eval {model} --best --task multiplication", ["--best", "not a run", "Leave --best out"]),
         ("trian quickstart", ["'trian'", "train"]),
         ("train", ["RECIPE_OR_FILE", "--help"]),
         ("train quickstart --outptu x", ["--outptu", "--output"]),
         ("train quickstart --output", ["--output", "argument"]),
         ("train quickstart --train.max_steps=3", ["--train.max_steps", "write train.max_steps=VALUE"]),
-        ("train train.max_steps=3", ["train.max_steps=3", "write twig train quickstart train.max_steps=3"]),
-        ("eval model.name=x", ["model.name=x", "write twig eval MODEL_OR_RUN"]),
+        ("train train.max_steps=3", ["train.max_steps=3", "twig train quickstart train.max_steps=3"]),
+        ("eval model.name=x", ["model.name=x", "twig eval MODEL_OR_RUN"]),
         ("eval", ["MODEL_OR_RUN"]),
         ("eval tiny-arithmetic", ["--task", "multiplication, svamp, gsm8k or custom"]),
-        ("eval tiny-arithmetic --task svmp", ["task.name", "'svmp'", "did you mean svamp?"]),
+        ("eval tiny-arithmetic --task svmp", ["task.name", "'svmp'", "svamp"]),
         ("eval tiny-arithmetic --task multiplication --limit many", ["--limit"]),
         (
             "eval tiny-arithmetic --task multiplication --limit 0",
-            ["eval.limit", "whole number of at least 1"],
+            ["eval.limit"],
         ),
         ("tasks list", ["tasks list", "twig tasks show NAME"]),
         ("tasks show", ["twig tasks show NAME", "multiplication"]),
-        ("tasks show multiplicatoin", ["task.name", "did you mean multiplication?"]),
+        ("tasks show multiplicatoin", ["task.name", "multiplication"]),
         ("recipes quickstart", ["quickstart"]),
     ],
     "recipes": [
         ("plan dup.yaml", ["dup.yaml, line 3", "name is set twice"]),
         ("plan photos", ["photos", "a folder without config.yaml"]),
-        ("train quikstart", ["quikstart", "no such recipe or file", "did you mean quickstart?"]),
+        ("train quikstart", ["quikstart", "no such recipe or file", "quickstart"]),
         ("train mine.yaml", ["mine.yaml", "no such recipe or file", "quickstart"]),
         ("train photos", ["photos", "a folder without config.yaml"]),
         ("train photos/cat.png", ["photos/cat.png", "not a mapping of groups"]),
         ("train binary.yaml", ["binary.yaml", "not text in UTF-8"]),
-        ("train dup.yaml", ["dup.yaml, line 3", "name is set twice", "remove one"]),
-        ("train list.yaml", ["list.yaml", "a list is not a mapping of groups", "write groups"]),
+        ("train dup.yaml", ["dup.yaml, line 3", "name is set twice"]),
+        ("train list.yaml", ["list.yaml", "a list is not a mapping of groups"]),
         ("train text.yaml", ["text.yaml", "'tiny-arithmetic' is not a mapping of groups"]),
-        ("train empty.yaml", ["empty.yaml", "model.name: not set", "write model.name=tiny-arithmetic"]),
+        ("train empty.yaml", ["empty.yaml", "model.name: not set", "model.name=tiny-arithmetic"]),
         ("train broken.yaml", ["broken.yaml", "not readable as YAML"]),
         ("train tab.yaml", ["tab.yaml, line 2", "not readable as YAML", "\\t"]),
         ("train two.yaml", ["two.yaml", "not readable as YAML", "another document"]),
         ("train tag.yaml", ["tag.yaml", "not readable as YAML", "constructor"]),
-        ("train dotted.yaml", ["model.name: unknown setting", "write 'model:' and below it", "'name: ...'"]),
-        ("train scalar.yaml", ["model: 'tiny-arithmetic' is not a group", "write for example model.name="]),
-        ("train unknown.yaml", ["unknown.yaml", "train.learning_rat:", "did you mean train.learning_rate?"]),
-        ("train group.yaml", ["group.yaml", "hardware: unknown setting", "the groups are model, lora"]),
+        ("train dotted.yaml", ["model.name: unknown setting", "'model:'", "'name: ...'"]),
+        ("train scalar.yaml", ["model: 'tiny-arithmetic' is not a group", "model.name="]),
+        ("train unknown.yaml", ["unknown.yaml", "train.learning_rat:", "train.learning_rate"]),
+        ("train group.yaml", ["group.yaml", "hardware: unknown setting", "model, lora"]),
         ("train number.yaml", ["number.yaml", "3: unknown setting"]),
         (
             "train wrong.yaml",
-            ["wrong.yaml", "train.max_steps: 'many'", "whole number", "train.max_steps=100"],
+            ["wrong.yaml", "train.max_steps: 'many'", "train.max_steps=100"],
         ),
         ("train nomodel.yaml", ["nomodel.yaml", "model.name: not set"]),
         ("train notask.yaml", ["notask.yaml", "task.name: not set", "task.name=multiplication"]),
@@ -154,41 +154,41 @@ TABLE = {
         ("train quickstart model.name=a\x00b", ["model.name=a\\x00b", "not readable as YAML"]),
         (
             "train quickstart memory.budget=4Gigs",
-            ["memory.budget: '4Gigs'", "write for example memory.budget=6GiB"],
+            ["memory.budget: '4Gigs'", "memory.budget=6GiB"],
         ),
         ("plan quickstart memory.budget=0GiB", ["memory.budget: '0GiB'", "memory.budget=6GiB"]),
         (
             "eval {model} --task multiplication model.dtype=float8",
-            ["model.dtype: 'float8'", "did you mean float64?"],
+            ["model.dtype: 'float8'", "float64"],
         ),
         ("train quickstart log.report_to=[nothing]", ["log.report_to: 'nothing'", "tensorboard"]),
-        ("train quickstart train.seed=-1", ["train.seed: -1", "whole number of at least 0"]),
+        ("train quickstart train.seed=-1", ["train.seed: -1"]),
         ("train quickstart max_steps", ["override max_steps", "not group.key=value"]),
-        ("train quickstart max_steps=3", ["max_steps is not group.key", "write train.max_steps=..."]),
+        ("train quickstart max_steps=3", ["max_steps is not group.key", "train.max_steps="]),
         ("train quickstart =3", ["override =3", "not group.key=value"]),
         ("train quickstart train=3", ["train is not group.key", "train.learning_rate=..."]),
-        ("train quickstart train..seed=3", ["train..seed", "write train.seed=..."]),
+        ("train quickstart train..seed=3", ["train..seed", "train.seed="]),
         (
             "train quickstart train.learning_rat=1e-5",
-            ["train.learning_rat:", "did you mean train.learning_rate?"],
+            ["train.learning_rat:", "train.learning_rate"],
         ),
-        ("train quickstart train.max_steps.x=1", ["train.max_steps is a value", "write train.max_steps=..."]),
+        ("train quickstart train.max_steps.x=1", ["train.max_steps: ", "train.max_steps="]),
         ("train quickstart train.max_steps=[", ["train.max_steps=[", "not readable as YAML", "quotes"]),
-        ("train quickstart train.learning_rate=fast", ["'fast' is not a number above 0"]),
-        ("train quickstart train.learning_rate=-1", ["-1 is not a number above 0"]),
-        ("train quickstart train.learning_rate=.nan", ["nan is not a number above 0"]),
-        ("train quickstart train.max_steps=1e3", ["1000.0", "whole number", "train.max_steps=1000"]),
-        ("train quickstart train.max_steps=true", ["true is not a whole number"]),
-        ("train quickstart eval.before=yes", ["'yes' is not true or false"]),
-        ("train quickstart lora.layers=top", ["lora.layers: 'top'", "last_third, all or a list"]),
-        ("train quickstart lora.target_modules=[]", ["lora.target_modules: []", "one or more"]),
-        ("train quickstart model.revision=1234", ["1234 is a number, not text", "quotes"]),
-        ("train quickstart model.name=", ["model.name: null is not text"]),
-        ("train quickstart rollout.num_generations=1", ["1 is not a whole number of at least 2"]),
-        ("train quickstart algorithm.name=gspo", ["algorithm.name: 'gspo'", "did you mean grpo?"]),
-        ("train quickstart algorithm.unbiased=true", ["algorithm.unbiased", "only by s-grpo"]),
-        ("train quickstart task.digits=[3]", ["task.digits: [3]", "a list of 2 whole numbers"]),
-        ("train quickstart task.reward_file=rewards.py", ["task.reward_file", "write FILE.py:FUNCTION"]),
+        ("train quickstart train.learning_rate=fast", ["learning_rate: 'fast'"]),
+        ("train quickstart train.learning_rate=-1", ["learning_rate: -1"]),
+        ("train quickstart train.learning_rate=.nan", ["learning_rate: nan"]),
+        ("train quickstart train.max_steps=1e3", ["1000.0", "train.max_steps=1000"]),
+        ("train quickstart train.max_steps=true", ["train.max_steps: true"]),
+        ("train quickstart eval.before=yes", ["eval.before: 'yes'", "eval.before=true"]),
+        ("train quickstart lora.layers=top", ["lora.layers: 'top'", "last_third"]),
+        ("train quickstart lora.target_modules=[]", ["lora.target_modules: []", "q_proj"]),
+        ("train quickstart model.revision=1234", ["model.revision: 1234", "quotes"]),
+        ("train quickstart model.name=", ["model.name: null"]),
+        ("train quickstart rollout.num_generations=1", ["rollout.num_generations: 1 "]),
+        ("train quickstart algorithm.name=gpro", ["algorithm.name: 'gpro'", "grpo"]),
+        ("train quickstart algorithm.unbiased=true", ["algorithm.unbiased", "s-grpo"]),
+        ("train quickstart task.digits=[3]", ["task.digits: [3]", "[3, 2]"]),
+        ("train quickstart task.reward_file=rewards.py", ["task.reward_file", "FILE.py:"]),
     ],
     "folders": [
         ("train {stock}/damaged_config --resume", ["damaged_config/config.yaml", "not readable as YAML"]),
@@ -198,55 +198,58 @@ TABLE = {
         ("eval {stock}/other_task", ["other_task/config.yaml", "task.name: 'magic'", "multiplication"]),
         (
             "export {stock}/damaged_summary",
-            ["damaged_summary", "no result that can be read (summary.json)", "--resume"],
+            ["damaged_summary", "summary.json", "--resume"],
         ),
         (
             "export {stock}/odd_summary",
-            ["odd_summary", "no result that can be read (summary.json)", "--resume"],
+            ["odd_summary", "summary.json", "--resume"],
         ),
         (
             "export {stock}/damaged_environment",
-            ["damaged_environment/environment.json", "export another run"],
+            ["damaged_environment/environment.json"],
         ),
         (
             "train {stock}/damaged_metrics --resume train.max_steps=2",
-            ["metrics.jsonl line ", "remove the line"],
+            ["metrics.jsonl line "],
         ),
         (
             "train {stock}/other_checkpoint --resume train.max_steps=2",
-            ["step-1", "not a checkpoint of this run", "remove it"],
+            ["step-1", "not a checkpoint of this run"],
         ),
         (
             "train {stock}/odd_checkpoint --resume train.max_steps=2",
-            ["step-1", "not a checkpoint of this run", "remove it"],
+            ["step-1", "not a checkpoint of this run"],
         ),
         ("eval {stock}/cut_adapter", ["model.adapter", "cut_adapter", "does not fit"]),
-        ("export {stock}/cut_adapter", ["adapter_model.safetensors", "damaged", "export another run"]),
-        ("export photos", ["photos: no run (it has no config.yaml)", "write the folder of a run"]),
-        ("export {stock}/run --output photos", ["--output photos", "not empty", "write another"]),
+        ("export {stock}/cut_adapter", ["adapter_model.safetensors", "damaged"]),
+        ("export photos", ["photos: no run (it has no config.yaml)"]),
+        ("export {stock}/run --output photos", ["--output: photos", "not empty"]),
         (
             "eval {stock}/run --output photos",
-            ["--output: photos", "not an evaluation", "write another folder"],
+            ["--output: photos", "not an evaluation"],
         ),
         ("eval {stock}/run --output photos/cat.png", ["--output: photos/cat.png is a file"]),
-        ("eval {stock}/run --against photos", ["--against: photos holds no evaluation.json", "make one"]),
+        (
+            "eval {stock}/run --against photos",
+            ["--against: photos holds no evaluation.json", "twig eval MODEL --output"],
+        ),
         ("train quickstart --output run", ["--output run", "holds another run", "--resume"]),
         ("train quickstart --output photos", ["--output photos", "not empty and not a run"]),
         ("train quickstart --output photos/cat.png", ["--output photos/cat.png", "a file, not a folder"]),
         ("train quickstart --output photos/cat.png/run", ["--output photos/cat.png/run"]),
-        ("train quickstart --resume", ["--resume", "no run runs/quickstart-N", "write --output DIR"]),
+        ("train quickstart --resume", ["--resume", "no run runs/quickstart-N", "--output DIR"]),
         ("train quickstart --resume --output photos", ["--resume", "photos holds no run"]),
-        ("train quickstart --resume --output run train.seed=7", ["train.seed: 7", "write train.seed=0"]),
+        ("train quickstart --resume --output run train.seed=7", ["train.seed: 7", "train.seed=0"]),
         ("eval run", ["run", "no adapter yet", "twig train run --resume"]),
     ],
     "models": [
         (
             "{train} model.name={stock}/m_no_config",
-            ["model.name", "m_no_config has no config.json", "write the folder"],
+            ["model.name", "m_no_config has no config.json"],
         ),
         (
             "{train} model.name={stock}/m_damaged_config",
-            ["model.name", "m_damaged_config does not load", "choose a causal language model"],
+            ["model.name", "m_damaged_config does not load"],
         ),
         ("{train} model.name={stock}/m_list_config", ["model.name", "m_list_config does not load"]),
         ("{train} model.name={stock}/m_empty_config", ["model.name", "m_empty_config does not load"]),
@@ -286,7 +289,7 @@ TABLE = {
             [
                 "model.name",
                 "m_own_code needs to run its own Python code",
-                "write model.trust_remote_code=true if you trust it",
+                "model.trust_remote_code=true if you trust it",
             ],
         ),
         ("eval {stock}/m_cut_weights --task multiplication", ["m_cut_weights are damaged"]),
@@ -304,16 +307,16 @@ TABLE = {
         ),
         (
             "train quickstart model.name=./nowhere",
-            ["model.name", "./nowhere", "write the folder of a saved model"],
+            ["model.name", "./nowhere"],
         ),
         ("train quickstart model.name=nomodel", ["model.name", "nomodel has no config.json"]),
         (
             "train quickstart model.name=nobody/nothing",
-            ["model.name", "nobody/nothing", "check the name and the network"],
+            ["model.name", "nobody/nothing"],
         ),
         ("eval nobody/nothing --task multiplication", ["model.name", "nobody/nothing"]),
         ("tasks show multiplication model.name=nobody/nothing", ["model.name", "nobody/nothing"]),
-        ("{train} model.device=gpu9", ["model.device", "gpu9", "write cpu or auto"]),
+        ("{train} model.device=gpu9", ["model.device", "gpu9"]),
         ("{train} lora.target_modules=[c_attn]", ["c_attn", "q_proj"]),
         ("{train} lora.layers=[7]", ["lora.layers: 7", "0 to 2"]),
         ("{train} rollout.suppress_tokens=[9999]", ["rollout.suppress_tokens: 9999"]),
@@ -325,13 +328,13 @@ TABLE = {
     "datasets": [
         ("{custom} task.path=empty.jsonl", ["empty.jsonl holds no rows"]),
         ("{custom} task.path=blank.jsonl", ["blank.jsonl holds no rows"]),
-        ("{custom} task.path=arrays.jsonl", ["arrays.jsonl line 1 is not an object", "write {...}"]),
-        ("{custom} task.path=numbers.jsonl", ["data row 0: prompt is not text"]),
+        ("{custom} task.path=arrays.jsonl", ["arrays.jsonl line 1 is not an object", "{...}"]),
+        ("{custom} task.path=numbers.jsonl", ["data row 0: prompt "]),
         ("{custom} task.path=nulls.jsonl", ["data row 1", "no column 'prompt'", "null there"]),
-        ("{custom} task.path=mixed.jsonl", ["data row 1: prompt is not text"]),
-        ("{custom} task.path=roles.jsonl", ["data row 0: prompt is not text"]),
+        ("{custom} task.path=mixed.jsonl", ["data row 1: prompt "]),
+        ("{custom} task.path=roles.jsonl", ["data row 0: prompt "]),
         ("{custom} task.path=chat.jsonl", ["the tokenizer has no chat template"]),
-        ("{custom} task.path=taken.jsonl", ["column 'completions'", "rename it"]),
+        ("{custom} task.path=taken.jsonl", ["column 'completions'"]),
         ("{custom} task.path=nul.jsonl", ["nul.jsonl line 2 is not readable as JSON"]),
         ("{custom} task.path={stock}/huge.jsonl", ["huge.jsonl line 2 is not readable as JSON"]),
         ("{custom} task.path={stock}/deep.jsonl", ["deep.jsonl line 1 is not readable as JSON"]),
@@ -343,22 +346,22 @@ TABLE = {
         ("{custom} task.path=damaged.parquet", ["damaged.parquet is not readable as Parquet"]),
         ("{custom} task.path=nothing", ["nothing holds no .jsonl, .json, .parquet file"]),
         ("{custom} task.path={stock}/latin.jsonl", ["latin.jsonl is not text in UTF-8"]),
-        ("{custom} task.eval_size=20", ["task.eval_size", "20 rows", "write a smaller number"]),
+        ("{custom} task.eval_size=20", ["task.eval_size", "20 rows"]),
         ("{custom} task.train_split=dev", ["task.train_split", "no split 'dev'", "rhymes, or all"]),
         ("{custom} task.prompt_template=Say{{verse}}", ["task.prompt_template: {verse}", "{rhyme}"]),
-        ("{train} task.name=svamp task.path=svamp.jsonl", ["data row 0: Body is not text", "task.path="]),
-        ("{train} task.name=svamp task.path=svamp-answer.jsonl", ["the Answer 'many' is no number"]),
-        ("{train} task.name=gsm8k task.path=gsm8k.jsonl", ["data row 0 has no number after ####"]),
-        ("{train} task.name=gsm8k task.path=gsm8k-list.jsonl", ["data row 0: question is not text"]),
+        ("{train} task.name=svamp task.path=svamp.jsonl", ["data row 0: Body ", "task.path"]),
+        ("{train} task.name=svamp task.path=svamp-answer.jsonl", ["data row 0: ", "'many'"]),
+        ("{train} task.name=gsm8k task.path=gsm8k.jsonl", ["data row 0: ", "'many'"]),
+        ("{train} task.name=gsm8k task.path=gsm8k-list.jsonl", ["data row 0: question "]),
         ("eval {model} --task custom task.path=half.jsonl", ["half.jsonl line 2"]),
         ("tasks show custom task.path=half.jsonl", ["half.jsonl line 2"]),
         ("plan quickstart task.name=custom task.path=half.jsonl", ["half.jsonl line 2"]),
         ("{train} task.eval_size=99999", ["task.eval_size: 99999", "165"]),
         ("{train} task.chat=always", ["task.chat", "no chat template"]),
         ("{train} task.prompt_template='{{x}}'", ["task.prompt_template", "{x}"]),
-        ("train quickstart task.name=custom", ["task.path: not set", "write task.path=FILE.jsonl"]),
+        ("train quickstart task.name=custom", ["task.path: not set", "task.path=FILE.jsonl"]),
         ("{custom} task.path=nothing.jsonl", ["nothing.jsonl"]),
-        ("{custom} task.path=questions.jsonl", ["'prompt'", "ask, rhyme", "task.prompt_column="]),
+        ("{custom} task.path=questions.jsonl", ["'prompt'", "ask, rhyme", "task.prompt_column"]),
         ("{custom} task.path=half.jsonl", ["half.jsonl", "2"]),
         ("train quickstart task.name=custom task.path=rhymes.jsonl", ["task.reward_file=FILE.py:FUNCTION"]),
     ],
@@ -377,7 +380,7 @@ TABLE = {
             ["rewards.py", "6", "ZeroDivisionError", "traceback"],
         ),
         ("{custom} task.reward_file=rewards.py:too_few", ["rewards.py", "too_few", "1"]),
-        ("{custom} task.reward_file=rewards.py:words", ["rewards.py", "words", "'good'"]),
+        ("{custom} task.reward_file=rewards.py:texts", ["rewards.py", "texts", "'good'"]),
         (
             "{custom} task.reward_weights=[1,2]",
             ["task.reward_weights", "2 weights for 1", "one weight per function"],
@@ -386,53 +389,53 @@ TABLE = {
     "adapters": [
         (
             "{train} model.adapter={stock}/a_no_config",
-            ["model.adapter", "a_no_config", "holds no LoRA adapter", "write the"],
+            ["model.adapter", "a_no_config", "holds no LoRA adapter"],
         ),
         (
             "{train} model.adapter={stock}/a_damaged_config",
-            ["model.adapter", "a_damaged_config", "holds no LoRA adapter", "write the"],
+            ["model.adapter", "a_damaged_config", "holds no LoRA adapter"],
         ),
         (
             "{train} model.adapter={stock}/a_list_config",
-            ["model.adapter", "a_list_config", "holds no LoRA adapter", "write the"],
+            ["model.adapter", "a_list_config", "holds no LoRA adapter"],
         ),
         (
             "{train} model.adapter={stock}/a_other_kind",
-            ["model.adapter", "a_other_kind", "holds no LoRA adapter (it is of the kind", "write the"],
+            ["model.adapter", "a_other_kind", "holds no LoRA adapter (it is of the kind"],
         ),
         (
             "{train} model.adapter={stock}/a_unknown_kind",
-            ["model.adapter", "a_unknown_kind", "holds no LoRA adapter", "write the"],
+            ["model.adapter", "a_unknown_kind", "holds no LoRA adapter"],
         ),
         (
             "{train} model.adapter={stock}/a_other_rank",
-            ["model.adapter", "a_other_rank", "does not fit the model", "write the"],
+            ["model.adapter", "a_other_rank", "does not fit the model"],
         ),
         (
             "{train} model.adapter={stock}/a_text_rank",
-            ["model.adapter", "a_text_rank", "does not fit the model", "write the"],
+            ["model.adapter", "a_text_rank", "does not fit the model"],
         ),
         (
             "{train} model.adapter={stock}/a_other_layers",
-            ["model.adapter", "a_other_layers", "does not fit the model", "write the"],
+            ["model.adapter", "a_other_layers", "does not fit the model"],
         ),
         (
             "{train} model.adapter={stock}/a_cut_weights",
-            ["model.adapter", "a_cut_weights", "does not fit the model", "write the"],
+            ["model.adapter", "a_cut_weights", "does not fit the model"],
         ),
         (
             "{train} model.adapter={stock}/a_other_weights",
-            ["model.adapter", "a_other_weights", "does not fit the model", "write the"],
+            ["model.adapter", "a_other_weights", "does not fit the model"],
         ),
         (
             "{train} model.adapter={stock}/a_pickle_only",
-            ["model.adapter", "a_pickle_only", "no other format is loaded", "write the"],
+            ["model.adapter", "a_pickle_only", "no other format is loaded"],
         ),
         (
             "{train} model.adapter=nowhere",
-            ["model.adapter: nowhere holds no LoRA adapter", "write the folder of one"],
+            ["model.adapter: nowhere holds no LoRA adapter"],
         ),
-        ("{train} model.adapter={stock}/a_good lora.r=3", ["lora.r: 3 here, but 16 in", "leave lora.r out"]),
+        ("{train} model.adapter={stock}/a_good lora.r=3", ["lora.r: 3 here, but 16 in", "lora.r"]),
         ("eval {stock}/a_damaged_config --task multiplication", ["names no base model", "model.adapter="]),
         ("eval {stock}/a_no_base --task multiplication", ["names no base model", "model.adapter="]),
         ("eval {stock}/a_pickle_only --task multiplication", ["no other format is loaded"]),
@@ -569,26 +572,42 @@ def run_folders(model, folder):
     (odd / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with FILES, a run and a file that is not text; the current one."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with FILES, a run and a file that is not text."""
+    folder = tmp_path_factory.mktemp("files")
     for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    RunLog.create("run", load("quickstart")).log(1, {"reward": 0.5})
-    return tmp_path
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    log = RunLog.create(folder / "run", load("quickstart"))
+    log.log(1, {"reward": 0.5})
+    log.close()
+    return folder
 
 
-def words_of(line, model, stock=""):
+@pytest.fixture
+def place(files, tmp_path, monkeypatch):
+    """A copy of these; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+
+
+def arguments_of(line, model, stock=""):
     line = line.replace("{custom}", CUSTOM).replace("{train}", SMALL)
     return [word.strip("'") for word in line.format(model=model, stock=stock).split(" ")]
 
 
 def stamps(folder):
     """When each file was written. Not those to which lines are added: they say what was changed, and when."""
-    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "warnings.txt"}
+    stamped, folders = {}, [folder]
+    while folders:
+        for entry in os.scandir(folders.pop()):  # many times faster than Path.rglob
+            if entry.is_dir():
+                folders.append(entry)
+            elif entry.name != "warnings.txt":
+                stamped[entry.path] = entry.stat().st_mtime_ns
+    return stamped
 
 
 def snapshot(folder):
@@ -611,11 +630,11 @@ def test_there_are_enough_cases_in_each_area_and_none_twice():
 @pytest.mark.parametrize("line, expected", CASES, ids=[line for line, _ in CASES])
 def test_one_line_says_what_is_wrong_and_what_to_write(line, expected, place, model, stock, capsys):
     before, stamped = snapshot(place), stamps(stock)
-    status = main(words_of(line, model, stock))
+    status = main(arguments_of(line, model, stock))
     shown, said = capsys.readouterr()
     assert (status, shown) == (2, ""), said
     # Less those that say how far it came: phases, which file of Python is run, where and how a run goes on.
-    progress = ("running the Python file", "going on from step", "train.max_steps: 2 from here on")
+    progress = ("running the Python file", "resuming from step", "train.max_steps: 2 from here on")
     lines = [
         text for text in said.splitlines() if not text.endswith(" ...") and not text.startswith(progress)
     ]
@@ -633,13 +652,13 @@ def test_one_line_says_what_is_wrong_and_what_to_write(line, expected, place, mo
 
 
 def test_a_reward_functions_traceback_is_in_the_run_folder(place, model, capsys):
-    words = words_of("{custom} task.reward_file=rewards.py:raises log.progress=quiet", model)
-    assert main(words) == 2
+    arguments = arguments_of("{custom} task.reward_file=rewards.py:raises log.progress=quiet", model)
+    assert main(arguments) == 2
     said = capsys.readouterr().err
     assert "rewards.py" in said and "line 6" in said or "rewards.py:6" in said
     text = (place / "new" / "traceback.txt").read_text()
     assert "ZeroDivisionError" in text and "1 / 0 for text in completions" in text
-    assert main(words) == 2, "the folder does not stop the next try"
+    assert main(arguments) == 2, "the folder does not stop the next try"
     assert "holds another run" not in capsys.readouterr().err
 
 
@@ -668,15 +687,14 @@ def test_a_full_disk_is_one_line(place, capsys, monkeypatch):
     monkeypatch.setattr("twig.training.train.train", fill)
     assert main(["train", "quickstart", "--output", "new", "log.progress=quiet"]) == 2
     said = capsys.readouterr().err
-    assert "new/checkpoints/x: No space left on device" in said and "free the space" in said
+    assert "new/checkpoints/x: No space left on device" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "line, expected",
     [
-        ("train quickstart train.learning_rat=1e-5", "did you mean train.learning_rate?"),
-        ("train dup.yaml", "name is set twice"),
-        ("train quickstart --output run", "holds another run"),
+        pytest.param("train dup.yaml", "name is set twice", marks=pytest.mark.slow),
+        pytest.param("train quickstart --output run", "holds another run", marks=pytest.mark.slow),
         ("trian", "'train'"),
     ],
 )

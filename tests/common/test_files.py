@@ -77,9 +77,9 @@ def test_a_checkpoint_is_read_back_and_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10):
         save(tmp_path / "checkpoints", step)
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["step-2", "step-10"]
-    found, damaged = checkpoint.newest_valid(tmp_path / "checkpoints")
-    assert (found.name, damaged) == ("step-10", [])
-    tensors, read = checkpoint.load(found)
+    newest, damaged = checkpoint.newest_valid(tmp_path / "checkpoints")
+    assert (newest.name, damaged) == ("step-10", [])
+    tensors, read = checkpoint.load(newest)
     assert read == state(10)
     assert {f: {k: v.tolist() for k, v in t.items()} for f, t in tensors.items()} == {
         f: {k: v.tolist() for k, v in t.items()} for f, t in TENSORS.items()
@@ -98,15 +98,15 @@ def test_where_a_checkpoint_cannot_be_written_the_one_before_is_whole(tmp_path, 
                 save(folder, 2, keep=1)
             except OSError:
                 assert failing.failed
-        found, damaged = checkpoint.newest_valid(folder)
-        assert damaged == [] and found is not None
-        assert checkpoint.load(found)[1] == state(int(found.name[-1]))
+        newest, damaged = checkpoint.newest_valid(folder)
+        assert damaged == [] and newest is not None
+        assert checkpoint.load(newest)[1] == state(int(newest.name[-1]))
         if not failing.failed:
             break
         shutil.rmtree(folder)
         save(folder, 1, keep=1)
         calls += 1
-    assert found.name == "step-2" and [p.name for p in folder.iterdir()] == ["step-2"]
+    assert newest.name == "step-2" and [p.name for p in folder.iterdir()] == ["step-2"]
     assert {name for name, _ in failing.calls} == {"write", "fsync", "replace"} and calls > 8
 
 

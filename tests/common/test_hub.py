@@ -1,6 +1,5 @@
 """What the Hub does not give, and what cannot be read, is one line and exit status 2; nobody waits for it."""
 
-import sys
 import time
 from types import SimpleNamespace
 
@@ -28,10 +27,10 @@ def answer(status):
     return httpx2.Response(status, request=httpx2.Request("HEAD", "https://huggingface.co/x"))
 
 
-def wrapped(error, words):
+def wrapped(error, message):
     """`error` as transformers hands it on."""
     try:
-        raise OSError(words) from error
+        raise OSError(message) from error
     except OSError as outer:
         return outer
 
@@ -54,20 +53,20 @@ CASES = {
     ),
 }
 each = pytest.mark.parametrize(
-    ("why", "error"), [(why, error) for why, found in CASES.items() for error in found], ids=repr
+    ("why", "error"), [(why, error) for why, errors in CASES.items() for error in errors], ids=repr
 )
 # What each line must say, of a model and of a data set.
 MODEL = {
-    "gated": f"model.name: {NAME} needs its licence .* https://huggingface.co/{NAME}, then `hf auth login`",
-    "missing": f"model.name: {NAME} is not on the Hub, or private; check the name.*folder of a saved model",
-    "revision": f"model.revision: {NAME} has no revision nope; write a branch, a tag or a commit",
-    "offline": f"model.name: {NAME} is neither a local folder nor reachable .*folder of a saved model",
+    "gated": f"model.name: {NAME} .*https://huggingface.co/{NAME}, .*`hf auth login`",
+    "missing": f"model.name: {NAME} .*model.name=",
+    "revision": f"model.revision: {NAME} .* nope.*model.revision=",
+    "offline": f"model.name: {NAME} .*model.name=",
 }
 DATA = {
-    "gated": f"task custom: data set {NAME} needs its licence .*co/datasets/{NAME}, then `hf auth login`",
-    "missing": f"task custom: data set {NAME} is not on the Hub, or private; .*task.path=FOLDER",
-    "revision": f"task custom: data set {NAME} has no revision nope; write task.revision=",
-    "offline": f"task custom: data set {NAME} is not on this machine and the Hub .*task.path=FOLDER",
+    "gated": f"task custom: data set {NAME} .*co/datasets/{NAME}, .*`hf auth login`",
+    "missing": f"task custom: data set {NAME} .*task.path=FOLDER",
+    "revision": f"task custom: data set {NAME} .* nope.*task.revision=",
+    "offline": f"task custom: data set {NAME} .*task.path=FOLDER",
 }
 
 
@@ -94,11 +93,9 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(why, error, monkeypatch)
 
 @each
 def test_data_that_the_hub_does_not_give_is_one_line(why, error, monkeypatch):
-    library = SimpleNamespace(load_dataset=raising(error), config=SimpleNamespace(HF_HUB_OFFLINE=False))
-    monkeypatch.setitem(sys.modules, "datasets", library)
-    wanted = SimpleNamespace(name="custom", path=NAME, revision="nope")
+    monkeypatch.setattr("datasets.load_dataset", raising(error))
     with pytest.raises(UserError, match=f"^{DATA[why]}") as caught:
-        data._open(wanted, None, None)
+        data._open(SimpleNamespace(name="custom", path=NAME, revision="nope"), None, None)
     assert "\n" not in str(caught.value)
 
 
@@ -210,10 +207,10 @@ def test_nobody_waits_for_a_hub_that_is_not_reachable(online, monkeypatch, tmp_p
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1", "answer": "2"}\n' * 5)
     base = ["train", "quickstart", "--output", "run", "log.progress=quiet"]
     assert main([*base, f"model.name={NAME}"]) == 2
-    assert f"model.name: {NAME} is neither a local folder nor reachable" in one_line(capsys)
-    words = ["task.name=custom", f"task.path={NAME}"]
-    assert main([*base, *words]) == 2
-    assert f"data set {NAME} is not on this machine and the Hub is not reachable" in one_line(capsys)
+    assert f"model.name: {NAME} " in one_line(capsys)
+    overrides = ["task.name=custom", f"task.path={NAME}"]
+    assert main([*base, *overrides]) == 2
+    assert f"data set {NAME} " in one_line(capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -165,12 +165,12 @@ def test_the_path_of_a_reward_file_is_shown_before_it_runs(model, place, capfd):
     code = "import sys\nprint('it runs', file=sys.stderr)\ndef good(completions, **columns):\n    return []\n"
     Path("rewards.py").write_text(code)
     task = ["task.path=data.jsonl", "task.reward_file=rewards.py:good"]
-    for words in (
+    for command in (
         ["train", "custom", "--output", "run", f"model.name={model}", "log.progress=quiet", *task],
         ["eval", str(model), "--task", "custom", "log.progress=plain", *task],
         ["tasks", "show", "custom", *task],
     ):
-        main(words)
+        main(command)
         said = capfd.readouterr().err
         path = str((place / "rewards.py").resolve())
         assert f"running the Python file {path}" in said, said
@@ -186,11 +186,11 @@ def test_a_run_goes_on_only_with_the_reward_file_that_it_began_with(model, place
     settings = settings_of(model, reward_file="rewards.py:good")
     twig.train(settings, train_dataset=rows, output="run")
     assert "running the Python file" in caplog.text, "also where nobody watches"
-    found = json.loads(Path("run/environment.json").read_text())
-    assert found["reward_file_sha256"] == hashlib.sha256(good.encode()).hexdigest()
+    environment = json.loads(Path("run/environment.json").read_text())
+    assert environment["reward_file_sha256"] == hashlib.sha256(good.encode()).hexdigest()
     settings["train"]["max_steps"] = 2
     Path("rewards.py").write_text(f"open('owned', 'w')\n{good}")
-    with pytest.raises(UserError, match=r"rewards\.py has changed since the run began; put the old one back"):
+    with pytest.raises(UserError, match=r"^task.reward_file: .*rewards\.py has changed"):
         twig.train(settings, train_dataset=rows, output="run", resume=True)
     assert not Path("owned").exists()
     Path("rewards.py").write_text(good)
@@ -198,11 +198,11 @@ def test_a_run_goes_on_only_with_the_reward_file_that_it_began_with(model, place
 
 
 def test_a_model_that_may_run_its_own_code_is_announced(model, place, capsys):
-    words = ["eval", str(model), "--task", "multiplication", "task.digits=[2,1]", "--limit", "1"]
-    words += ["rollout.max_completion_length=2", "log.progress=quiet"]
-    assert main(words) == 0
+    command = ["eval", str(model), "--task", "multiplication", "task.digits=[2,1]", "--limit", "1"]
+    command += ["rollout.max_completion_length=2", "log.progress=quiet"]
+    assert main(command) == 0
     assert "own Python code" not in capsys.readouterr().err
-    assert main([*words, "model.trust_remote_code=true"]) == 0
+    assert main([*command, "model.trust_remote_code=true"]) == 0
     said = capsys.readouterr().err
     assert (
         said
@@ -282,8 +282,6 @@ def test_no_secret_is_in_the_traceback_of_a_reward(model, place, secrets, capsys
 
 def test_a_setting_that_holds_a_secret_is_refused(place, secrets):
     settings = load("quickstart", [f"task.system_prompt=use {SECRETS['HF_TOKEN']} here"])
-    with pytest.raises(
-        UserError, match="^task.system_prompt: holds the secret in the environment's HF_TOKEN"
-    ):
+    with pytest.raises(UserError, match="^task.system_prompt: .*HF_TOKEN"):
         RunLog.create("run", settings)
     assert not Path("run").exists()

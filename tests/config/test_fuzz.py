@@ -15,8 +15,9 @@ from saved import build_tokenizer
 
 from twig.common.errors import UserError
 from twig.common.text import file_name, one_line, printable
-from twig.config.load import Settings, load, parse_yaml
+from twig.config.load import Settings, load, parse_yaml, settings_with
 from twig.config.messages import fields_of
+from twig.core.algorithms.registry import shipped
 from twig.runs.folder import RunLog
 from twig.tasks.base import data_revision
 from twig.tasks.load import load_task
@@ -58,7 +59,7 @@ ODD = [
 ]
 TEXT = st.sampled_from(ODD) | st.text(st.characters(), max_size=30)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
-DOTTED = [key for key, _ in fields_of(Settings)]
+DOTTED = [*dict.fromkeys(key for kind in shipped().values() for key, _ in fields_of(settings_with(kind)))]
 NAMES = sorted({part for key in DOTTED for part in key.split(".")})
 COLUMNS = st.sampled_from(
     ["prompt", "answer", "question", "completion", "completions", "role", "content", "ids", "self", "text"]
@@ -154,7 +155,7 @@ def rewarded(completions, **columns):
 def use(task, wanted, tokenizer):
     """All that a run does with a task's problems before and after the model has its say."""
     for example in [*task.train, *task.eval]:
-        ids = taken_or_refused(lambda example=example: encode_prompt(task, example, tokenizer, wanted.task))
+        ids = taken_or_refused(lambda example=example: encode_prompt(task, example, tokenizer))
         assert ids is None or len(ids) and ids.dtype == np.int64
     problems = [*task.train, *task.eval]
     texts = [str(example.columns.get("answer", "#### 5"))[:100] for example in problems]

@@ -2,7 +2,6 @@
 
 import itertools
 from types import SimpleNamespace
-from typing import get_args
 
 import numpy as np
 import oracles
@@ -11,9 +10,9 @@ import random_groups
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.assign import ALGORITHMS, assign, entropy_at_quantile
-from twig.core.algorithms.base import advantages
+from twig.core.algorithms.base import advantages, entropy_at_quantile
+from twig.core.algorithms.registry import algorithm, shipped
+from twig.core.credit import assign, assign_one
 from twig.core.trie import PrefixTrie
 
 
@@ -37,8 +36,15 @@ def weights_of(completions, rewards, seed=0, trained=None, prompts=1, generator=
     """(trie, credit) of one group."""
     if options["name"] == "dr-grpo":
         options = {"divisor": 8} | options
-    trie = PrefixTrie.build(completions, rewards)
-    return trie, assign(trie, Algorithm(**options), generator or rng(seed), prompts, trained)
+    trie = PrefixTrie.build(completions, rewards, trained=trained)
+    credits, _ = assign(algorithm(**fitting(options)), [trie], [generator or rng(seed)], prompts)
+    return trie, credits[0]
+
+
+def fitting(options):
+    """The options that the algorithm of that name has."""
+    fields = shipped()[options["name"]].model_fields
+    return {key: value for key, value in options.items() if key in fields}
 
 
 def assert_sums(trie, credit, terms, beta=1.0):
@@ -164,21 +170,23 @@ def test_high_entropy_tokens_by_hand():
     entropies = [np.array(e) for e in ([0.1, 0.9], [0.1, 0.9], [0.1], [0.1, 0.3])]
     trie = PrefixTrie.build(*HAND, entropies)
     np.testing.assert_array_equal(trie.entropy, [np.nan, 0.1, 0.9, 0.9, 0.1, 0.3])
-    assert entropy_at_quantile([trie], [np.ones(4, bool)], 0.4) == pytest.approx(0.22)
+    assert entropy_at_quantile([trie], 0.4) == pytest.approx(0.22)
     whole = weights_of(*HAND, name="grpo", beta=0.1)[1]
-    options = Algorithm(name="grpo", beta=0.1, top_entropy_quantile=0.4)
-    credit = assign(trie, options, rng(), 1)
+    options = algorithm("grpo", beta=0.1, top_entropy_quantile=0.4)
+    credit = assign_one(options, trie, rng())
     keep = np.array([0, 0, 1, 1, 0, 1])
     np.testing.assert_array_equal(credit.plus, whole.plus * keep)
     np.testing.assert_array_equal(credit.minus, whole.minus * keep)
     np.testing.assert_array_equal(credit.kl, whole.kl)
-    # A floor of the whole step, from groups beside this one
-    assert assign(trie, options, rng(), 1, None, 0.5).weighted.sum() == whole.weighted.sum()  # KL stays
-    assert not assign(trie, options, rng(), 1, None, 0.95).plus.any()
+    # The floor is that of the whole step: beside a group of high entropies no token of this one is kept.
+    other = PrefixTrie.build([[1, 2, 3, 4], [5, 6, 7, 8]], [1.0, 0.0], [np.full(4, 2.0)] * 2)
+    credits, _ = assign(options, [trie, other], [rng(), rng()], 2)
+    assert not credits[0].plus.any() and credits[0].weighted.sum() == whole.weighted.sum()  # KL stays
+    assert credits[1].plus.any()
     # Cut-off completions have no say: without 0 and 1 the entropies are 0.1 0.1 0.3.
     kept = np.array([False, False, True, True])
-    assert entropy_at_quantile([trie], [kept], 0.0) == 0.3
-    assert entropy_at_quantile([trie], [kept & False], 0.4) == np.inf
+    assert entropy_at_quantile([PrefixTrie.build(*HAND, entropies, kept)], 0.0) == 0.3
+    assert entropy_at_quantile([PrefixTrie.build(*HAND, entropies, kept & False)], 0.4) == np.inf
 
 
 def test_advantages_by_hand():
@@ -219,13 +227,13 @@ def test_the_top_quantile_keeps_the_tokens_at_or_above_it(group, top, data):
     table = data.draw(st.lists(st.floats(0, 3), min_size=7, max_size=7))
     entropies = [np.array([table[(sum(c[:t]) + t) % 7] for t in range(len(c))]) for c in completions]
     trie = PrefixTrie.build(completions, rewards, entropies)
-    credit = assign(trie, Algorithm(name="grpo", top_entropy_quantile=top), rng(), 1)
-    whole = assign(trie, Algorithm(name="grpo"), rng(), 1)
+    credit = assign_one(algorithm("grpo", top_entropy_quantile=top), trie, rng())
+    whole = assign_one(algorithm("grpo"), trie, rng())
     tokens = [float(e) for entropy in entropies for e in entropy]
     if not tokens:
         return
     floor = oracles.quantile(tokens, 1 - top)
-    assert entropy_at_quantile([trie], [np.ones(len(rewards), bool)], top) == pytest.approx(floor)
+    assert entropy_at_quantile([trie], top) == pytest.approx(floor)
     for node in range(1, len(trie)):
         prefix = oracles.prefix_of(trie, node)
         entropy = table[(sum(prefix[:-1]) + len(prefix) - 1) % 7]
@@ -279,6 +287,9 @@ every_option = pytest.mark.parametrize(
         {"name": "rloo"},
         {"name": "lambda-grpo"},
         {"name": "tempo"},
+        {"name": "dapo"},
+        {"name": "gspo"},
+        {"name": "cispo"},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
@@ -290,7 +301,7 @@ every_option = pytest.mark.parametrize(
 def test_untrained_completions_bring_no_weight_but_count_in_the_mean(options, group, data):
     completions, rewards = group
     trained = np.array(data.draw(st.lists(st.booleans(), min_size=len(rewards), max_size=len(rewards))))
-    beta = 0.0 if options["name"] in ("t-spmo", "rloo") else 1.0
+    beta = 1.0 if "beta" in shipped()[options["name"]].model_fields else 0.0
     trie, credit = weights_of(completions, rewards, trained=trained, beta=beta, **options)
     if options["name"] == "t-spmo":
         whole = weights_of(completions, rewards, **options)[1]
@@ -304,9 +315,13 @@ def test_untrained_completions_bring_no_weight_but_count_in_the_mean(options, gr
         terms = oracles.token_terms(completions, rewards, every_token(completions), trained=trained)
         assert_sums(trie, credit, terms)
     else:
-        # With the same random numbers, the trained and the untrained part add up to the whole.
-        rest = weights_of(completions, rewards, trained=~trained, beta=beta, **options)[1]
-        whole = weights_of(completions, rewards, beta=beta, **options)[1]
+        # Before the step's divisor, which may count trained tokens, and with the same random numbers, the
+        # trained and the untrained part add up to the whole.
+        rule = algorithm(**fitting({"divisor": 8, **options, "beta": beta}))
+        parts = (trained, ~trained, np.ones(len(rewards), bool))
+        credit, rest, whole = (
+            rule.weights(PrefixTrie.build(completions, rewards, trained=part), rng(0)) for part in parts
+        )
         np.testing.assert_allclose(credit.plus + rest.plus, whole.plus, atol=1e-12)
         np.testing.assert_allclose(credit.minus + rest.minus, whole.minus, atol=1e-12)
         np.testing.assert_allclose(credit.kl + rest.kl, whole.kl, atol=1e-12)
@@ -333,10 +348,15 @@ def test_all_empty_completions_and_single_ones_have_no_policy_weight(options):
         assert not credit.weighted.any()
 
 
-def test_the_table_of_algorithms_has_every_name_a_setting_may_have():
-    assert set(ALGORITHMS) == set(get_args(Algorithm.model_fields["name"].annotation))
-    for name in ALGORITHMS:
+def test_every_file_of_the_folder_is_an_algorithm():
+    from importlib.resources import files
+
+    names = {path.name for path in files("twig.core.algorithms").iterdir() if path.name.endswith(".py")}
+    names -= {"__init__.py", "base.py", "registry.py"}
+    assert {f"{name.replace('-', '_')}.py" for name in shipped()} == names
+    for name, kind in shipped().items():
         assert weights_of(*HAND, name=name)[1].weighted.any()
+        assert kind.title and kind.summary and "\n" not in kind.summary
 
 
 # ---- facts ---------------------------------------------------------------------------------------------
@@ -395,7 +415,7 @@ def test_s_grpo_with_alpha_at_least_the_length_is_grpo(unbiased, group, seed):
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.7, 1e9 / 3, 0.0])
 def test_equal_rewards_have_policy_weights_of_exactly_zero(options, reward):
     completions = [[1, 2, 3], [1, 2, 4], [1, 5], [6], [6], [1]]
-    betas = [0.0] if options["name"] in ("t-spmo", "rloo") else [0.0, 0.04]
+    betas = [0.0, 0.04] if "beta" in shipped()[options["name"]].model_fields else [0.0]
     for size, beta in itertools.product((3, 5, 6), betas):
         trie, credit = weights_of(completions[:size], [reward] * size, beta=beta, **options)
         assert not credit.plus.any() and not credit.minus.any()
@@ -420,15 +440,16 @@ def test_a_group_of_equal_rewards_stays_in_the_number_of_prompts():
 
     flat = tiny.make_group([1], HAND[0], [0.1] * 4)
     fork = tiny.make_group([1], HAND[0], HAND[1])
-    settings = SimpleNamespace(algorithm=Algorithm(name="grpo"), train=SimpleNamespace(seed=0))
+    settings = SimpleNamespace(algorithm=algorithm("grpo"), train=SimpleNamespace(seed=0))
     alone = weights_of(*HAND, name="grpo")[1]
     for groups, prompts in (([fork], 1), ([flat, fork], 2), ([flat, fork, flat], 3)):
         total = np.concatenate([g.rewards for g in groups])
         batch = Batch(groups, None, Rewards(total, {}), None, total > 0)
         Trainer.assign_credit(SimpleNamespace(settings=settings), batch, 1)
-        credits = [c for g, c in zip(batch.rewarded, batch.credits, strict=True) if g is fork]
-        same(credits[0], alone.divided_by(prompts))
-        assert len(batch.credits) == len(groups)
+        credits = [each.credit for each in batch.scored if each.group is fork]
+        for name in ("plus", "minus", "kl"):
+            np.testing.assert_allclose(getattr(credits[0], name), getattr(alone, name) / prompts, atol=1e-12)
+        assert len(batch.scored) == len(groups)
 
 
 def test_the_end_token_is_trained():
@@ -520,14 +541,12 @@ def test_unbiased_number_of_later_tokens(length, alpha, p, k, later):
 def test_credit_is_a_function_of_its_arguments(options):
     completions = [list(range(i, i + 12)) for i in (0, 0, 3, 3)]
     rewards = np.array([1.0, 0.0, 0.5, 0.5])
-    trie = PrefixTrie.build(completions, rewards)
+    trie = PrefixTrie.build(completions, rewards, trained=np.array([True, True, False, True]))
     before = {name: getattr(trie, name).copy() for name in ("token", "count", "reward_sum", "rewards")}
-    trained = np.array([True, True, False, True])
     options = {"divisor": 8} | options if options["name"] == "dr-grpo" else options
-    first = assign(trie, Algorithm(**options), rng(3), 2, trained)
-    second = assign(trie, Algorithm(**options), rng(3), 2, trained)
+    first, second = (assign(algorithm(**options), [trie], [rng(3)], 2)[0][0] for _ in range(2))
     for name in ("plus", "minus", "kl"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
     for name, value in before.items():
         np.testing.assert_array_equal(getattr(trie, name), value)
-    assert trained.tolist() == [True, True, False, True]
+    assert trie.trained.tolist() == [True, True, False, True]

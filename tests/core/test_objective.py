@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.assign import assign
-from twig.core.objective import Surrogate, k3, loss, shrink
+from twig.core.algorithms.base import Objective
+from twig.core.algorithms.registry import algorithm
+from twig.core.credit import assign_one
+from twig.core.objective import k3, loss, shrink
 from twig.core.trie import PrefixTrie
 
 
@@ -45,11 +46,11 @@ def test_k3_by_hand():
 def test_a_fresh_batch_by_hand():
     # r = 1, so the loss is -(plus + minus) summed: -((2 - 0.5) + (0 - 1)) = -0.5; d r / d logp = r = 1.
     logp, plus, minus = vector(-0.3, -2.0), vector(2.0, 0.0), vector(-0.5, -1.0)
-    total, gradient = value_and_gradient(Surrogate(), logp, plus, minus, vector(0.0, 0.0))
+    total, gradient = value_and_gradient(Objective(), logp, plus, minus, vector(0.0, 0.0))
     assert total == pytest.approx(-0.5)
     assert gradient == approximately(-1.5, 1.0)
     # The same as old log-probs equal to the present ones.
-    again = value_and_gradient(Surrogate(), logp, plus, minus, vector(0.0, 0.0), old_logp=logp)
+    again = value_and_gradient(Objective(), logp, plus, minus, vector(0.0, 0.0), old_logp=logp)
     assert again == (pytest.approx(total), approximately(*gradient))
 
 
@@ -65,7 +66,7 @@ def test_a_fresh_batch_by_hand():
     ],
 )
 def test_clipping_by_hand(advantage, ratio, term, slope):
-    surrogate = Surrogate(epsilon=0.2, epsilon_high=0.28)
+    surrogate = Objective(epsilon=0.2, epsilon_high=0.28)
     old = vector(-1.0)
     weights = vector(max(advantage, 0.0)), vector(min(advantage, 0.0)), vector(0.0)
     total, gradient = value_and_gradient(surrogate, old + math.log(ratio), *weights, old_logp=old)
@@ -77,7 +78,7 @@ def test_clipping_by_hand(advantage, ratio, term, slope):
 def test_the_kl_term_by_hand(correction, slope):
     # same either way. d k3 / d logp = 1 - e^gap = 1/2; with the ratio its slope r * k3 is added.
     # same either way. d k3 / d logp = 1 - e^gap = 1/2; with the ratio its slope r k3 is added.
-    surrogate = Surrogate(beta=0.1, bias_correction=correction)
+    surrogate = Objective(beta=0.1, bias_correction=correction)
     zero = vector(0.0)
     total, gradient = value_and_gradient(
         surrogate, vector(0.5).log(), zero, zero, vector(3.0), ref_logp=vector(0.25).log()
@@ -88,7 +89,7 @@ def test_the_kl_term_by_hand(correction, slope):
 
 def test_the_ratio_in_the_kl_term_is_that_to_the_old_policy():
     # r = 3/2 and unclipped, beta = 0.1, kl = 1: 0.1 * 1.5 * 0.1931471805599453
-    surrogate, zero, logp = Surrogate(beta=0.1), vector(0.0), vector(0.5).log()
+    surrogate, zero, logp = Objective(beta=0.1), vector(0.0), vector(0.5).log()
     args = zero, zero, vector(1.0), logp - math.log(1.5), vector(0.25).log()
     assert float(loss(surrogate, logp, *args)) == pytest.approx(0.1 * 1.5 * 0.1931471805599453)
 
@@ -96,7 +97,7 @@ def test_the_ratio_in_the_kl_term_is_that_to_the_old_policy():
 def test_beta_needs_the_reference():
     zero = vector(0.0)
     with pytest.raises(AssertionError, match="reference"):
-        loss(Surrogate(beta=0.1), zero, zero, zero, zero)
+        loss(Objective(beta=0.1), zero, zero, zero, zero)
 
 
 def test_shrink_by_hand():
@@ -126,10 +127,10 @@ def both_ways(completions, rewards, noise, epsilon, epsilon_high):
     """(value, gradient) of the node sum, of the per-completion sum, and of a single signed weight per
     node."""
     trie = PrefixTrie.build(completions, rewards)
-    credit = assign(trie, Algorithm(name="grpo"), np.random.default_rng(0), 1)
+    credit = assign_one(algorithm("grpo"), trie, np.random.default_rng(0))
     old = torch.linspace(-3, -0.1, len(trie), dtype=torch.float64)
     logp = (old + torch.tensor(noise, dtype=torch.float64)).requires_grad_()
-    surrogate = Surrogate(epsilon, epsilon_high)
+    surrogate = Objective(epsilon=epsilon, epsilon_high=epsilon_high)
     plus, minus = torch.from_numpy(credit.plus), torch.from_numpy(credit.minus)
     signed = plus + minus
     zero = torch.zeros_like(plus)
@@ -193,7 +194,7 @@ def test_the_loss_of_all_nodes_is_the_sum_over_any_cut(old):
     columns = torch.randn(6, 12, dtype=torch.float64, generator=generator)
     logp, plus, minus, kl, old_logp, ref_logp = columns
     args = [logp, plus.abs(), -minus.abs(), kl.abs(), old_logp if old else None, ref_logp]
-    surrogate = Surrogate(beta=0.3)
+    surrogate = Objective(beta=0.3)
     whole = loss(surrogate, *args)
     for at in ([0, 5, 12], [0, 1, 2, 11, 12], [0, 0, 12]):
         parts = [
@@ -231,7 +232,7 @@ def test_only_with_the_ratio_is_the_expected_gradient_that_of_the_divergence(cor
     logits, ref = distributions()
     logp = logits.log_softmax(-1)
     zero = torch.zeros_like(ref)
-    surrogate = Surrogate(beta=1.0, bias_correction=correction)
+    surrogate = Objective(beta=1.0, bias_correction=correction)
     expected = loss(surrogate, logp, zero, zero, logp.detach().exp(), ref_logp=ref)
     (found,) = torch.autograd.grad(expected, logits, retain_graph=True)
     (true,) = torch.autograd.grad(divergence(logp, ref), logits)
@@ -241,6 +242,7 @@ def test_only_with_the_ratio_is_the_expected_gradient_that_of_the_divergence(cor
 def test_the_settings_of_the_objective_are_used_only_where_they_apply():
     # Without old log-probs nothing is clipped, however narrow the range; with beta = 0 KL weights do nothing.
     logp, plus, minus, kl = vector(-1.0), vector(0.7), vector(-0.2), vector(5.0)
-    for surrogate in (Surrogate(), Surrogate(0.0, 0.0), Surrogate(bias_correction=False)):
+    narrow = Objective(epsilon=0.0, epsilon_high=0.0)
+    for surrogate in (Objective(), narrow, Objective(bias_correction=False)):
         total, gradient = value_and_gradient(surrogate, logp, plus, minus, kl)
         assert (total, gradient) == (pytest.approx(-0.5), approximately(-0.5))

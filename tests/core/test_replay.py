@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from random_groups import bounded
 from restarts import may_be_cut_to
 
-from twig.config.schema import Replay
-from twig.core.replay import Restart, choose_cut, choose_restart
+from twig.core.replay import Replay, Restart, choose_cut, choose_restart
 from twig.core.rng import REPLAY, generator
 from twig.core.types import Completion, Example, Group
 

@@ -18,7 +18,7 @@ from random_groups import bounded
 
 from twig.core.rng import CREDIT, DATA, REPLAY, SAMPLING, generator, uniforms
 from twig.engine.inverse_cdf import invert as invert_there
-from twig.engine.sampler import Request, sample
+from twig.engine.sampler import Request, SamplingParams, sample
 
 JUST_BELOW_1 = 1 - 2**-53  # the largest number that `uniforms` gives
 
@@ -294,9 +294,8 @@ def test_first_tokens_of_a_model_match_its_probabilities(temperature):
     """3,000 completions of one token; a suppressed token never comes, and temperature counts."""
     policy = tiny.build_policy(temperature=temperature, suppress_tokens=[4, 7])
     request = Request(np.array([3, 9, 12, 5]), 3000, 1, 0)
-    drawn = sample(
-        policy, [request], end_ids=[1], decode=lambda rows: [""] * len(rows), seed=2, wave_size=1000
-    )
+    params = SamplingParams([1], lambda rows: [""] * len(rows), seed=2, wave_size=1000)
+    drawn = sample(policy, [request], params)
     tokens = np.array([completion.ids[0] for completion in drawn.completions[0]])
     counts = np.bincount(tokens, minlength=tiny.VOCAB)
     with torch.no_grad():

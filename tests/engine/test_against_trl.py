@@ -5,23 +5,26 @@ comes after (advantages, old and reference log-probs, loss, backward) is its own
 adapter's gradient just before the optimizer step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numerics
 import numpy as np
 import pytest
 import tiny
 import torch
-from gradients import engine_gradient
+from gradients import engine_gradient, scored
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.assign import assign
-from twig.core.objective import Surrogate
+from twig.common.progress import Progress
+from twig.config.sizes import Sizes
+from twig.core.algorithms.base import Objective
+from twig.core.algorithms.registry import algorithm, shipped
+from twig.core.credit import assign
 from twig.core.trie import PrefixTrie
 from twig.core.types import Group
 from twig.engine.lora import attach
 from twig.engine.pack import build_packs
 from twig.engine.policy import Policy
+from twig.engine.update import LogProbs, Passes
 
 pytest.importorskip("trl", reason="TRL is in the dev extra")
 
@@ -165,13 +168,16 @@ def trl_updates(adapter, folder, steps=1, **options) -> list[Update]:
     return updates
 
 
-def our_batch(beta: float, scale_rewards: str = "group", **rule):
+def our_batch(beta: float = 0.0, scale_rewards: str = "group", **rule):
     groups: list[Group] = [
         tiny.make_group(*parts, i) for i, parts in enumerate(zip(PROMPTS, COMPLETIONS, REWARDS, strict=True))
     ]
-    options = Algorithm(**{"name": "grpo", "beta": beta, "scale_rewards": scale_rewards} | rule)
+    options = {"name": "grpo", "beta": beta, "scale_rewards": scale_rewards} | rule
+    fields = shipped()[options["name"]].model_fields
+    ours = algorithm(**{key: value for key, value in options.items() if key in fields})
     tries = [PrefixTrie.build([c.ids for c in g.completions], g.rewards) for g in groups]
-    credits = [assign(trie, options, np.random.default_rng(0), len(groups)) for trie in tries]
+    rngs = [np.random.default_rng(0) for _ in groups]
+    credits, _ = assign(ours, tries, rngs, len(groups))
     return groups, tries, credits
 
 
@@ -201,21 +207,75 @@ def test_gradient_equals_that_of_trl(tmp_path, beta, temperature, options):
     (theirs,) = trl_updates(adapter, tmp_path, beta=beta, temperature=temperature, **options)
     put(policy.parameters, adapter)
     groups, tries, credits = our_batch(beta, options.get("scale_rewards", "group"))
-    surrogate = Surrogate(beta=beta, bias_correction=options.get("use_bias_correction_kl", True))
+    surrogate = Objective(beta=beta, bias_correction=options.get("use_bias_correction_kl", True))
     _, ours = engine_gradient(policy, groups, tries, credits, surrogate)
     assert_same_gradient(ours, theirs.gradient)
 
 
-@pytest.mark.slow
-def test_gradient_of_dr_grpo_equals_that_of_trl(tmp_path):
+# TRL's options for the loss of each algorithm, and ours. At these bounds the clips bind in the second step.
+RULES = {
+    "dr-grpo": (
+        {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.04},
+        {"divisor": LONGEST, "beta": 0.04},
+    ),
+    "dapo": (
+        {"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.4},
+        {"epsilon": 0.1, "epsilon_high": 0.4},
+    ),
+    "grpo": ({"scale_rewards": "batch", "epsilon": 0.1}, {"scale_rewards": "batch", "epsilon": 0.1}),
+    "gspo": (
+        {"importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.2},
+        {"epsilon": 0.1, "epsilon_high": 0.2},
+    ),
+    "cispo": ({"loss_type": "cispo", "epsilon_high": 1.3}, {"epsilon_high": 0.3}),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", RULES)
+def test_gradients_of_other_losses_equal_those_of_trl(tmp_path, name, steps):
+    """The first optimizer step on a batch, and the second, from TRL's own adapter after its first."""
+    theirs, ours = RULES[name]
     policy = build_policy(1.0)
-    adapter = random_adapter(policy)
-    options = {"loss_type": "dr_grpo", "scale_rewards": "none"}
-    (theirs,) = trl_updates(adapter, tmp_path, beta=0.04, **options)
-    put(policy.parameters, adapter)
-    groups, tries, credits = our_batch(0.04, name="dr-grpo", divisor=LONGEST)
-    _, ours = engine_gradient(policy, groups, tries, credits, Surrogate(beta=0.04))
-    assert_same_gradient(ours, theirs.gradient)
+    updates = trl_updates(random_adapter(policy), tmp_path, steps=steps, num_iterations=steps, **theirs)
+    groups, tries, credits = our_batch(name=name, **ours)
+    passes = Passes(policy, Sizes(1, 30, 2**22, False), Progress(), scored(groups, tries, credits), None)
+    put(policy.parameters, updates[0].adapter)
+    given = LogProbs()
+    if steps == 2:
+        given = LogProbs(old=passes.logps())
+        put(policy.parameters, updates[1].adapter)
+        given = replace(given, current=passes.logps())
+    objective = algorithm(name, **ours).objective()
+    if objective.beta:
+        with policy.base():
+            given = replace(given, ref=passes.logps())
+    for parameter in policy.parameters.values():
+        parameter.grad = None
+    passes.backward(objective, given)
+    assert_same_gradient({n: p.grad for n, p in policy.parameters.items()}, updates[-1].gradient)
+
+
+def test_ratios_of_completions_are_clipped_at_both_bounds(tmp_path):
+    """The sequence ratios of the second step above lie on both sides of both bounds."""
+    policy = build_policy(1.0)
+    first, second = trl_updates(
+        random_adapter(policy), tmp_path, steps=2, num_iterations=2, **RULES["gspo"][0]
+    )
+    groups, tries, credits = our_batch(name="gspo", **RULES["gspo"][1])
+    passes = Passes(policy, Sizes(1, 4096, 2**22, False), Progress(), scored(groups, tries, credits), None)
+    logps = []
+    for update in (first, second):
+        put(policy.parameters, update.adapter)
+        logps.append(passes.logps())
+    kinds = set()
+    for index, (trie, credit) in enumerate(zip(tries, credits, strict=True)):
+        old, new = (each.of_group(index) for each in logps)
+        for path, tokens in zip(trie.paths, credit.tokens, strict=True):
+            if tokens.any():
+                ratio = float(np.exp((new[path] - old[path]).mean()))
+                kinds.add((bool(tokens.sum() > 0), ratio > 1.2 if tokens.sum() > 0 else ratio < 0.9))
+    assert kinds == {(True, True), (True, False), (False, True), (False, False)}
 
 
 def test_gradient_of_a_second_iteration_with_clipping_equals_that_of_trl(tmp_path):
@@ -225,7 +285,7 @@ def test_gradient_of_a_second_iteration_with_clipping_equals_that_of_trl(tmp_pat
     clip = {"epsilon": 0.1, "epsilon_high": 0.4}
     first, second = trl_updates(adapter, tmp_path, steps=2, num_iterations=2, beta=0.04, **clip)
     groups, tries, credits = our_batch(0.04)
-    (pack,) = build_packs(groups, tries, credits, 4096)
+    (pack,) = build_packs(scored(groups, tries, credits), 4096)
     put(policy.parameters, first.adapter)
     old = policy.logps(pack)
     put(policy.parameters, second.adapter)
@@ -233,7 +293,7 @@ def test_gradient_of_a_second_iteration_with_clipping_equals_that_of_trl(tmp_pat
         ref = policy.logps(pack)
     for parameter in policy.parameters.values():
         parameter.grad = None
-    logp, _ = policy.backward(pack, Surrogate(beta=0.04, **clip), None, old, ref)
+    logp, _ = policy.backward(pack, Objective(beta=0.04, **clip), None, old, ref)
 
     ratio = (logp - old).exp().cpu().numpy()
     plus, minus = pack.targets.plus > 0, pack.targets.minus < 0

@@ -1,5 +1,7 @@
 """Decode steps over fixed buffers against the plain loop, without a device that could capture them."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import tiny
@@ -8,7 +10,7 @@ import torch
 from twig.engine import decode_graph
 from twig.engine.decode_graph import DecodeSteps, StepShape
 from twig.engine.inverse_cdf import invert, invert_in_blocks
-from twig.engine.sampler import Request, sample
+from twig.engine.sampler import Request, SamplingParams, sample
 
 FAMILIES = {name: "eager" for name in tiny.FAMILIES | tiny.MORE_FAMILIES}
 FAMILIES |= {name: "sdpa" for name in FAMILIES if tiny.has_sdpa(name)}
@@ -33,8 +35,9 @@ def policy_of(family="qwen2", attention="sdpa", decode="graph", **options):
     return policy
 
 
-def drawn_by(policy, requests, **options):
-    return sample(policy, requests, end_ids=[5, 6], decode=texts_of, seed=3, step=2, **options)
+def drawn_by(policy, requests, on_finished=None, **options):
+    params = SamplingParams([5, 6], texts_of, seed=3, **options)
+    return sample(policy, requests, params, step=2, on_finished=on_finished)
 
 
 def assert_same(ours, theirs):
@@ -62,8 +65,17 @@ def _float64():
         yield
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+# The first family in both ways, those whose layers differ in one, the rest in the slow tier.
+QUICK = {("qwen2", False), *((family, True) for family in ("qwen2", "gemma2", "gemma3", "granite", "phi3"))}
+
+
+@pytest.mark.parametrize(
+    ("family", "shared"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product(FAMILIES, (True, False))
+    ],
+)
 def test_steps_give_the_tokens_logps_and_boundary_of_the_plain_loop(family, shared, monkeypatch):
     monkeypatch.setattr(decode_graph, "_SHARE_FROM", 0 if shared else 1e9)
     policy = policy_of(family, FAMILIES[family], layers=[2, 3], temperature=1.3, suppress_tokens=[0, 4])
@@ -132,11 +144,30 @@ def test_stop_texts_take_the_plain_loop():
     assert policy.decode_steps is None or not policy.decode_steps.steps
 
 
-def test_progress_adds_up_to_the_sampled_tokens():
-    told = []
-    drawn = drawn_by(policy_of(), requests_of(limits=(30, 30, 30)), on_tokens=told.append)
-    assert len(told) > 1
-    assert sum(told) == sum(len(c) for completions in drawn.completions for c in completions)
+@pytest.mark.parametrize("wave_size", [128, 4])
+@pytest.mark.parametrize(("engine", "decode"), [("trie", "graph"), ("trie", "plain"), ("plain", "plain")])
+def test_progress_adds_up_to_the_completions(engine, decode, wave_size):
+    finished, requests = [], requests_of(limits=(30, 25, 20))
+    policy = policy_of(engine=engine, decode=decode)
+    drawn_by(policy, requests, finished.append, wave_size=wave_size)
+    assert sum(finished) == 15 and min(finished) > 0
+    assert len(finished) > (2 if wave_size == 128 else 4), "more than once a wave"
+
+
+def test_progress_of_a_wave_that_is_repeated_counts_once(monkeypatch):
+    policy, finished = policy_of(decode="plain"), []
+    own, calls = policy.next_token_logits, []
+
+    def fails_once(hidden):
+        calls.append(1)
+        if len(calls) == 8:
+            assert finished, "rows must have finished before memory runs out"
+            raise torch.OutOfMemoryError("full")
+        return own(hidden)
+
+    monkeypatch.setattr(policy, "next_token_logits", fails_once)
+    drawn = drawn_by(policy, requests_of(limits=(30, 25, 20)), finished.append)
+    assert drawn.wave_size == 7 and sum(finished) == 15
 
 
 def test_layers_that_cannot_take_such_a_cache_take_the_plain_loop(monkeypatch):

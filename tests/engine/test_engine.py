@@ -10,18 +10,27 @@ import oracles
 import pytest
 import tiny
 import torch
-from gradients import credit_of, engine_gradient, groups_of, oracle_gradient, requests_of, text_of, texts_of
+from gradients import (
+    credit_of,
+    engine_gradient,
+    groups_of,
+    oracle_gradient,
+    requests_of,
+    scored,
+    text_of,
+    texts_of,
+)
 from numerics import assert_same, assert_same_text, assert_values
 
 from twig.common.progress import Progress
 from twig.config.sizes import Sizes
-from twig.core.objective import Surrogate
+from twig.core.algorithms.base import Objective
 from twig.core.rng import uniforms
 from twig.core.types import Group
 from twig.engine.decoder import Decoder
 from twig.engine.pack import build_packs
-from twig.engine.sampler import sample
-from twig.engine.update import Passes
+from twig.engine.sampler import SamplingParams, sample
+from twig.engine.update import LogProbs, Passes
 
 
 @pytest.fixture(autouse=True)
@@ -30,23 +39,29 @@ def _float64(request):
         yield
 
 
-FAMILY_CASES = [
-    (family, attention)
-    for family in tiny.FAMILIES
-    for attention in ("sdpa", "eager")
-    if attention == "eager" or tiny.has_sdpa(family)
-]
-
-SLOW_CUTS = [pytest.param(cut, marks=pytest.mark.slow) for cut in ([1], [0, 2])]
+# Apart in what their layers compute: the first in both attentions, with soft caps, with windows, with scales.
+APART = [("qwen2", "sdpa"), ("qwen2", "eager"), ("gemma2", "eager"), ("gemma3", "sdpa"), ("granite", "sdpa")]
 
 
-@pytest.mark.parametrize("layers", ["last_third", "all", *SLOW_CUTS], ids=str)
-@pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
+def family_cases(quick):
+    """Every family with every attention that it has, slow where the pair is not among `quick`."""
+    pairs = [(f, a) for f in tiny.FAMILIES for a in ("sdpa", "eager") if a == "eager" or tiny.has_sdpa(f)]
+    assert set(quick) <= set(pairs)
+    return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
+
+
+of_families = pytest.mark.parametrize(("family", "attention"), family_cases(APART))
+ONE_ATTENTION = [(family, "sdpa" if tiny.has_sdpa(family) else "eager") for family in tiny.FAMILIES]
+SLOW_CUTS = [pytest.param(cut, marks=pytest.mark.slow) for cut in ("all", [1], [0, 2])]
+
+
+@pytest.mark.parametrize("layers", ["last_third", *SLOW_CUTS], ids=str)
+@pytest.mark.parametrize(("family", "attention"), family_cases(ONE_ATTENTION))
 def test_pack_gradient_equals_prefix_by_prefix_forward(family, attention, layers):
     policy = tiny.build_policy(family, attention, layers=layers, temperature=0.8)
     groups, beta = groups_of(count=2), numerics.now().beta
     tries, credits = credit_of(groups, beta=beta)
-    surrogate = Surrogate(beta=beta)
+    surrogate = Objective(beta=beta)
     assert_same(
         engine_gradient(policy, groups, tries, credits, surrogate),
         oracle_gradient(policy, groups, tries, credits, surrogate),
@@ -58,17 +73,17 @@ def test_each_algorithm_and_pack_size_gives_the_same_gradient(name):
     policy = tiny.build_policy(layers=[1, 3], head_chunk=5 * tiny.VOCAB)
     groups = groups_of(3)
     tries, credits = credit_of(groups, name)
-    theirs = oracle_gradient(policy, groups, tries, credits, Surrogate())
+    theirs = oracle_gradient(policy, groups, tries, credits, Objective())
     sizes = set()
     for size in (1, 9, 17, 30, 64, 4096):
-        packs = build_packs(groups, tries, credits, size)
+        packs = build_packs(scored(groups, tries, credits), size)
         sizes.add(len(packs))
-        assert_same(engine_gradient(policy, groups, tries, credits, Surrogate(), size), theirs)
+        assert_same(engine_gradient(policy, groups, tries, credits, Objective(), size), theirs)
     assert len(sizes) > 2, "the sizes must cut differently"
 
 
 @pytest.mark.parametrize("recorded", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
+@of_families
 def test_a_stem_shared_by_its_packs_and_a_last_layer_on_head_rows_give_the_same_gradient(
     family, attention, recorded, monkeypatch
 ):
@@ -79,15 +94,15 @@ def test_a_stem_shared_by_its_packs_and_a_last_layer_on_head_rows_give_the_same_
         groups, boundary = recorded_by_hand(policy, groups)
     few_rows, run_at = [], Decoder.run_at
     monkeypatch.setattr(Decoder, "run_at", lambda *a, **k: few_rows.append(1) or run_at(*a, **k))
-    passes = Passes(policy, Sizes(1, 9, 2**22, False), Progress(), groups, tries, credits, boundary)
+    passes = Passes(policy, Sizes(1, 9, 2**22, False), Progress(), scored(groups, tries, credits), boundary)
     stems = [pack.stem.group for pack in passes.packs if pack.stem]
     assert len(stems) > 4 and len(set(stems)) == 2, "packs must share stems"
     with policy.base():
         ref = passes.logps()
-    _, loss = passes.backward(Surrogate(beta=beta), None, ref)
+    _, loss = passes.backward(Objective(beta=beta), LogProbs(None, ref))
     assert few_rows, "some packs must need few rows of the last layer"
     ours = loss, {n: p.grad.clone() for n, p in policy.parameters.items()}
-    assert_same(ours, oracle_gradient(policy, groups, tries, credits, Surrogate(beta=beta)))
+    assert_same(ours, oracle_gradient(policy, groups, tries, credits, Objective(beta=beta)))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "granite"])
@@ -97,9 +112,11 @@ def test_checkpointed_layers_share_stems_too_in_float32(family):
     for checkpointed in (False, True):
         dtype = numerics.now().rerun
         policy = tiny.build_policy(family, layers=[2], dtype=dtype, checkpoint_layers=checkpointed)
-        passes = Passes(policy, Sizes(1, 9, 2**22, checkpointed), Progress(), groups, tries, credits, None)
+        passes = Passes(
+            policy, Sizes(1, 9, 2**22, checkpointed), Progress(), scored(groups, tries, credits), None
+        )
         assert any(pack.stem for pack in passes.packs)
-        found.append((passes.backward(Surrogate())[1], {n: p.grad for n, p in policy.parameters.items()}))
+        found.append((passes.backward(Objective())[1], {n: p.grad for n, p in policy.parameters.items()}))
     assert_same(found[1], found[0], bound=1e-12)
 
 
@@ -132,7 +149,7 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(layers, monkeyp
     policy = tiny.build_policy(layers=layers, target_modules=["q_proj"])
     groups = groups_of(count=1)
     tries, credits = credit_of(groups)
-    (pack,) = build_packs(groups, tries, credits, 4096)
+    (pack,) = build_packs(scored(groups, tries, credits), 4096)
     boundary = torch.randn(100, 32, dtype=policy.model.dtype, device=policy.device)
     pack = replace(pack, cells=np.zeros_like(pack.ids))
 
@@ -161,7 +178,7 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(layers, monkeyp
     adapter = sum(2 * n * 32 * 4 * (5 if layer == min(layers) else 6) for layer, n in queries.items())
     adapter += 2 * cells * 2 * 32 * 4  # with the queries of all tokens
     inputs = 2 * (queries[min(layers)] * 32 * 32 + cells * keys)
-    both = counted(lambda: policy.backward(pack, Surrogate(), boundary))
+    both = counted(lambda: policy.backward(pack, Objective(), boundary))
     assert both == policy.update_flops(cells, rows) + adapter - inputs + extra
 
 
@@ -183,7 +200,7 @@ def test_checkpointed_layers_give_the_same_gradient_and_only_they_run_again_in_f
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            found.append(engine_gradient(policy, groups, tries, credits, Surrogate()))
+            found.append(engine_gradient(policy, groups, tries, credits, Objective()))
         runs.append((count, sum(saved)))
     assert_same(found[1], found[0], bound=1e-12)
     (plain, kept), (again, fewer) = runs
@@ -196,8 +213,8 @@ def test_float32_gradient_stays_within_1e5():
     tries, credits = credit_of(groups)
     exact = tiny.build_policy(layers="all", dtype=torch.float64)
     single = numerics.recast(exact, torch.float32)
-    ours = engine_gradient(single, groups, tries, credits, Surrogate())
-    theirs = oracle_gradient(exact, groups, tries, credits, Surrogate())
+    ours = engine_gradient(single, groups, tries, credits, Objective())
+    theirs = oracle_gradient(exact, groups, tries, credits, Objective())
     assert_same((ours[0], {n: g.double() for n, g in ours[1].items()}), theirs, bound=1e-5)
 
 
@@ -219,7 +236,7 @@ def test_clipped_surrogate_with_old_logps_equals_the_per_node_loss():
         }
         for g, t, c in zip(groups, tries, credits, strict=True)
     ]
-    surrogate = Surrogate(epsilon=0.1, epsilon_high=0.25)
+    surrogate = Objective(epsilon=0.1, epsilon_high=0.25)
     assert_same(
         engine_gradient(policy, groups, tries, credits, surrogate, old=old),
         oracle_gradient(policy, groups, tries, credits, surrogate, old=old),
@@ -228,22 +245,22 @@ def test_clipped_surrogate_with_old_logps_equals_the_per_node_loss():
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "granite"])
 def test_plain_engine_gives_the_same_gradient(family):
-    policy = tiny.build_policy(family, "eager", plain=True)
+    policy = tiny.build_policy(family, "eager", engine="plain")
     groups, beta = groups_of(7), numerics.now().beta
     tries, credits = credit_of(groups, beta=beta)
-    surrogate = Surrogate(beta=beta)
+    surrogate = Objective(beta=beta)
     assert_same(
         engine_gradient(policy, groups, tries, credits, surrogate, size=40),
         oracle_gradient(policy, groups, tries, credits, surrogate),
     )
 
 
-@pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
+@of_families
 def test_sampling_equals_a_step_by_step_loop(family, attention):
     policy = tiny.build_policy(family, attention, temperature=1.3, suppress_tokens=[0, 4])
     requests = requests_of()
     end_ids = list(range(5, 9))  # several end tokens, so that rows end at many steps
-    drawn = sample(policy, requests, end_ids=end_ids, decode=texts_of, seed=3, step=2)
+    drawn = sample(policy, requests, SamplingParams(end_ids, texts_of, seed=3), step=2)
     lengths, exact = set(), numerics.exact(policy)
     for request, completions in zip(requests, drawn.completions, strict=True):
         assert len(completions) == request.num
@@ -268,7 +285,7 @@ def test_sampling_does_not_depend_on_waves_prompt_order_compaction_or_engine(mon
 
     def draw(policy=policy, requests=requests, **kwargs):
         return sample(
-            policy, requests, end_ids=end_ids, decode=texts_of, seed=1, step=4, **kwargs
+            policy, requests, SamplingParams(end_ids, texts_of, seed=1, **kwargs), step=4
         ).completions
 
     def assert_whole(completions):
@@ -282,22 +299,19 @@ def test_sampling_does_not_depend_on_waves_prompt_order_compaction_or_engine(mon
     for share in (0.0, 2.0):  # never compact, compact at every step
         monkeypatch.setattr("twig.engine.sampler._COMPACT_BELOW", share)
         assert_whole(draw())
-    assert_whole(draw(policy=tiny.build_policy(plain=True)))
+    assert_whole(draw(policy=tiny.build_policy(engine="plain")))
 
 
 def test_requests_expected_to_be_long_are_sampled_first_and_waves_are_told_of():
     policy, requests = tiny.build_policy(), requests_of(num=2)
-    whole = sample(policy, requests, end_ids=[5, 6, 7], decode=texts_of, seed=1).completions
+    whole = sample(policy, requests, SamplingParams([5, 6, 7], texts_of, seed=1)).completions
     requests = [replace(r, expected=e) for r, e in zip(requests, (3.0, 9.0, 3.0), strict=True)]
     for wave_size, wanted in ((2, [[1], [0], [2]]), (4, [[1, 0], [2]]), (6, [[0, 1, 2]])):
         waves = []
         drawn = sample(
             policy,
             requests,
-            end_ids=[5, 6, 7],
-            decode=texts_of,
-            seed=1,
-            wave_size=wave_size,
+            SamplingParams([5, 6, 7], texts_of, seed=1, wave_size=wave_size),
             on_wave=waves.append,
         )
         # of two that are expected to be as long, that with the longer prompt (4 tokens against 3) comes first
@@ -309,7 +323,7 @@ def test_requests_expected_to_be_long_are_sampled_first_and_waves_are_told_of():
 
 def test_greedy_sampling_takes_the_most_probable_token():
     policy, requests = tiny.build_policy("gemma3"), requests_of(num=1)
-    drawn = sample(policy, requests, end_ids=[5], decode=texts_of, greedy=True, record=False)
+    drawn = sample(policy, requests, SamplingParams([5], texts_of, greedy=True, record=False))
     exact = numerics.exact(policy)
     for request, (completion,) in zip(requests, drawn.completions, strict=True):
         follow = numerics.follow(completion.ids)
@@ -317,13 +331,13 @@ def test_greedy_sampling_takes_the_most_probable_token():
         assert completion.ids.tolist() == ids
 
 
-@pytest.mark.parametrize("wave_size", [128, 4])
-@pytest.mark.parametrize(("family", "attention"), FAMILY_CASES)
+@pytest.mark.parametrize("wave_size", [pytest.param(128, marks=pytest.mark.slow), 4])
+@of_families
 def test_recorded_boundary_gives_the_gradient_of_a_fresh_trunk_and_the_sampled_logps(
     family, attention, wave_size
 ):
     policy = tiny.build_policy(family, attention, layers=[2, 3])
-    drawn = sample(policy, requests_of(), end_ids=[5, 6, 7], decode=texts_of, seed=5, wave_size=wave_size)
+    drawn = sample(policy, requests_of(), SamplingParams([5, 6, 7], texts_of, seed=5, wave_size=wave_size))
     rng = np.random.default_rng(0)
     groups = [
         Group(tiny.make_group([1], [[1]], [0]).example, i, r.prompt_ids, c, rng.random(len(c)), 0, cells)
@@ -332,11 +346,11 @@ def test_recorded_boundary_gives_the_gradient_of_a_fresh_trunk_and_the_sampled_l
         )
     ]
     tries, credits = credit_of(groups)
-    recorded = engine_gradient(policy, groups, tries, credits, Surrogate(), 40, drawn.boundary)
-    fresh = engine_gradient(policy, groups, tries, credits, Surrogate(), 40)
+    recorded = engine_gradient(policy, groups, tries, credits, Objective(), 40, drawn.boundary)
+    fresh = engine_gradient(policy, groups, tries, credits, Objective(), 40)
     assert_same(recorded, fresh)
-    assert_same(fresh, oracle_gradient(policy, groups, tries, credits, Surrogate()))
-    for pack in build_packs(groups, tries, credits, 40):
+    assert_same(fresh, oracle_gradient(policy, groups, tries, credits, Objective()))
+    for pack in build_packs(scored(groups, tries, credits), 40):
         logps = policy.logps(pack, drawn.boundary)
         for g, n, logp in zip(pack.targets.group, pack.targets.node, logps.tolist(), strict=True):
             owner, depth = tries[g].owner[n], tries[g].depth[n]
@@ -354,7 +368,7 @@ def test_adapter_off_is_the_base_model_and_the_base_never_changes():
     assert not torch.allclose(oracles.forward_logits(policy, ids), off)
     groups = groups_of(1)
     tries, credits = credit_of(groups)
-    engine_gradient(policy, groups, tries, credits, Surrogate())
+    engine_gradient(policy, groups, tries, credits, Objective())
     torch.optim.AdamW(policy.parameters.values(), lr=0.1).step()
     for name, parameter in policy.model.named_parameters():
         if "lora" not in name:

@@ -6,7 +6,8 @@ import numerics
 import pytest
 import torch
 
-from twig.core.objective import Surrogate, loss
+from twig.core.algorithms.base import Objective
+from twig.core.objective import loss
 from twig.engine.lm_head import Head
 
 ROWS, HIDDEN, VOCABULARY, TARGETS = 7, 6, 53, 20
@@ -59,10 +60,10 @@ OPTIONS = {
     "bias": {"bias": True, "softcap": 4.0},
 }
 SURROGATES = {
-    "fresh": (Surrogate(), False, False),
-    "clipped": (Surrogate(epsilon=0.1, epsilon_high=0.3), True, False),
-    "kl": (Surrogate(beta=0.04), False, True),
-    "kl, clipped": (Surrogate(beta=0.5, bias_correction=False), True, True),
+    "fresh": (Objective(), False, False),
+    "clipped": (Objective(epsilon=0.1, epsilon_high=0.3), True, False),
+    "kl": (Objective(beta=0.04), False, True),
+    "kl, clipped": (Objective(beta=0.5, bias_correction=False), True, True),
 }
 
 

@@ -22,11 +22,10 @@ def test_threads_are_set_where_asked_for(wanted, got):
         torch.set_num_threads(before)
 
 
-def saved(folder: Path, data: Path, generation: dict | None, end_token: str | None) -> Path:
-    """A tiny model under the real Qwen2 tokenizer, with a generation config as the Hub has it."""
-    tokenizer = AutoTokenizer.from_pretrained(data / "qwen2_tokenizer")
-    if end_token is not None:
-        tokenizer.eos_token = end_token
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, test_data) -> Path:
+    """A tiny model under the real Qwen2 tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
     config = Qwen2Config(
         vocab_size=151936,
         hidden_size=4,
@@ -38,23 +37,30 @@ def saved(folder: Path, data: Path, generation: dict | None, end_token: str | No
         tie_word_embeddings=True,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "generation_config.json").unlink()
-    if generation is not None:
-        (folder / "generation_config.json").write_text(json.dumps(generation))
+    AutoTokenizer.from_pretrained(test_data / "qwen2_tokenizer").save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize(
     ("generation", "end_token", "wanted"),
     [
-        ({"eos_token_id": 151643}, "<|endoftext|>", [151643]),  # Qwen2-1.5B
+        # Qwen2-1.5B
+        pytest.param({"eos_token_id": 151643}, "<|endoftext|>", [151643], marks=pytest.mark.slow),
         ({"eos_token_id": [151645, 151643]}, "<|im_end|>", [151645, 151643]),  # Qwen2-1.5B-Instruct
         (None, "<|endoftext|>", [151643]),  # only the config says it
-        ({"eos_token_id": [151645, 151643]}, "<|endoftext|>", [151645, 151643]),
+        pytest.param(
+            {"eos_token_id": [151645, 151643]}, "<|endoftext|>", [151645, 151643], marks=pytest.mark.slow
+        ),
         ({"eos_token_id": 151643}, "<|im_end|>", [151643, 151645]),
     ],
 )
-def test_end_tokens_are_those_of_the_generation_config(generation, end_token, wanted, tmp_path, test_data):
-    model, tokenizer = load_model(str(saved(tmp_path, test_data, generation, end_token)))
+def test_end_tokens_are_those_of_the_generation_config(generation, end_token, wanted, saved):
+    """With a generation config as the Hub has it, or none."""
+    (saved / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (saved / "generation_config.json").write_text(json.dumps(generation))
+    options = json.loads((saved / "tokenizer_config.json").read_text())
+    (saved / "tokenizer_config.json").write_text(json.dumps(options | {"eos_token": end_token}))
+    model, tokenizer = load_model(str(saved))
+    assert tokenizer.eos_token == end_token
     assert end_ids(model, tokenizer) == wanted

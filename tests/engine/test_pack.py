@@ -1,6 +1,7 @@
 """Packs against their definition: each weighted node once, each token behind its own prefix and nothing
 else."""
 
+from gradients import scored
 from collections import Counter
 
 import numpy as np
@@ -11,8 +12,8 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.assign import assign
+from twig.core.algorithms.registry import algorithm
+from twig.core.credit import assign, assign_one
 from twig.core.algorithms.base import Credit
 from twig.core.trie import PrefixTrie
 from twig.core.types import Completion, Example, Group
@@ -90,7 +91,7 @@ def needed_texts(groups, tries, credits) -> set[tuple[int, ...]]:
 @random_groups.bounded
 def test_each_token_sees_its_own_prefix_and_only_what_is_needed_is_run(step, size, share):
     groups, tries, credits = step
-    packs = build_packs(groups, tries, credits, size, share)
+    packs = build_packs(scored(groups, tries, credits), size, share)
     run, stems = Counter(), []
     for pack in packs:
         if pack.stem and pack.stem.group not in stems:
@@ -112,7 +113,7 @@ def test_each_token_sees_its_own_prefix_and_only_what_is_needed_is_run(step, siz
 def test_each_weighted_node_is_computed_once_from_the_right_row(step, size, share):
     groups, tries, credits = step
     seen = Counter()
-    for pack in build_packs(groups, tries, credits, size, share):
+    for pack in build_packs(scored(groups, tries, credits), size, share):
         texts = texts_of(pack)
         targets = pack.targets
         assert len(set(pack.rows.tolist())) == len(pack.rows)
@@ -134,7 +135,7 @@ def test_each_weighted_node_is_computed_once_from_the_right_row(step, size, shar
 @given(steps().map(shifted), st.sampled_from(SIZES))
 @random_groups.bounded
 def test_a_pack_exceeds_its_size_only_where_one_path_does(step, size):
-    for pack in build_packs(*step, size):
+    for pack in build_packs(scored(*step), size):
         if pack.ids.size > size:
             assert pack.ids.shape[0] == 1
             first = len(pack.stem) if pack.stem else 0
@@ -148,7 +149,7 @@ def test_a_pack_exceeds_its_size_only_where_one_path_does(step, size):
 @given(steps().map(shifted), st.sampled_from(SIZES))
 @random_groups.bounded
 def test_without_sharing_every_row_is_one_path(step, size):
-    for pack in build_packs(*step, size, share=False):
+    for pack in build_packs(scored(*step), size, share=False):
         assert pack.ids.shape[0] == 1 or pack.ids.size <= size
         for ids, positions, ends in zip(pack.ids, pack.positions, pack.ends, strict=True):
             used = int((ids != 0).sum())
@@ -171,7 +172,7 @@ def test_visible_is_ancestor_or_self(seed, size):
     trie = PrefixTrie.build([c.ids for c in group.completions], group.rewards)
     everywhere = np.ones(len(trie)) * (np.arange(len(trie)) > 0)
     credit = Credit(everywhere, np.zeros(len(trie)), np.zeros(len(trie)))
-    for pack in build_packs([group], [trie], [credit], size):
+    for pack in build_packs(scored([group], [trie], [credit]), size):
         for row in range(len(pack.ids)):
             for column, token in enumerate(pack.ids[row].tolist()):
                 if token:
@@ -184,8 +185,8 @@ def test_a_pack_by_hand():
     # weight, so the rows of 2 (the root), 5 and 8 are needed, and 6, 7 and 9 are not run: 1 2 5 8.
     group = tiny.make_group([1, 2], [[5, 6], [5, 7], [5], [8, 9]], [1.0, 0.0, 0.0, 1.0])
     trie = PrefixTrie.build([c.ids for c in group.completions], group.rewards)
-    credit = assign(trie, Algorithm(name="grpo"), np.random.default_rng(0), 1)
-    (pack,) = build_packs([group], [trie], [credit], 100)
+    credit = assign_one(algorithm("grpo"), trie, np.random.default_rng(0))
+    (pack,) = build_packs(scored([group], [trie], [credit]), 100)
     assert pack.ids.tolist() == [[1, 2, 5, 8]]
     assert pack.positions.tolist() == [[0, 1, 2, 2]]
     assert pack.ends.tolist() == [[4, 4, 3, 4]], "8 does not see 5"
@@ -196,13 +197,13 @@ def test_a_pack_by_hand():
     assert pack.targets.token[order].tolist() == [5, 6, 7, 8, 9]
     assert (pack.num_tokens, pack.cells) == (4, None)
     # T-SPMO gives 8 9 nothing (8 decided it), so 8 is not run either.
-    credit = assign(trie, Algorithm(name="t-spmo"), np.random.default_rng(0), 1)
-    (pack,) = build_packs([group], [trie], [credit], 100)
+    credit = assign_one(algorithm("t-spmo"), trie, np.random.default_rng(0))
+    (pack,) = build_packs(scored([group], [trie], [credit]), 100)
     assert pack.ids.tolist() == [[1, 2, 5]]
     # At most 2 cells: a pack for the path 2 5 and one for 2 8, behind the stem 1; the root's row is computed
     # in the first.
-    credit = assign(trie, Algorithm(name="grpo"), np.random.default_rng(0), 1)
-    first, second = build_packs([group], [trie], [credit], 2)
+    credit = assign_one(algorithm("grpo"), trie, np.random.default_rng(0))
+    first, second = build_packs(scored([group], [trie], [credit]), 2)
     assert (first.ids.tolist(), second.ids.tolist()) == ([[2, 5]], [[2, 8]])
     assert first.stem.ids.tolist() == second.stem.ids.tolist() == [1]
     assert first.positions.tolist() == second.positions.tolist() == [[1, 2]]
@@ -230,8 +231,8 @@ def test_t_spmo_prunes_what_lies_behind_the_last_fork():
     trie = PrefixTrie.build([c.ids for c in group.completions], group.rewards)
 
     def cells(name):
-        credit = assign(trie, Algorithm(name=name), np.random.default_rng(0), 1)
-        return sum(p.num_tokens for p in build_packs([group], [trie], [credit], 4096))
+        credit = assign_one(algorithm(name), trie, np.random.default_rng(0))
+        return sum(p.num_tokens for p in build_packs(scored([group], [trie], [credit]), 4096))
 
     assert cells("t-spmo") == 2 + 3
     assert cells("grpo") == 2 + 3 + 2 * 99
@@ -240,12 +241,12 @@ def test_t_spmo_prunes_what_lies_behind_the_last_fork():
 def test_small_tries_share_a_pack_and_nothing_weighted_is_no_pack():
     groups = [tiny.make_group([1, 2], [[5], [6]], [1.0, 0.0], i) for i in range(6)]
     tries = [PrefixTrie.build([c.ids for c in g.completions], g.rewards) for g in groups]
-    credits = [assign(t, Algorithm(name="grpo"), np.random.default_rng(0), 6) for t in tries]
-    assert [p.ids.shape for p in build_packs(groups, tries, credits, 100)] == [(6, 2)]
-    assert [p.ids.shape for p in build_packs(groups, tries, credits, 5)] == [(2, 2)] * 3
+    credits, _ = assign(algorithm("grpo"), tries, [np.random.default_rng(0) for _ in tries], 6)
+    assert [p.ids.shape for p in build_packs(scored(groups, tries, credits), 100)] == [(6, 2)]
+    assert [p.ids.shape for p in build_packs(scored(groups, tries, credits), 5)] == [(2, 2)] * 3
     nothing = [Credit(np.zeros(3), np.zeros(3), np.zeros(3))] * 6
-    assert build_packs(groups, tries, nothing, 100) == []
-    assert build_packs([], [], [], 100) == []
+    assert build_packs(scored(groups, tries, nothing), 100) == []
+    assert build_packs([], 100) == []
 
 
 @given(steps(), st.sampled_from(SIZES), st.booleans())
@@ -268,8 +269,8 @@ def test_cells_name_the_boundary_row_of_a_token_with_the_same_prefix(step, size,
                 own[-1] = record(["never recorded: the last token was sampled and not run"])
             completions.append(Completion(c.ids, c.logps, c.entropies, True, "", np.array(own, np.int64)))
         recorded.append(Group(Example(""), g.prompt_index, g.prompt_ids, completions, g.rewards, 0, cells))
-    plain = build_packs(groups, tries, credits, size, share)
-    for pack, other in zip(build_packs(recorded, tries, credits, size, share), plain, strict=True):
+    plain = build_packs(scored(groups, tries, credits), size, share)
+    for pack, other in zip(build_packs(scored(recorded, tries, credits), size, share), plain, strict=True):
         assert other.cells is None
         for row in range(len(pack.ids)):
             for column in range(pack.ids.shape[1]):
@@ -282,8 +283,8 @@ def test_one_group_without_recorded_cells_leaves_its_pack_without_them():
     group = tiny.make_group([1], [[5], [6]], [1.0, 0.0])
     other = Group(Example(""), 1, group.prompt_ids, group.completions, group.rewards, 0, np.array([3]))
     trie = PrefixTrie.build([c.ids for c in group.completions], group.rewards)
-    credit = assign(trie, Algorithm(name="grpo"), np.random.default_rng(0), 2)
-    assert build_packs([group, other], [trie] * 2, [credit] * 2, 100)[0].cells is None
+    credit = assign_one(algorithm("grpo"), trie, np.random.default_rng(0))
+    assert build_packs(scored([group, other], [trie] * 2, [credit] * 2), 100)[0].cells is None
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -293,8 +294,8 @@ def test_packs_do_not_depend_on_the_order_of_the_completions(size):
     packs = []
     for g in (group, back):
         trie = PrefixTrie.build([c.ids for c in g.completions], g.rewards)
-        credit = assign(trie, Algorithm(name="grpo"), np.random.default_rng(0), 1)
-        packs.append(build_packs([g], [trie], [credit], size))
+        credit = assign_one(algorithm("grpo"), trie, np.random.default_rng(0))
+        packs.append(build_packs(scored([g], [trie], [credit]), size))
     for left, right in zip(*packs, strict=True):
         np.testing.assert_array_equal(left.ids, right.ids)
         np.testing.assert_array_equal(left.ends, right.ends)

@@ -16,12 +16,12 @@ from twig.cli.app import main
 from twig.common.errors import UserError
 from twig.config.load import Settings
 from twig.config.schema import Model
-from twig.core.objective import Surrogate
+from twig.core.algorithms.base import Objective
 from twig.core.types import Example, Group
 from twig.engine import load as models
 from twig.engine.lora import attach
 from twig.engine.policy import Policy
-from twig.engine.sampler import sample
+from twig.engine.sampler import SamplingParams, sample
 from twig.planner.model_shape import Shape
 from twig.planner.plan import workload_of
 from twig.runs.reader import read_metrics, read_summary
@@ -54,22 +54,17 @@ def wanted(base, kind="nf4", **changes) -> Model:
 
 def test_without_the_library_one_line_names_the_extra(base, monkeypatch):
     monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match="^model.quantization: nf4 needs bitsandbytes.*'twig-rl.quantization.'$"
-    ):
+    with pytest.raises(UserError, match="^model.quantization: nf4 .*'twig-rl.quantization.'"):
         models.load_model(wanted(base))
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "says"),
-    [
-        ("mps", torch.float32, "int8 does not run on mps; leave it out, or write model.device=cpu"),
-        ("cpu", torch.float64, "int8 has no float64; write model.dtype=float32"),
-    ],
+    ("device", "dtype", "change"),
+    [("mps", torch.float32, "model.device=cpu"), ("cpu", torch.float64, "model.dtype=float32")],
 )
-def test_what_cannot_be_quantised_is_one_line(device, dtype, says, base):
+def test_what_cannot_be_quantised_is_one_line(device, dtype, change, base):
     asked = wanted(base, "int8")
-    with pytest.raises(UserError, match=f"^model.quantization: {says}$"):
+    with pytest.raises(UserError, match=f"^model.quantization: int8 .*{change}"):
         models._quantised(asked, models.load_config(asked), torch.device(device), dtype)
 
 
@@ -85,7 +80,7 @@ def test_a_base_that_is_quantised_already_is_not_quantised_again(stored, kind, b
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
     assert models.quantization_of(models.load_config(wanted(base))) == kind
-    with pytest.raises(UserError, match=rf"is quantised already \({kind}\); leave model.quantization out"):
+    with pytest.raises(UserError, match=rf"^model.quantization: .*\({kind}\)"):
         models.load_model(wanted(base))
 
 
@@ -142,7 +137,7 @@ def test_the_layers_are_quantised_and_nothing_else(kind, dtype, base):
 def test_packs_and_boundary_give_the_gradient_of_the_quantised_models_own_forward(kind, base):
     policy = policy_on(base, kind)
     before = bytes_of(policy)
-    drawn = sample(policy, requests_of(), end_ids=[5, 6, 7], decode=texts_of, seed=5)
+    drawn = sample(policy, requests_of(), SamplingParams([5, 6, 7], texts_of, seed=5))
     rng = np.random.default_rng(0)
     groups = [
         Group(Example(""), i, request.prompt_ids, made, rng.random(len(made)), 0, cells)
@@ -156,7 +151,7 @@ def test_packs_and_boundary_give_the_gradient_of_the_quantised_models_own_forwar
     own = {n: p.grad.clone() for n, p in policy.parameters.items()}
     scale = max(float(g.abs().max()) for g in own.values())
     for boundary in (None, drawn.boundary):
-        _, ours = engine_gradient(policy, groups, tries, credits, Surrogate(), 40, boundary)
+        _, ours = engine_gradient(policy, groups, tries, credits, Objective(), 40, boundary)
         gap = max(float((ours[n] - g).abs().max()) for n, g in own.items()) / scale
         assert gap < GRADIENT[kind], gap
     for group, found, trie in zip(groups, logps, tries, strict=True):

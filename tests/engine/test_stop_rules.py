@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoTokenizer
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from twig.engine.sampler import Request, sample
+from twig.engine.sampler import Request, SamplingParams, sample
 from twig.engine.stop_rules import Ending
 
 # One token is a syllable of one to four bytes, some of them inside one another.
@@ -41,18 +40,18 @@ def shortest(ids, prefix=()):
 
 
 @pytest.mark.parametrize("prefix_length", [0, 2])
-@pytest.mark.parametrize("plain", [False, True])
-def test_a_completion_ends_with_the_token_that_completes_a_stop_text(plain, prefix_length):
-    policy = tiny.build_policy(plain=plain, temperature=3.0)
+@pytest.mark.parametrize("engine", ["trie", "plain"])
+def test_a_completion_ends_with_the_token_that_completes_a_stop_text(engine, prefix_length):
+    policy = tiny.build_policy(engine=engine, temperature=3.0)
     # a stop text that lies in the kept prefix from the start would be none of a replay's
     requests = [r for r in requests_of(prefix_length=prefix_length) if not _has_stop(r.prefix)]
 
     def draw(**options):
-        return sample(policy, requests, end_ids=[5], decode=texts_of, seed=1, **options).completions
+        return sample(policy, requests, SamplingParams([5], texts_of, seed=1, **options)).completions
 
-    cut = straddling = 0
+    cut, straddling, whole = 0, 0, draw()
     for wave_size in (128, 5):
-        drawn, whole = draw(stop=STOP, wave_size=wave_size), draw()
+        drawn = draw(stop=STOP, wave_size=wave_size)
         for request, ours, theirs in zip(requests, drawn, whole, strict=True):
             for completion, reference in zip(ours, theirs, strict=True):
                 ids, stopped = shortest(reference.ids, request.prefix)
@@ -70,9 +69,9 @@ def _has_stop(ids) -> bool:
     return any(text in text_of(ids) for text in STOP)
 
 
-def test_a_stop_text_is_found_where_transformers_finds_it(test_data):
+def test_a_stop_text_is_found_where_transformers_finds_it(qwen2_tokenizer):
     """On a real byte-level tokenizer and pieces of text, against its own criterion for stop strings."""
-    tokenizer = AutoTokenizer.from_pretrained(test_data / "qwen2_tokenizer")
+    tokenizer = qwen2_tokenizer
     stop = ["\nQ:", "###", "é."]
     theirs = StopStringCriteria(tokenizer, stop)
     rng = np.random.default_rng(0)

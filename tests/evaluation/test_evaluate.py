@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from peft import PeftModel
 from saved import save_model
 
 from twig.cli.app import main
+from twig.common.progress import Progress
 from twig.config.load import Settings
 from twig.core.types import Example
 from twig.engine.load import end_ids, load_model
 from twig.engine.lora import attach
 from twig.engine.policy import Policy
+from twig.engine.sampler import SamplingParams
 from twig.evaluation.evaluate import evaluate_policy, measure_model, sample_policy
 from twig.evaluation.record import read_evaluation
 from twig.evaluation.statistics import bootstrap, majority, mcnemar, pass_at_k, wilson
@@ -96,24 +99,17 @@ def test_greedy_answers_are_those_of_a_loop_over_generate(name, tmp_path):
         )
         task, length = tiny_task(), 12
     else:
-        values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 24}}
+        values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 10}}
         settings = Settings.from_dict(values)
         task, length = load_task(settings), 64
     model, tokenizer = load_model(settings.model)
     ends = end_ids(model, tokenizer)
     peft_model = attach(model, r=4, alpha=8.0, target_modules=["q_proj"])
-    result, completions = evaluate_policy(
-        Policy(peft_model),
-        tokenizer,
-        task,
-        settings.task,
-        end_ids=ends,
-        max_completion_length=length,
-        batch_size=7,
-    )
+    params = replace(SamplingParams.of(settings, tokenizer, ends), max_completion_length=length, wave_size=7)
+    result, completions = evaluate_policy(Policy(peft_model), tokenizer, task, params)
     right = 0
     for example, completion in zip(task.eval, completions, strict=True):
-        prompt = torch.from_numpy(encode_prompt(task, example, tokenizer, settings.task))[None]
+        prompt = torch.from_numpy(encode_prompt(task, example, tokenizer))[None]
         with torch.no_grad():
             ids = model.generate(
                 prompt,
@@ -127,7 +123,7 @@ def test_greedy_answers_are_those_of_a_loop_over_generate(name, tmp_path):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert completion.text == text
         right += task.score(text, example).right
-    assert result.value == right / 24
+    assert result.value == right / len(task.eval)
     assert len({len(c) for c in completions}) > 1 or name == "random"
 
 
@@ -167,7 +163,9 @@ def generated(adapter, stop):
     return found
 
 
-@pytest.mark.parametrize(("adapted", "stop"), [(False, ""), (True, ""), (True, "2")])
+@pytest.mark.parametrize(
+    ("adapted", "stop"), [(False, ""), pytest.param(True, "", marks=pytest.mark.slow), (True, "2")]
+)
 def test_the_command_agrees_with_a_loop_over_generate_item_by_item(
     adapted, stop, adapter, tmp_path, monkeypatch
 ):
@@ -201,12 +199,13 @@ def test_the_command_agrees_with_a_loop_over_generate_item_by_item(
         assert sum(text.endswith(stop) for text, _ in wanted) > 2, "the stop text ends some"
 
 
+@pytest.mark.slow
 def test_an_evaluation_answers_as_many_at_once_as_memory_has_room_for(monkeypatch):
     sizes = []
 
-    def seen(*arguments, batch_size, **how):
-        sizes.append(batch_size)
-        return evaluate_policy(*arguments, batch_size=batch_size, **how)
+    def seen(policy, tokenizer, task, params, **options):
+        sizes.append(params.wave_size)
+        return evaluate_policy(policy, tokenizer, task, params, **options)
 
     monkeypatch.setattr("twig.evaluation.evaluate.evaluate_policy", seen)
     values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 96}}
@@ -223,17 +222,20 @@ def test_an_evaluation_answers_as_many_at_once_as_memory_has_room_for(monkeypatc
 
 
 def test_samples_are_summed_up_as_by_hand(tmp_path):
-    values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 12}}
+    values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 6}}
     settings = Settings.from_dict(values)
     task = load_task(settings)
     model, tokenizer = load_model(settings.model)
     policy = Policy(attach(model, r=4, alpha=8.0, target_modules=["q_proj"]))
-    how = {"end_ids": end_ids(model, tokenizer), "max_completion_length": 64, "samples": 6}
-    found, groups = sample_policy(policy, tokenizer, task, settings.task, **how, seed=3)
-    again, _ = sample_policy(policy, tokenizer, task, settings.task, **how, seed=3, batch_size=5)
-    assert found == again, "whatever is answered at once"
-    other, _ = sample_policy(policy, tokenizer, task, settings.task, **how, seed=4)
-    assert found != other
+    params = SamplingParams.of(settings, tokenizer, end_ids(model, tokenizer))
+    params = replace(params, max_completion_length=64, seed=3)
+
+    def drawn(**changes):
+        return sample_policy(policy, tokenizer, task, replace(params, **changes), samples=6)
+
+    found, groups = drawn()
+    assert found == drawn(wave_size=5)[0], "whatever is answered at once"
+    assert found != drawn(seed=4)[0]
     right = np.array(
         [[task.score(c.text, e).right for c in g] for e, g in zip(task.eval, groups, strict=True)]
     )
@@ -246,9 +248,54 @@ def test_samples_are_summed_up_as_by_hand(tmp_path):
     for example, group in zip(task.eval, groups, strict=True):
         said = [c.text.rpartition("#")[2] for c in group]
         votes += max(said, key=said.count) == example.columns["answer"]
-    assert found.vote[0] == pytest.approx(votes / 12)
+    assert found.vote[0] == pytest.approx(votes / 6)
     for value, low, high in (found.mean, found.vote, *found.pass_at.values()):
         assert low <= value <= high
+
+
+class Recorded(Progress):
+    """Keeps the phases with their totals and what was advanced in each, and the messages."""
+
+    def __init__(self):
+        self.phases, self.messages = [], []
+
+    def phase(self, name, total=None):
+        self.phases.append([name, total, []])
+
+    def advance(self, count=1):
+        self.phases[-1][2].append(count)
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+@pytest.mark.parametrize("wave_size", [7, 128])
+def test_progress_advances_while_problems_are_answered(wave_size):
+    values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 24}}
+    settings = Settings.from_dict(values | {"rollout": {"max_completion_length": 48}})
+    model, tokenizer = load_model(settings.model)
+    policy = Policy(attach(model, r=4, alpha=8.0, target_modules=["q_proj"]))
+    params = SamplingParams.of(settings, tokenizer, end_ids(model, tokenizer))
+    of = (policy, tokenizer, load_task(settings), replace(params, wave_size=wave_size))
+    recorded = Recorded()
+    evaluate_policy(*of, progress=recorded)
+    sample_policy(*of, samples=3, progress=recorded)
+    assert [(name, total) for name, total, _ in recorded.phases] == [("evaluating", 24)] * 2
+    for _, total, advanced in recorded.phases:
+        assert sum(advanced) == total and sum(count > 0 for count in advanced) > 24 // wave_size + 1
+
+
+def test_falling_back_to_plain_decoding_is_reported(monkeypatch):
+    def fails(policy):
+        raise ValueError("its layers are of glass")
+
+    monkeypatch.setattr("twig.engine.sampler.DecodeSteps", fails)
+    monkeypatch.setattr("twig.engine.policy.resolve_decode", lambda *_: "graph")
+    values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 2}}
+    recorded = Recorded()
+    measure_model(Settings.from_dict(values | {"rollout": {"max_completion_length": 2}}), progress=recorded)
+    (said,) = recorded.messages
+    assert "rollout.decode=plain" in said and "its layers are of glass" in said
 
 
 # ---- the command and its files -----------------------------------------------------------------------------

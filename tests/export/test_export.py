@@ -1,5 +1,5 @@
 """A run as a folder to share: what is in it gives the same logits, the card is true and cannot be broken,
-nothing of this machine is in it; adapters that are gone on with, and the best one."""
+nothing of this machine is in it; adapters that training starts from, and the best one."""
 
 import hashlib
 import importlib
@@ -30,13 +30,14 @@ from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.common.redact import code, fenced, public
 from twig.config.load import Settings
-from twig.core.algorithms.citations import METHODS, PAPER, PAPERS
+from twig.core.algorithms.base import PAPER
+from twig.core.algorithms.registry import shipped
 from twig.evaluation.evaluate import Evaluation
 from twig.evaluation.statistics import wilson
 from twig.export import export
 from twig.export.card import SOFTWARE, Base, Merge, Subject, model_card
-from twig.export.export import export_run
-from twig.export.upload import push_folder
+from twig.export.export import ExportOptions, export_run
+from twig.export.upload import Push, push_folder
 from twig.runs.reader import read_summary
 
 PROMPTS = {"12*3=": "1", "9+8=": "3", "abc?": "5", "#=": "7", "0,1,": "9"}
@@ -44,8 +45,11 @@ TRAIN = [{"prompt": prompt, "wanted": digit} for prompt, digit in PROMPTS.items(
 EVAL = [{"prompt": text, "wanted": "2"} for text in ("4*4=", "x?", "77+1=")]
 IDS = torch.arange(3, 40)[None]
 # Family, and whether the head is the embedding.
-MODELS = [("qwen2", False), ("qwen2", True), ("llama", False), ("llama", True), ("gemma2", False)]
-MODELS += [("gemma2", True)]
+MODELS = [("qwen2", True), ("llama", False)]
+MODELS += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("qwen2", False), ("llama", True), ("gemma2", False), ("gemma2", True))
+]
 RESULT = {"value": 0.5, "low": 0.404, "high": 0.596, "n": 100, "found": 0.9, "right_lenient": None}
 SUMMARY = {
     "schema_version": 1,
@@ -150,7 +154,7 @@ def test_what_is_exported_gives_the_logits_of_what_was_trained(family, tied, tmp
     done = train(base, tmp_path / "run")
     expected = logits(done.model)
     adapter = export_run(done.folder, tmp_path / "adapter").folder
-    merged = export_run(done.folder, tmp_path / "merged", merged=True)
+    merged = export_run(done.folder, tmp_path / "merged", ExportOptions(merged=True))
     assert checksums(base) == before
     own = AutoModelForCausalLM.from_pretrained(base)
     assert not torch.allclose(logits(own), expected, rtol=1e-2), "the adapter does something"
@@ -175,12 +179,14 @@ def test_what_is_exported_gives_the_logits_of_what_was_trained(family, tied, tmp
     )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("float16", "float64"))]
+)
 def test_a_merge_is_added_up_in_wide_numbers_and_rounded_once(dtype, tmp_path):
     kind = getattr(torch, dtype)
     base = save_family(tmp_path / "base", "llama", tied=False, dtype=kind)
     done = train(base, tmp_path / "run", f"model.dtype={dtype}")
-    merged = export_run(done.folder, tmp_path / "merged", merged=True)
+    merged = export_run(done.folder, tmp_path / "merged", ExportOptions(merged=True))
     weights, own = (load_file(f / "model.safetensors") for f in (merged.folder, base))
     low = load_file(done.folder / "adapter" / "adapter_model.safetensors")
     wide = torch.promote_types(kind, torch.float32)
@@ -195,10 +201,10 @@ def test_a_merge_is_added_up_in_wide_numbers_and_rounded_once(dtype, tmp_path):
             assert not torch.equal(expected.to(kind), own[name])
         torch.testing.assert_close(weight, expected.to(kind), rtol=0, atol=1e-15 if dtype == "float64" else 0)
     assert adapted == 4
-    found = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=kind)
+    loaded = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=kind)
     ids = export._ids(export._read(done.folder, False), build_tokenizer())
     with torch.no_grad():
-        apart = (found(ids).logits.to(wide) - done.model(ids).logits.to(wide)).abs().max()
+        apart = (loaded(ids).logits.to(wide) - done.model(ids).logits.to(wide)).abs().max()
     assert merged.merge == Merge(dtype, float(apart), merged.merge.largest, ids.shape[1])
     card = (merged.folder / "README.md").read_text()
     rounding = "" if dtype == "float64" else f" and rounded once to {dtype}"
@@ -220,12 +226,12 @@ def test_the_tokenizer_and_the_endings_are_those_of_the_base(tmp_path, test_data
         if merged:
             shutil.copy(tmp_path / "other" / "tokenizer.json", base)
             shutil.copy(tmp_path / "other" / "tokenizer_config.json", base)
-        folder = export_run(done.folder, tmp_path / f"{merged}", merged=merged).folder
-        own, found = (AutoTokenizer.from_pretrained(f) for f in (base, folder))
+        folder = export_run(done.folder, tmp_path / f"{merged}", ExportOptions(merged=merged)).folder
+        own, loaded = (AutoTokenizer.from_pretrained(f) for f in (base, folder))
         for text in ("347*26= 9022\n\n#### 5", "  Ünïcödé 中文 don't", "<|im_start|>user\nhi<|im_end|>"):
-            assert found(text)["input_ids"] == own(text)["input_ids"], text
-        assert found.chat_template == own.chat_template
-        assert found.special_tokens_map == own.special_tokens_map
+            assert loaded(text)["input_ids"] == own(text)["input_ids"], text
+        assert loaded.chat_template == own.chat_template
+        assert loaded.special_tokens_map == own.special_tokens_map
     ends = json.loads((folder / "generation_config.json").read_text())
     assert (ends["eos_token_id"], ends["do_sample"], ends["top_k"]) == ([1, 2], True, 3)
 
@@ -244,33 +250,34 @@ def test_the_six_lines_of_the_card_run(form, trained, tmp_path, monkeypatch, cap
     elif form == "merged":
         options = {"merged": True}
     else:
-        words = "train.max_steps=1 eval.limit=4 rollout.max_completion_length=8".split()
-        folder = twig.train(twig.load_settings("quickstart", words), output="run").folder
-    export_run(folder, "shared", **options)
+        overrides = "train.max_steps=1 eval.limit=4 rollout.max_completion_length=8".split()
+        folder = twig.train(twig.load_settings("quickstart", overrides), output="run").folder
+    export_run(folder, "shared", ExportOptions(**options))
     card = Path("shared/README.md").read_text()
     (lines,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
     assert lines.count("\n") <= 6
-    found = {}
-    exec(compile(lines, "README.md", "exec"), found)
+    loaded = {}
+    exec(compile(lines, "README.md", "exec"), loaded)
     assert capsys.readouterr().out.strip()
     if form == "adapter of the embedded model":
-        assert "is on no Hub" in card and 'twig.load_model("tiny-arithmetic")' in lines
+        assert "is on no Hub" in card and "load_model('tiny-arithmetic')" in lines
     else:
-        assert (logits(found["model"]) - logits(trained.model)).abs().max() < 1e-6
-        assert found["tokenizer"]("12*3=")["input_ids"] == trained.tokenizer("12*3=")["input_ids"]
+        assert (logits(loaded["model"]) - logits(trained.model)).abs().max() < 1e-6
+        assert loaded["tokenizer"]("12*3=")["input_ids"] == trained.tokenizer("12*3=")["input_ids"]
 
 
 def test_an_export_can_be_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = "train.max_steps=1 eval.limit=8 rollout.max_completion_length=8 train.learning_rate=0.05".split()
-    twig.train(twig.load_settings("quickstart", words), output="run")
+    overrides = ["train.max_steps=1", "eval.limit=8", "train.learning_rate=0.05"]
+    overrides.append("rollout.max_completion_length=8")
+    twig.train(twig.load_settings("quickstart", overrides), output="run")
     tables = []
     for form in ("run", "exports/run", "exports/run-merged"):
         if form != "run":
             assert main(["export", "run", *(["--merged"] if "merged" in form else [])]) == 0
             assert capsys.readouterr().out.splitlines()[0] == f"folder   {form}"
-        words = ["--task", "multiplication", "--limit", "8", "rollout.max_completion_length=8"]
-        assert main(["eval", form, *words, "log.progress=quiet"]) == 0
+        arguments = ["--task", "multiplication", "--limit", "8", "rollout.max_completion_length=8"]
+        assert main(["eval", form, *arguments, "log.progress=quiet"]) == 0
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1] == tables[2]
 
@@ -288,10 +295,10 @@ def subject(*overrides, **given):
 
 def metadata(card):
     """The metadata as the Hub reads it, and the page below it."""
-    found = ModelCard(card)
+    loaded = ModelCard(card)
     data = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
-    assert data.get("base_model") == found.data.base_model
-    return data, found.text
+    assert data.get("base_model") == loaded.data.base_model
+    return data, loaded.text
 
 
 def test_the_metadata_is_what_the_hub_reads():
@@ -331,7 +338,7 @@ def test_the_metadata_is_what_the_hub_reads():
 
 
 @pytest.mark.parametrize(
-    "words, passed, expected",
+    "overrides, passed, expected",
     [
         (["task.name=gsm8k"], None, ["openai/gsm8k"]),
         (["task.name=multiplication"], None, None),
@@ -341,10 +348,10 @@ def test_the_metadata_is_what_the_hub_reads():
         ([], "reward_funcs, train_dataset", None),
     ],
 )
-def test_only_data_that_came_from_the_hub_is_named_as_such(words, passed, expected, tmp_path, monkeypatch):
+def test_only_data_from_the_hub_is_named_as_such(overrides, passed, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "datasets--ann--cached").mkdir()
-    card = model_card(subject(*words, environment=ENVIRONMENT | {"passed": passed}))
+    card = model_card(subject(*overrides, environment=ENVIRONMENT | {"passed": passed}))
     data, text = metadata(card)
     assert data.get("datasets") == expected
     assert ("Passed from Python" in text) == (passed is not None)
@@ -398,12 +405,12 @@ def test_no_name_and_no_setting_can_break_the_page(on_the_hub, merge):
     """The page is built as that of a run with harmless names is; only what code says differs."""
 
     def card(text):
-        words = [f"task.{key}={json.dumps(text + '```')}" for key in ("prompt_template", "system_prompt")]
-        words += [f"rollout.stop={json.dumps([text])}", f"model.revision={json.dumps(text)}"]
+        overrides = [f"task.{key}={json.dumps(text + '```')}" for key in ("prompt_template", "system_prompt")]
+        overrides += [f"rollout.stop={json.dumps([text])}", f"model.revision={json.dumps(text)}"]
         about = {"device_name": text, "versions": {"torch": text}, "data_revision": text, "passed": text}
         return model_card(
             subject(
-                *words,
+                *overrides,
                 name=text,
                 base=Base(text, text if on_the_hub else None),
                 environment=ENVIRONMENT | about,
@@ -428,6 +435,42 @@ def test_no_name_and_no_setting_can_break_the_page(on_the_hub, merge):
     assert [token.info for token in fences] == ["python", "text", "yaml", "bibtex"]
     compile(fences[0].content, "README.md", "exec")
     assert yaml.safe_load(fences[2].content)["task"]["name"] == "svamp"
+
+
+def test_an_algorithms_own_title_summary_and_file_cannot_break_the_page(monkeypatch):
+    """They come from a file of the user's; unlike names they are text of the page, not code."""
+
+    def card(text, *overrides):
+        kind = shipped()["grpo"]
+        for name in ("title", "summary", "citation"):
+            monkeypatch.setattr(kind, name, text)
+        return model_card(subject("algorithm.name=grpo", *overrides))
+
+    for text in (
+        HOSTILE,
+        "- a",
+        "1. a",
+        "# a",
+        "| a |",
+        "<b>",
+        "&lt;",
+        "~~a~~",
+        "$a$",
+        "\\",
+        "![x](y)",
+        "_a_ __b__",
+    ):
+        tokens, expected = page(card(text)), page(card("x"))
+        assert [token.type for token in tokens if token.type not in ("text", "text_special")] == [
+            token.type for token in expected if token.type not in ("text", "text_special")
+        ], text
+        shown = "".join(token.content for token in tokens if token.type in ("text", "text_special"))
+        assert " ".join(text.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e").split()) in shown
+    file = "algorithm.file=secret-client/mine.py:MyRule"
+    text = model_card(subject("algorithm.name=MyRule", file, "algorithm.power=2"))
+    assert "secret-client" not in text and "trained by reinforcement learning with MyRule on" in text
+    (settings,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert yaml.safe_load(settings)["algorithm"] == {"name": "MyRule", "file": "mine.py:MyRule", "power": 2}
 
 
 @pytest.mark.parametrize("text", ["`", "``", "a`", "", " ", "a\nb", "`a` b``"])
@@ -466,10 +509,10 @@ def test_neither_secrets_nor_paths_are_public():
         "1 // 2",
     ):
         assert public(text) == text
-    words = ["task.path=/home/ann/w/data.jsonl", "task.reward_file=/home/ann/w/rewards.py:exact"]
-    words += ["task.name=custom", "model.adapter=runs/secret-client/adapter"]
-    words += ["task.chat_template_kwargs={api_key: abc, note: hf_abcdefghijklmnop}"]
-    card = model_card(subject(*words, base=Base("mine")))
+    overrides = ["task.path=/home/ann/w/data.jsonl", "task.reward_file=/home/ann/w/rewards.py:exact"]
+    overrides += ["task.name=custom", "model.adapter=runs/secret-client/adapter"]
+    overrides += ["task.chat_template_kwargs={api_key: abc, note: hf_abcdefghijklmnop}"]
+    card = model_card(subject(*overrides, base=Base("mine")))
     for text in ("ann/w", "secret-client", "abc", "hf_"):
         assert text not in card.replace("ann/better", "").replace(ENVIRONMENT["model_revision"], ""), text
     for text in ("path: data.jsonl", "reward_file: rewards.py:exact", "adapter: adapter", "earlier adapter"):
@@ -479,7 +522,7 @@ def test_neither_secrets_nor_paths_are_public():
 @pytest.mark.parametrize("merged", [False, True])
 def test_nothing_of_this_machine_is_in_an_export(merged, trained, base, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
-    folder = export_run(trained.folder, tmp_path / "shared", merged=merged).folder
+    folder = export_run(trained.folder, tmp_path / "shared", ExportOptions(merged=merged)).folder
     for path in folder.iterdir():
         content = path.read_bytes()
         for place in (base, base.parent, trained.folder, trained.folder.parent, tmp_path, Path.home(), ROOT):
@@ -496,7 +539,7 @@ def test_the_base_is_named_as_others_find_it(run, base, tmp_path):
     number = iter(range(99))
 
     def exported(given=None, **options):
-        done = export_run(run, tmp_path / f"out{next(number)}", base_model=given, **options)
+        done = export_run(run, tmp_path / f"out{next(number)}", ExportOptions(base_model=given, **options))
         path = done.folder / "adapter_config.json"
         return done.base, json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else None
 
@@ -506,15 +549,17 @@ def test_the_base_is_named_as_others_find_it(run, base, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
     assert exported(str(moved)) == (Base("moved"), None)
     given = export._read(run, False)
-    # The same words name a folder elsewhere and a model on the Hub: a commit tells.
+    # A folder elsewhere may have the name of a model on the Hub: a commit decides.
     edit(config, base_model_name_or_path="models/mine")
     given = export._read(run, False)
-    assert export._base(given, None)[0] == Base("mine")
+    assert export._locate_base(given, None).base == Base("mine")
     edit(environment, model_revision="0123abc")
     given = export._read(run, False)
-    assert export._base(given, None) == (Base("models/mine", "models/mine"), "models/mine")
-    assert export._wanted(given, "models/mine").revision == "0123abc"
-    assert export._wanted(given, "other/model").revision is None
+    assert export._locate_base(given, None) == export._Located(
+        Base("models/mine", "models/mine"), "models/mine"
+    )
+    assert export._base_settings(given, "models/mine").revision == "0123abc"
+    assert export._base_settings(given, "other/model").revision is None
     edit(config, base_model_name_or_path="tiny-arithmetic")
     assert exported() == (Base("tiny-arithmetic", embedded=True), "tiny-arithmetic")
     edit(config, base_model_name_or_path=None)
@@ -532,7 +577,7 @@ def test_the_licence_is_the_one_that_the_base_names(run, base, tmp_path):
     for number, (text, expected) in enumerate(cards.items()):
         if text is not None:
             (own / "README.md").write_text(f"---\n{text}\n---\n")
-        folder = export_run(run, tmp_path / str(number), merged=True).folder
+        folder = export_run(run, tmp_path / str(number), ExportOptions(merged=True)).folder
         assert metadata((folder / "README.md").read_text())[0].get("license") == expected
     (own / "README.md").write_text("---\nlicense: mit\n---\n")
     folder = export_run(run, tmp_path / "adapter").folder
@@ -542,7 +587,7 @@ def test_the_licence_is_the_one_that_the_base_names(run, base, tmp_path):
 def test_prompts_are_shown_as_the_model_saw_them(run, tmp_path):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
-    folder = export_run(run, tmp_path / "chat", tokenizer=tokenizer).folder
+    folder = export_run(run, tmp_path / "chat", ExportOptions(tokenizer=tokenizer)).folder
     text = (folder / "README.md").read_text()
     assert "```text\n<user>...<answer>\n```" in text
     assert "tokenizer('<user>...<answer>', return_tensors=\"pt\", add_special_tokens=False)" in text
@@ -551,20 +596,22 @@ def test_prompts_are_shown_as_the_model_saw_them(run, tmp_path):
     values = yaml.safe_load(config.read_text())
     values["task"] |= {"name": "svamp", "system_prompt": "Be brief.", "chat": "never"}
     config.write_text(yaml.safe_dump(values))
-    prompt, chat = export._prompt(twig.load_settings(str(run)), tokenizer)
-    assert prompt.startswith("Be brief.\n\nSolve the problem.") and "Ann has 3 apples" in prompt and not chat
+    prompt = export._prompt(twig.load_settings(str(run)), tokenizer)
+    assert prompt.text.startswith("Be brief.\n\nSolve the problem.") and "Ann has 3 apples" in prompt.text
+    assert not prompt.chat
     values["task"] |= {"prompt_template": "{Body} {question} {{x}}", "system_prompt": None}
     config.write_text(yaml.safe_dump(values))
-    prompt, _ = export._prompt(twig.load_settings(str(run)), tokenizer)
-    assert prompt.startswith("... Ann has 3") and prompt.endswith("{x}")
+    prompt = export._prompt(twig.load_settings(str(run)), tokenizer)
+    assert prompt.text.startswith("... Ann has 3") and prompt.text.endswith("{x}")
 
 
 def test_every_algorithm_is_described_and_the_citations_are_the_projects():
-    assert set(METHODS) == set(twig.ALGORITHMS)
-    for name in METHODS:
+    for name, algorithm in shipped().items():
         card = model_card(subject(f"algorithm.name={name}"))
-        assert "2504.20834" in card and PAPERS.get(name, PAPER) in card
-        assert sum(entry in card for entry in PAPERS.values()) == (name in PAPERS)
+        assert f"{algorithm.title}: {algorithm.summary}." in card
+        assert PAPER in card and (algorithm.citation or PAPER) in card
+        others = {other.citation for other in shipped().values()} - {None, algorithm.citation}
+        assert not [entry for entry in others if entry in card]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     (paper,) = citation["references"]
     for value in (citation["title"], citation["license"], citation["authors"][0]["name"]):
@@ -597,20 +644,20 @@ def test_a_target_that_is_not_empty_is_refused_and_an_empty_one_is_filled(run, t
     target = tmp_path / "out" / "shared"
     target.mkdir(parents=True)
     heard = Heard()
-    assert export_run(run, target, merged=True, progress=heard).folder == target
+    assert export_run(run, target, ExportOptions(merged=True), progress=heard).folder == target
     assert heard.phases == ["loading", "merging", "writing", "checking"]
     assert heard.messages == [
         "the card names no base on the Hub, only mine; add --base-model ID if it has one"
     ]
     assert names(target.parent) == ["shared"]
     before = checksums(target)
-    for options in ({}, {"merged": True}):
-        with pytest.raises(UserError, match="^--output .*shared: not empty"):
-            export_run(run, target, **options)
+    for options in (ExportOptions(), ExportOptions(merged=True)):
+        with pytest.raises(UserError, match="^--output: .*shared is not empty"):
+            export_run(run, target, options)
     file = tmp_path / "file"
     file.write_text("mine")
     for wrong in (file, file / "below"):
-        with pytest.raises(UserError, match="^--output "):
+        with pytest.raises(UserError, match="^--output: "):
             export_run(run, wrong)
     assert checksums(target) == before and file.read_text() == "mine"
 
@@ -628,7 +675,7 @@ def test_nothing_half_is_left(fault, merged, run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "model_card", fail)
     expected = KeyboardInterrupt if fault is KeyboardInterrupt else UserError
     with pytest.raises(expected) as raised:
-        export_run(run, tmp_path / "shared", merged=merged)
+        export_run(run, tmp_path / "shared", ExportOptions(merged=merged))
     assert expected is KeyboardInterrupt or "No space left on device" in str(raised.value)
     assert names(tmp_path) == ["run"]
 
@@ -642,7 +689,7 @@ def test_the_command_line_stops_at_once_and_leaves_nothing(number, run, tmp_path
 
 
 def test_files_are_for_everyone_to_read(run, tmp_path):
-    folder = export_run(run, tmp_path / "shared", merged=True).folder
+    folder = export_run(run, tmp_path / "shared", ExportOptions(merged=True)).folder
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
@@ -688,13 +735,13 @@ def spoil(name):
 
 
 @pytest.mark.parametrize(
-    "spoiled, words, says",
+    "spoiled, arguments, says",
     [
-        ("stopped", "", ["stopped, not finished", "--resume, or write --best"]),
+        ("stopped", "", ["stopped, not finished", "--resume, or pass --best"]),
         ("no_summary", "", ["summary.json", "--resume"]),
         ("old", "", ["summary.json"]),
         ("no_adapter", "", ["adapter_model.safetensors", "--resume"]),
-        ("never_evaluated", "--best", ["--best", "leave --best out"]),
+        ("never_evaluated", "--best", ["--best: ", "Leave out --best"]),
         ("torn", "", ["adapter_model.safetensors: damaged"]),
         ("torn", "--merged", ["adapter_model.safetensors"]),
         ("no_config", "", ["adapter_config.json: cannot be read"]),
@@ -707,10 +754,10 @@ def spoil(name):
         (None, "--base-model a/b/c", ["--base-model: a/b/c"]),
     ],
 )
-def test_what_cannot_be_exported_is_one_line(spoiled, words, says, run, tmp_path, capsys):
+def test_what_cannot_be_exported_is_one_line(spoiled, arguments, says, run, tmp_path, capsys):
     if spoiled:
         spoil(spoiled)(run)
-    assert main(["export", str(run), "--output", str(tmp_path / "shared"), *words.split()]) == 2
+    assert main(["export", str(run), "--output", str(tmp_path / "shared"), *arguments.split()]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("twig: ") and "fault in Twig" not in last
     for text in says:
@@ -720,7 +767,7 @@ def test_what_cannot_be_exported_is_one_line(spoiled, words, says, run, tmp_path
 
 def test_a_stopped_runs_best_adapter_can_be_exported(run, tmp_path):
     spoil("stopped")(run)
-    folder = export_run(run, tmp_path / "shared", best=True).folder
+    folder = export_run(run, tmp_path / "shared", ExportOptions(best=True)).folder
     best = run / "adapter-best" / "adapter_model.safetensors"
     assert (folder / "adapter_model.safetensors").read_bytes() == best.read_bytes()
 
@@ -734,10 +781,11 @@ def test_a_quantised_base_is_not_merged_into(run, base, tmp_path):
     own = Path(shutil.copytree(base, tmp_path / "base"))
     edit(own / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     edit(run / "adapter" / "adapter_config.json", base_model_name_or_path=str(own))
-    with pytest.raises(UserError, match="^--merged: .* is quantised.*not quantised$"):
-        export_run(run, tmp_path / "merged", merged=True)
+    with pytest.raises(UserError, match="^--merged: .* is quantised.* --base-model "):
+        export_run(run, tmp_path / "merged", ExportOptions(merged=True))
     assert export_run(run, tmp_path / "adapter").folder.is_dir()
-    assert export_run(run, tmp_path / "merged", merged=True, base_model=str(base)).base == Base("mine")
+    options = ExportOptions(merged=True, base_model=str(base))
+    assert export_run(run, tmp_path / "merged", options).base == Base("mine")
 
 
 def test_a_merge_out_of_range_is_refused(tmp_path):
@@ -749,7 +797,7 @@ def test_a_merge_out_of_range_is_refused(tmp_path):
         tensor.fill_(300.0)
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match="^--merged: .* leaves the range of torch.float16"):
-        export_run(done.folder, tmp_path / "merged", merged=True)
+        export_run(done.folder, tmp_path / "merged", ExportOptions(merged=True))
 
 
 # To the Hub
@@ -793,7 +841,7 @@ def hub(monkeypatch):
 
 def test_a_push_is_private_unless_public_is_asked_for(hub, run, tmp_path):
     heard = Heard()
-    done = export_run(run, tmp_path / "a", push="ann/better", progress=heard)
+    done = export_run(run, tmp_path / "a", push=Push("ann/better"), progress=heard)
     assert [call for call, _ in hub.calls] == ["create_repo", "model_info", "upload_folder"]
     assert hub.calls[0][1] == {"repo_id": "ann/better", "private": True, "exist_ok": True}
     assert hub.calls[2][1] == {"repo_id": "ann/better", "files": names(tmp_path / "a")}
@@ -801,14 +849,14 @@ def test_a_push_is_private_unless_public_is_asked_for(hub, run, tmp_path):
     assert heard.phases[-1] == "uploading" and "MiB to ann/better" in heard.messages[-1]
     assert "from_pretrained(model, 'ann/better')" in (tmp_path / "a" / "README.md").read_text()
     hub.calls.clear()
-    export_run(run, tmp_path / "b", push="ann/better", public=True)
+    export_run(run, tmp_path / "b", push=Push("ann/better", public=True))
     assert hub.calls[0][1]["private"] is False and hub.calls[-1][0] == "upload_folder"
 
 
 def test_a_public_repository_gets_nothing_unless_public_is_asked_for(hub, run, tmp_path):
     hub.private = False
-    with pytest.raises(UserError, match="^--push: ann/better is there already and public.*add --public"):
-        export_run(run, tmp_path / "a", push="ann/better")
+    with pytest.raises(UserError, match="^--push: ann/better is public.* --public"):
+        export_run(run, tmp_path / "a", push=Push("ann/better"))
     assert "upload_folder" not in [call for call, _ in hub.calls]
     assert (tmp_path / "a" / "README.md").is_file()
 
@@ -831,7 +879,7 @@ def unreachable():
 @pytest.mark.parametrize(
     "call, fault, says",
     [
-        ("create_repo", http(401), "does not accept the token (write `hf auth login`"),
+        ("create_repo", http(401), "does not accept the token; "),
         ("create_repo", http(403), "the token may not write there"),
         ("upload_folder", http(403), "the token may not write there"),
         ("create_repo", http(404, errors.RepositoryNotFoundError), "the Hub answers 404"),
@@ -854,18 +902,18 @@ def test_what_goes_wrong_on_the_hub_is_one_line(call, fault, says, hub, run, tmp
     assert main(["export", str(run), "--output", str(target), "--push", "ann/better"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("twig: --push: ann/better: ") and says in last
-    assert last.endswith(f"hf upload ann/better {target} --private")
+    assert f" hf upload ann/better {target} --private" in last
     assert "token=" not in last and "hf_" not in last
     assert (target / "README.md").is_file()
     with pytest.raises(UserError) as raised:
-        push_folder(target, "ann/better", False, Progress())
+        push_folder(target, Push("ann/better"), Progress())
     assert "\n" not in str(raised.value)
 
 
 def test_without_a_token_nothing_is_written(hub, run, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(UserError, match="^--push: no token .*hf auth login"):
-        export_run(run, tmp_path / "shared", push="ann/better")
+    with pytest.raises(UserError, match="^--push: .*no token .*hf auth login"):
+        export_run(run, tmp_path / "shared", push=Push("ann/better"))
     assert names(tmp_path) == ["run"] and hub.calls == []
 
 
@@ -955,21 +1003,24 @@ def odd(base, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("words", [[], ["lora.r=3", "lora.alpha=5", "lora.target_modules=[k_proj,o_proj]"]])
-def test_training_goes_on_from_an_adapter_of_any_shape(words, odd, base, tmp_path, monkeypatch):
+SAME_SHAPE = ["lora.r=3", "lora.alpha=5", "lora.target_modules=[k_proj,o_proj]"]
+
+
+@pytest.mark.parametrize("overrides", [[], SAME_SHAPE])
+def test_training_starts_from_an_adapter_of_any_shape(overrides, odd, base, tmp_path, monkeypatch):
     before = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), odd))
     files = checksums(odd)
     still = train(
         base,
         tmp_path / "still",
         f"model.adapter={odd}",
-        *words,
+        *overrides,
         reward_funcs=lambda prompts, **k: [1.0 for _ in prompts],
     )
     assert torch.equal(logits(still.model), before), (
         "equal rewards change nothing: it begins where the adapter is"
     )
-    done = train(base, tmp_path / "run", f"model.adapter={odd}", *words)
+    done = train(base, tmp_path / "run", f"model.adapter={odd}", *overrides)
     assert not torch.allclose(logits(done.model), before)
     config = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["layers_to_transform"]) == (3, 5, [0, 2])
@@ -995,7 +1046,7 @@ def test_training_goes_on_from_an_adapter_of_any_shape(words, odd, base, tmp_pat
     ],
 )
 def test_a_setting_that_asks_for_another_shape_is_refused(word, says, odd, base, tmp_path):
-    with pytest.raises(UserError, match=f"^{says}.*leave {word.partition('=')[0]} out$"):
+    with pytest.raises(UserError, match=f"^{says}"):
         train(base, tmp_path / "run", f"model.adapter={odd}", word)
 
 

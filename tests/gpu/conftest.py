@@ -8,7 +8,7 @@ Most modules here import the tests of the module that they are named for, so not
 `tests/numerics.py` has the bounds. Without a GPU they are skipped, or with TWIG_TEST_DEVICE=cpu run on the
 CPU in the same precisions, all but what needs CUDA itself. TWIG_TEST_DEVICE=there runs them on a made-up
 device that refuses to mix with the CPU (`tests/there.py`). The tier has all that a CPU runs by default, but
-in bfloat16 one attention of each family and one size of wave.
+in bfloat16 one attention of each family.
 """
 
 import os
@@ -51,14 +51,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _again(item):
-    """Whether the test is one in bfloat16 that another attention or size of wave stands for."""
+    """Whether the test is one in bfloat16 that another attention stands for."""
     import tiny
 
     values = item.callspec.params if hasattr(item, "callspec") else {}
     if values.get("precision") != "bfloat16":
         return False
-    eager = values.get("attention") == "eager" and tiny.has_sdpa(values["family"])
-    return eager or values.get("wave_size") == 4
+    return values.get("attention") == "eager" and tiny.has_sdpa(values["family"])
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from saved import build_tokenizer
 import twig
 from twig.common.progress import Progress
 from twig.config.load import Settings
-from twig.core.objective import Surrogate
+from twig.core.algorithms.base import Objective
 from twig.engine.inverse_cdf import invert
-from twig.engine.sampler import sample
+from twig.engine.sampler import SamplingParams, sample
 from twig.runs import checkpoint
 from twig.runs.reader import read_metrics
 from twig.tasks.load import load_task
@@ -31,11 +31,11 @@ def test_everything_is_on_the_device():
     model = policy.peft_model
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     named |= {"suppressed": policy.suppressed, "device": torch.empty(0, device=policy.device)}
-    drawn = sample(policy, requests_of(), end_ids=[5, 6, 7], decode=texts_of)
+    drawn = sample(policy, requests_of(), SamplingParams([5, 6, 7], texts_of))
     named["boundary"] = drawn.boundary
     groups = groups_of()
     tries, credits = credit_of(groups)
-    engine_gradient(policy, groups, tries, credits, Surrogate())
+    engine_gradient(policy, groups, tries, credits, Objective())
     optimizer = torch.optim.AdamW(policy.parameters.values())
     optimizer.step()
     named |= {f"gradient of {name}": p.grad for name, p in policy.parameters.items()}
@@ -53,10 +53,10 @@ def test_the_gradient_is_that_of_float64_on_the_cpu(family):
     policy = tiny.build_policy(family, layers=[1, 3])
     groups = groups_of()
     tries, credits = credit_of(groups, "s-grpo")
-    loss, ours = engine_gradient(policy, groups, tries, credits, Surrogate(), 40)
+    loss, ours = engine_gradient(policy, groups, tries, credits, Objective(), 40)
     with numerics.use(numerics.EXACT, "cpu"), numerics.casts():
         exact = numerics.recast(policy, torch.float64, "cpu")
-        theirs = oracle_gradient(exact, groups, tries, credits, Surrogate())
+        theirs = oracle_gradient(exact, groups, tries, credits, Objective())
     numerics.assert_same((loss, {n: g.cpu().double() for n, g in ours.items()}), theirs)
 
 
@@ -162,7 +162,8 @@ def test_a_checkpoint_has_what_the_device_holds(tmp_path):
         settings = settings_of()
     policy = tiny.build_policy()
     task = load_task(settings, reward_funcs=lambda completions, **_: [float(len(c) % 2) for c in completions])
-    known = (build_tokenizer(), task, [tiny.END, 5, 6, 7], Progress())
+    tokenizer = build_tokenizer()
+    known = (tokenizer, task, SamplingParams.of(settings, tokenizer, [tiny.END, 5, 6, 7]), Progress())
     trainer, again = Trainer(settings, policy, *known), Trainer(settings, tiny.build_policy(), *known)
     trainer.step(1)
     tensors, state = trainer.state()

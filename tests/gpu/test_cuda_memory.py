@@ -19,7 +19,7 @@ from twig.common.errors import UserError
 from twig.config.sizes import Sizes
 from twig.engine.lora import attach
 from twig.engine.policy import Policy
-from twig.engine.sampler import Request, sample
+from twig.engine.sampler import Request, SamplingParams, sample
 from twig.planner.phases import CUDA_OUTSIDE
 from twig.runtime.memory_use import PeakMemory
 
@@ -108,7 +108,7 @@ def test_float32_sampling_runs_out_and_goes_on_with_the_same_tokens(decode):
     requests = [Request(rng.integers(3, 50_000, 12), 16, 12, slot) for slot in range(8)]
 
     def draw():
-        found = sample(policy, requests, end_ids=[1], decode=texts, seed=SEED, wave_size=128)
+        found = sample(policy, requests, SamplingParams([1], texts, seed=SEED, wave_size=128))
         policy.release()
         return found
 
@@ -157,7 +157,7 @@ def test_float32_what_sampling_keeps_is_given_up_for_the_update():
         return gradient_of(policy, parts, Sizes(256, 1024, 2**20, False), heard)[0]
 
     whole = update()
-    sample(policy, requests, end_ids=[1], decode=texts, wave_size=256)
+    sample(policy, requests, SamplingParams([1], texts, wave_size=256))
     assert policy.decode_steps.steps, "kept for the next wave"
     gc.collect()
     torch.cuda.empty_cache()

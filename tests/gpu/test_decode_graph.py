@@ -17,7 +17,7 @@ import torch
 
 from twig.core.rng import uniforms
 from twig.engine import decode_graph
-from twig.engine.sampler import Request, sample
+from twig.engine.sampler import Request, SamplingParams, sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 PRECISIONS = ["float32"]
@@ -48,11 +48,8 @@ def drawn_by(policy, decode, requests, **options):
     return sample(
         policy,
         requests,
-        end_ids=[5, 6],
-        decode=lambda rows: [""] * len(rows),
-        seed=SEED,
+        SamplingParams([5, 6], decode=lambda rows: [""] * len(rows), seed=SEED, **options),
         step=STEP,
-        **options,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from gradients import credit_of, texts_of
+from gradients import credit_of, scored, texts_of
 from transformers import AutoModelForCausalLM
 
 from twig.cli.app import main
@@ -23,11 +23,11 @@ from twig.engine import kv_cache
 from twig.engine.kv_cache import KeyValueCache
 from twig.engine.load import load_model, load_tokenizer
 from twig.engine.pack import build_packs
-from twig.engine.sampler import Request, sample
+from twig.engine.sampler import Request, SamplingParams, sample
 from twig.evaluation.evaluate import evaluate_policy as evaluate
 from twig.evaluation.evaluate import measure_model
-from twig.planner.choose import size_run
-from twig.planner.layer_costs import DecodeTable, Table, decode_buffers, kept_by_pack
+from twig.planner.choose import Machine, size_run
+from twig.planner.layer_costs import DecodeTable, Table, Wave, decode_buffers, kept_by_layer, last_queries
 from twig.planner.model_shape import Shape
 from twig.planner.phases import CUDA_OUTSIDE
 from twig.planner.plan import workload_of
@@ -81,17 +81,42 @@ def test_what_a_config_leaves_out_is_what_its_class_has(name):
 def saved_bytes(policy, pack):
     """Bytes of the different storages that the backward pass of a pack keeps, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in policy.peft_model.parameters()}
-    found = {}
+    saved = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and tensor.is_floating_point():
-            found[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that no address is used twice
+            saved[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         policy._target_logps(pack, None, None)
-    return sum(size for size, _ in found.values())
+    return sum(size for size, _ in saved.values())
+
+
+def kept_by_pack(work, table):
+    """Counts the bytes that the backward pass needs of a table, without the keys and values of its stem."""
+    shape, top, queries = work.shape, work.shape.layers - 1, last_queries(work, table)
+    layers = sum(
+        kept_by_layer(work, table, i > work.cut, queries if i == top else None).both
+        for i in range(work.cut, shape.layers)
+    )
+    attends = not work.modules.isdisjoint({"q_proj", "k_proj", "v_proj"})
+
+    def shared(numbers, columns):
+        """Masks, one a window, and rotary embeddings; eager attention keeps only a softmax of the mask."""
+        windows = {shape.windows[i] for i in numbers if attends or i > work.cut}
+        masks = 0 if work.eager else len(windows) * table.keys
+        rotary = (2 if shape.per_type_rotary else 1) * 2 * shape.head_dim
+        return work.element * table.rows * columns * (masks + rotary)
+
+    if queries is None:
+        layers += shared(range(work.cut, top + 1), table.columns)
+    else:
+        layers += shared(range(work.cut, top), table.columns) + shared([top], queries)
+    # The norm's input, and the gradient of log Z by it.
+    head = table.head * (shape.hidden * (4 + work.wide) + 4) + work.wide * table.targets
+    return layers + head
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -104,7 +129,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(family, atten
     )
     group = tiny.random_group(np.random.default_rng(0), prompt_length=8, size=8, longest=16)
     tries, credits = credit_of([group])
-    (pack,) = build_packs([group], tries, credits, 4096)
+    (pack,) = build_packs(scored([group], tries, credits), 4096)
     settings = settings_of(
         "lora.layers=[1,2,3]",
         f"lora.target_modules=[{','.join(modules)}]",
@@ -152,11 +177,11 @@ def test_what_a_decode_step_keeps_is_counted(family, greedy, num):
     """With a prompt's keys and values held once for all of its rows, and with one row of each."""
     policy = tiny.build_policy(family, dtype=torch.float32, decode="graph")
     requests = [Request(np.arange(3, 3 + n), num, 9, slot) for slot, n in enumerate((4, 2, 3))]
-    sample(policy, requests, end_ids=[1], decode=texts_of, greedy=greedy, record=not greedy)
+    sample(policy, requests, SamplingParams([1], texts_of, greedy=greedy, record=not greedy))
     (step,) = policy.decode_steps.steps.values()
     work = workload_of(shape_of(policy.model.config), settings_of("lora.layers=last_third"), "cuda", 4)
     work = replace(work, element=4)
-    table = DecodeTable.of(3, num, 4, 9, not greedy)
+    table = DecodeTable.of(Wave(3, num), 4, 9, not greedy)
     assert (table.prompts, table.each, table.slots, table.length) == (
         step.shape.prompts,
         step.shape.rows,
@@ -169,10 +194,10 @@ def test_what_a_decode_step_keeps_is_counted(family, greedy, num):
 
 def bytes_of(step):
     """Bytes of the tensors that a decode step holds, of each once."""
-    found = [value for value in vars(step).values() if isinstance(value, torch.Tensor)]
-    found += [x for pair in step.rotary.values() for x in pair]
-    found += [x for cache in step.caches for x in (*(cache.prompt or ()), *cache.own)]
-    return sum({x.data_ptr(): x.numel() * x.element_size() for x in found}.values())
+    tensors = [value for value in vars(step).values() if isinstance(value, torch.Tensor)]
+    tensors += [x for pair in step.rotary.values() for x in pair]
+    tensors += [x for cache in step.caches for x in (*(cache.prompt or ()), *cache.own)]
+    return sum({x.data_ptr(): x.numel() * x.element_size() for x in tensors}.values())
 
 
 # The command
@@ -202,11 +227,11 @@ def test_the_predicted_peak_is_the_plan_above_what_is_there(monkeypatch):
     memory = PeakMemory("cpu")
     monkeypatch.setattr(memory, "now", lambda: 10**9)
     tokenizer = load_tokenizer(settings.model)
-    found = size_run(settings, task, tokenizer, None, memory, begins=True)
-    assert found.peak == 10**9 + found.plan.peak
+    chosen = size_run(settings, task, tokenizer, None, Machine(memory), strict=True)
+    assert chosen.peak == 10**9 + chosen.plan.peak
     model, _ = load_model(settings.model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    passed = size_run(settings, task, tokenizer, model, memory, begins=True)
+    passed = size_run(settings, task, tokenizer, model, Machine(memory), strict=True)
     assert passed.peak == 10**9 - weights + passed.plan.peak, "the weights are there, and in the plan"
 
 
@@ -250,13 +275,13 @@ class Cuda(SimpleNamespace):
         self.shares.append(share)
 
 
-def size_on(monkeypatch, cuda, *words, model=None, device="cuda", begins=True):
+def size_on(monkeypatch, cuda, *overrides, model=None, device="cuda", strict=True):
     """Sizes a run on the device; the run is over when this returns."""
     monkeypatch.setattr(torch, "cuda", cuda)
-    settings = settings_of("task.eval_size=4", *words)
+    settings = settings_of("task.eval_size=4", *overrides)
     with PeakMemory(device) as memory:
         tokenizer = load_tokenizer(settings.model)
-        return size_run(settings, load_task(settings), tokenizer, model, memory, begins=begins)
+        return size_run(settings, load_task(settings), tokenizer, model, Machine(memory), strict=strict)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
@@ -286,9 +311,9 @@ def test_what_was_there_before_is_not_the_runs_but_the_model_is(monkeypatch):
     model, _ = load_model("tiny-arithmetic")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     cuda = Cuda(allocated=GIB + weights, reserved=GIB + weights)
-    found = size_on(monkeypatch, cuda, "memory.budget=3GiB", model=model)
+    chosen = size_on(monkeypatch, cuda, "memory.budget=3GiB", model=model)
     assert cuda.shares[1] == (4 * GIB - CUDA_OUTSIDE) / (8 * GIB)
-    assert found.peak == GIB + found.plan.tensors_peak
+    assert chosen.peak == GIB + chosen.plan.tensors_peak
 
 
 def test_a_limit_never_widens_one_that_is_there_and_ends_with_an_error_too(monkeypatch):
@@ -303,8 +328,8 @@ def test_a_limit_never_widens_one_that_is_there_and_ends_with_an_error_too(monke
 
 
 def test_a_budget_below_the_context_is_one_line(monkeypatch):
-    with pytest.raises(UserError, match=r"^memory.budget: 500MiB is less than CUDA itself takes, \d+ MiB; "):
-        size_on(monkeypatch, Cuda(), "memory.budget=500MiB", begins=False)
+    with pytest.raises(UserError, match=r"^memory\.budget: 500MiB .*memory\.budget=6GiB"):
+        size_on(monkeypatch, Cuda(), "memory.budget=500MiB", strict=False)
 
 
 def test_elsewhere_nothing_is_limited(monkeypatch):

@@ -16,7 +16,7 @@ from twig.common.errors import UserError
 from twig.config.load import Settings, load, recipe_names, recipe_text
 from twig.config.sizes import DEFAULT_SIZES, SIZE_KEYS, Sizes, open_sizes, with_sizes
 from twig.planner.choose import choose_sizes
-from twig.planner.layer_costs import waves_of
+from twig.planner.layer_costs import Wave, waves_of
 from twig.planner.ledger import Ledger
 from twig.planner.model_shape import Shape, Unplannable
 from twig.planner.phases import CUDA_GRAPH, LIBRARIES, OUTSIDE, Footprint
@@ -63,8 +63,8 @@ def settings_of(*overrides):
     return Settings.from_dict(MINIMAL, overrides)
 
 
-def items(found, phase):
-    (one,) = [p for p in found.phases if p.name == phase]
+def items(planned, phase):
+    (one,) = [p for p in planned.phases if p.name == phase]
     return {item.name: item.size for item in one.items}
 
 
@@ -74,8 +74,8 @@ def items(found, phase):
 def test_what_a_run_holds_all_along_is_counted_by_hand():
     """A layer has 8*8 + 2*8*4 + 8*8 + 3*8*16 = 576 weights and two norms of 8; embedding and head 10*8 each,
     and a last norm. The adapter of rank 2 on q and v of one layer: 2*(8+8) + 2*(8+4) = 56 numbers."""
-    found = plan(SMALL, settings_of("lora.r=2", *HAND), GIB, "cpu", prompt_tokens=3)
-    held = items(found, "sampling")
+    planned = plan(SMALL, settings_of("lora.r=2", *HAND), GIB, "cpu", prompt_tokens=3)
+    held = items(planned, "sampling")
     assert held["base weights"] == 4 * (3 * (576 + 16) + 2 * 80 + 8)
     assert (held["adapter"], held["gradients"], held["optimizer"]) == (4 * 56, 4 * 56, 2 * 4 * 56)
     # 2 prompts of 3 tokens, 4 completions of 5 tokens each; a row is 8 numbers wide
@@ -90,12 +90,12 @@ HAND = ("rollout.num_generations=4", "rollout.prompts_per_step=2", "rollout.max_
 
 def test_a_head_chunk_is_counted_by_hand():
     """GRPO on 2 x 4 completions of 5 tokens in one pack: the root and 4 tokens of each predict one."""
-    words = ("algorithm.name=grpo", "train.pack_size=1000", "train.head_chunk=170", *HAND)
-    found = plan(SMALL, settings_of(*words), GIB, "cpu", prompt_tokens=3)
+    overrides = ("algorithm.name=grpo", "train.pack_size=1000", "train.head_chunk=170", *HAND)
+    planned = plan(SMALL, settings_of(*overrides), GIB, "cpu", prompt_tokens=3)
     rows = 2 * (1 + 4 * 4)
-    # 170 // 34 = 5 of the 10 words at a time; the chunk before is still there when one is computed
-    assert items(found, "update").get("head chunk", 0) in (0, 5 * rows * (4 + 4))
-    work = workload_of(Shape.from_config(SMALL), settings_of(*words), "cpu", 3)
+    # 170 // 34 = 5 of the vocabulary of 10 at a time; the chunk before is still alive when one is computed
+    assert items(planned, "update").get("head chunk", 0) in (0, 5 * rows * (4 + 4))
+    work = workload_of(Shape.from_config(SMALL), settings_of(*overrides), "cpu", 3)
     ledger = Ledger()
     Footprint(work, Sizes(8, 1000, 170, False, 8))._head(ledger, rows, rows)
     assert ledger.highest["head chunk"] in (0, 5 * rows * 8)
@@ -108,9 +108,9 @@ def test_a_ledger_remembers_its_highest_moment():
     ledger.moment("c", 4)
     ledger.drop("b")
     ledger.take("d", 8)
-    found = ledger.phase("x")
-    assert found.peak == 10
-    assert [(item.name, item.size) for item in found.items] == [("b", 5), ("c", 4), ("a", 1)]
+    planned = ledger.phase("x")
+    assert planned.peak == 10
+    assert [(item.name, item.size) for item in planned.items] == [("b", 5), ("c", 4), ("a", 1)]
 
 
 # Sums, budgets, order
@@ -134,11 +134,11 @@ def test_phases_add_up_and_a_larger_budget_never_chooses_less(asked, prompt, fir
     small, large = (
         plan(BILLION, settings, n * GIB, kind, prompt_tokens=prompt) for n in (first, first + more)
     )
-    for found in (small, large):
-        assert all(phase.peak == sum(item.size for item in phase.items) for phase in found.phases)
-        assert all(item.size > 0 for phase in found.phases for item in phase.items)
-        assert found.fits == all(phase.peak <= 0.95 * found.budget for phase in found.phases)
-        assert found.fits or found.advice or found.sizes.wave_size == 1
+    for planned in (small, large):
+        assert all(phase.peak == sum(item.size for item in phase.items) for phase in planned.phases)
+        assert all(item.size > 0 for phase in planned.phases for item in phase.items)
+        assert planned.fits == all(phase.peak <= 0.95 * planned.budget for phase in planned.phases)
+        assert planned.fits or planned.advice or planned.sizes.wave_size == 1
     assert large.fits or not small.fits
     less, more = small.sizes, large.sizes
     if small.decode == "plain" != large.decode:
@@ -171,9 +171,9 @@ def test_more_of_anything_never_takes_less(asked, prompt, data):
 
 
 def test_what_the_settings_say_is_not_chosen():
-    words = ["rollout.wave_size=3", "train.pack_size=77", "train.head_chunk=99", "eval.batch_size=5"]
-    found = plan(BILLION, settings_of(*words, "train.checkpoint_layers=true"), 24 * GIB, "cuda")
-    assert found.sizes == Sizes(3, 77, 99, True, 5)
+    overrides = ["rollout.wave_size=3", "train.pack_size=77", "train.head_chunk=99", "eval.batch_size=5"]
+    planned = plan(BILLION, settings_of(*overrides, "train.checkpoint_layers=true"), 24 * GIB, "cuda")
+    assert planned.sizes == Sizes(3, 77, 99, True, 5)
 
 
 def test_restarts_are_planned_for():
@@ -190,14 +190,14 @@ def test_restarts_are_planned_for():
 # A CUDA device
 
 
-def names(found, phase):
-    return set(items(found, phase))
+def names(planned, phase):
+    return set(items(planned, phase))
 
 
 def test_on_cuda_a_step_that_is_kept_is_there_in_the_update_too():
-    words = ("algorithm.name=grpo", "rollout.num_generations=8", "rollout.prompts_per_step=4")
-    found = plan(BILLION, settings_of(*words), 24 * GIB, "cuda", prompt_tokens=100)
-    assert found.sizes.wave_size == 32
+    overrides = ("algorithm.name=grpo", "rollout.num_generations=8", "rollout.prompts_per_step=4")
+    planned = plan(BILLION, settings_of(*overrides), 24 * GIB, "cuda", prompt_tokens=100)
+    assert planned.sizes.wave_size == 32
     # 32 completions of 256 slots behind the 128 of their prompts, of which there are so few that each row has
     # them; 28 layers with 2 x 2 heads of 128. Then per token the id, and log-prob, entropy and noise in
     # float32, and the trunk's output; per row the next logits
@@ -205,26 +205,26 @@ def test_on_cuda_a_step_that_is_kept_is_there_in_the_update_too():
     row = 256 * (8 + 3 * 4 + 1536 * 2) + 151936 * 4
     rotary = 2 * (128 + 256) * 128 * 2
     for phase in ("sampling", "update"):
-        assert items(found, phase)["decode buffers"] == cache + 32 * row + rotary
-        assert items(found, phase)["captured graph"] == CUDA_GRAPH + 3 * 32 * 151936 * 4
-    assert {"context", "workspaces", "allocator's reserve"} <= names(found, "loading")
-    assert "decode buffers" not in names(found, "loading")
+        assert items(planned, phase)["decode buffers"] == cache + 32 * row + rotary
+        assert items(planned, phase)["captured graph"] == CUDA_GRAPH + 3 * 32 * 151936 * 4
+    assert {"context", "workspaces", "allocator's reserve"} <= names(planned, "loading")
+    assert "decode buffers" not in names(planned, "loading")
 
 
 @pytest.mark.parametrize("word", ["rollout.decode=plain", "model.engine=plain", "rollout.stop=[x]"])
 def test_sampling_without_captured_steps_keeps_none(word):
-    found = plan(BILLION, settings_of(word), 24 * GIB, "cuda", prompt_tokens=100)
-    assert not any("decode buffers" in names(found, phase.name) for phase in found.phases)
+    planned = plan(BILLION, settings_of(word), 24 * GIB, "cuda", prompt_tokens=100)
+    assert not any("decode buffers" in names(planned, phase.name) for phase in planned.phases)
     assert workload_of(Shape.from_config(BILLION), settings_of(), "cpu", 100).static_decode is False
 
 
 def test_the_peak_that_torch_counts_is_that_of_the_tensors_alone():
     """While a step is captured it is at work in torch's memory; later what it needs is the graph's own."""
-    found = plan(BILLION, settings_of(), 24 * GIB, "cuda", prompt_tokens=100)
-    outside = {p.name: sum(i.size for i in p.items if i.name in OUTSIDE) for p in found.phases}
-    tensors = [phase.peak - outside[phase.name] for phase in found.phases]
+    planned = plan(BILLION, settings_of(), 24 * GIB, "cuda", prompt_tokens=100)
+    outside = {p.name: sum(i.size for i in p.items if i.name in OUTSIDE) for p in planned.phases}
+    tensors = [phase.peak - outside[phase.name] for phase in planned.phases]
     assert CUDA_CONTEXT < min(outside.values())
-    assert max(tensors) <= found.tensors_peak < found.peak - CUDA_CONTEXT
+    assert max(tensors) <= planned.tensors_peak < planned.peak - CUDA_CONTEXT
     plain = plan(BILLION, settings_of("rollout.decode=plain"), 24 * GIB, "cuda", prompt_tokens=100)
     tensors = [sum(i.size for i in p.items if i.name not in OUTSIDE) for p in plain.phases]
     assert plain.tensors_peak == max(tensors)
@@ -239,8 +239,8 @@ def test_the_peak_that_torch_counts_is_that_of_the_tensors_alone():
     ],
 )
 def test_waves_of_captured_steps_are_whole_groups_or_equal_parts_of_one(generations, prompts, sizes):
-    words = (f"rollout.num_generations={generations}", f"rollout.prompts_per_step={prompts}")
-    work = workload_of(Shape.from_config(BILLION), settings_of(*words), "cuda", 100)
+    overrides = (f"rollout.num_generations={generations}", f"rollout.prompts_per_step={prompts}")
+    work = workload_of(Shape.from_config(BILLION), settings_of(*overrides), "cuda", 100)
     assert set(_wave_sizes(work, None)) == sizes
     assert _wave_sizes(work, 7) == [7]
 
@@ -251,29 +251,35 @@ def test_waves_are_those_that_sampling_makes(prompts, generations, size):
     rows = [prompt for prompt in range(prompts) for _ in range(generations)]
     waves = [rows[i : i + size] for i in range(0, len(rows), size)]
     assert set(waves_of(prompts, generations, size)) == {
-        (len(set(wave)), max(map(wave.count, wave))) for wave in waves
+        Wave(len(set(wave)), max(map(wave.count, wave))) for wave in waves
     }
 
 
 def test_where_captured_steps_do_not_fit_the_plain_loop_is_chosen_and_said():
-    words = ("rollout.num_generations=16", "rollout.prompts_per_step=8", "model.dtype=bfloat16")
+    overrides = ("rollout.num_generations=16", "rollout.prompts_per_step=8", "model.dtype=bfloat16")
     config = MODELS["Qwen/Qwen2.5-0.5B-Instruct"]
-    small, large = (plan(config, settings_of(*words), int(n * GIB), "cuda") for n in (2.1, 12))
+    small, large = (plan(config, settings_of(*overrides), int(n * GIB), "cuda") for n in (2.1, 12))
     assert small.fits and (small.decode, large.decode) == ("plain", None)
     assert any("rollout.decode=plain" in note for note in small.notes)
     assert not any("rollout.decode" in note for note in large.notes)
-    fixed = plan(config, settings_of(*words, "rollout.decode=graph"), int(1.95 * GIB), "cuda")
+    fixed = plan(config, settings_of(*overrides, "rollout.decode=graph"), int(1.95 * GIB), "cuda")
     assert fixed.decode is None and "rollout.decode=plain" in {each.changes for each in fixed.advice}
-    found = choose_sizes(settings_of(*words), config, "cuda", int(2.1 * GIB), prompt_tokens=256)
-    assert found.settings.rollout.decode == "plain"
+    planned = choose_sizes(settings_of(*overrides), config, "cuda", int(2.1 * GIB), prompt_tokens=256)
+    assert planned.settings.rollout.decode == "plain"
 
 
 def test_a_wave_leaves_room_for_the_update():
-    words = ("rollout.num_generations=32", "rollout.prompts_per_step=8", "rollout.max_completion_length=1024")
-    settings = settings_of(*words, "algorithm.name=grpo")
-    found = plan(BILLION, settings, 7 * GIB, "cuda", prompt_tokens=100)
-    assert found.fits
-    kept = [item.size for phase in found.phases[1:3] for item in phase.items if item.name == "decode buffers"]
+    overrides = (
+        "rollout.num_generations=32",
+        "rollout.prompts_per_step=8",
+        "rollout.max_completion_length=1024",
+    )
+    settings = settings_of(*overrides, "algorithm.name=grpo")
+    planned = plan(BILLION, settings, 7 * GIB, "cuda", prompt_tokens=100)
+    assert planned.fits
+    kept = [
+        item.size for phase in planned.phases[1:3] for item in phase.items if item.name == "decode buffers"
+    ]
     assert kept[0] == kept[1]
 
 
@@ -282,69 +288,69 @@ def test_a_wave_leaves_room_for_the_update():
 
 def test_advice_is_in_order_of_cost_and_works():
     """Sizes that somebody wrote come first: only speed depends on them."""
-    words = ["rollout.wave_size=128", "train.pack_size=4096", "train.checkpoint_layers=false"]
-    words += ["algorithm.name=grpo", "rollout.max_completion_length=8000", "model.dtype=float32"]
-    settings, budget = settings_of(*words, "lora.layers=all", "rollout.prompts_per_step=64"), int(4.3 * GIB)
-    found = plan(BILLION, settings, budget, "cuda", prompt_tokens=200)
-    assert not found.fits
-    keys = [re.sub("=[^ ]*", "", each.changes) for each in found.advice]
+    overrides = ["rollout.wave_size=128", "train.pack_size=4096", "train.checkpoint_layers=false"]
+    overrides += ["algorithm.name=grpo", "rollout.max_completion_length=8000", "model.dtype=float32"]
+    settings, budget = (
+        settings_of(*overrides, "lora.layers=all", "rollout.prompts_per_step=64"),
+        int(4.3 * GIB),
+    )
+    planned = plan(BILLION, settings, budget, "cuda", prompt_tokens=200)
+    assert not planned.fits
+    keys = [re.sub("=[^ ]*", "", each.changes) for each in planned.advice]
     assert keys == [
         "rollout.wave_size train.pack_size train.checkpoint_layers",
         "model.dtype",
         "rollout.max_completion_length",
     ]
-    assert found.advice[0].changes.endswith("train.checkpoint_layers=null")
-    peaks = [found.peak, *(each.peak for each in found.advice)]
+    assert planned.advice[0].changes.endswith("train.checkpoint_layers=null")
+    peaks = [planned.peak, *(each.peak for each in planned.advice)]
     assert peaks == sorted(peaks, reverse=True)
-    assert [each.fits for each in found.advice] == [False] * (len(keys) - 1) + [True]
-    changed = settings.with_overrides([word for each in found.advice for word in each.changes.split()])
+    assert [each.fits for each in planned.advice] == [False] * (len(keys) - 1) + [True]
+    changed = settings.with_overrides([word for each in planned.advice for word in each.changes.split()])
     assert plan(BILLION, changed, budget, "cuda", prompt_tokens=200).peak == peaks[-1]
 
 
 # What a run makes of it
 
 
-def sized(*words, config=SMALL, free=GIB, **options):
+def sized(*overrides, config=SMALL, free=GIB, **options):
     options = {"prompt_tokens": 3} | options
-    return choose_sizes(settings_of(*words), config, "cpu", free, **options)
+    return choose_sizes(settings_of(*overrides), config, "cpu", free, **options)
 
 
 def test_open_sizes_are_chosen_and_others_kept():
-    found = sized("rollout.wave_size=7")
-    assert found.settings.rollout.wave_size == 7 and open_sizes(found.settings) == []
-    assert found.settings.flat()["train.pack_size"] == found.plan.sizes.pack_size
-    assert found.warning is None
+    chosen = sized("rollout.wave_size=7")
+    assert chosen.settings.rollout.wave_size == 7 and open_sizes(chosen.settings) == []
+    assert chosen.settings.flat()["train.pack_size"] == chosen.plan.sizes.pack_size
+    assert chosen.warning is None
     assert open_sizes(settings_of()) == list(SIZE_KEYS)
     assert with_sizes(settings_of(), DEFAULT_SIZES.by_key()).flat().items() >= DEFAULT_SIZES.by_key().items()
 
 
 def test_a_budget_that_somebody_wrote_is_kept():
-    with pytest.raises(
-        UserError, match=r"^memory\.budget: 1GiB is too little: the run takes up to .* GiB, and"
-    ):
+    with pytest.raises(UserError, match=r"^memory\.budget: 1GiB .*model\.dtype=bfloat16 \(") as caught:
         sized("memory.budget=1GiB", "model.dtype=float32", config=BILLION)
-    with pytest.raises(
-        UserError, match=r"0\.5 is too little: .*; change, the cheapest first: model\.dtype=bfl"
-    ):
+    assert caught.value.key == "memory.budget"
+    with pytest.raises(UserError, match=r"^memory\.budget: 0\.5 .*model\.dtype=bfloat16 \("):
         sized("memory.budget=0.5", "model.dtype=float32", config=BILLION, free=8 * GIB)
     assert sized("memory.budget=200MiB", free=1).warning is None, "a size does not ask what is free"
 
 
-@pytest.mark.parametrize("words, options", [((), {}), (("memory.budget=1GiB",), {"begins": False})])
-def test_what_does_not_fit_is_a_warning_where_nobody_wrote_a_budget_or_the_run_goes_on(words, options):
-    found = sized(*words, config=BILLION, **options)
-    assert found.warning.startswith("memory may run out: the run takes up to ")
-    assert found.settings.rollout.wave_size == 1
+@pytest.mark.parametrize("overrides, options", [((), {}), (("memory.budget=1GiB",), {"strict": False})])
+def test_what_does_not_fit_is_a_warning_without_an_explicit_budget_or_for_a_resumed_run(overrides, options):
+    chosen = sized(*overrides, config=BILLION, **options)
+    assert "GiB" in chosen.warning and "model.dtype=bfloat16" in chosen.warning
+    assert chosen.settings.rollout.wave_size == 1
 
 
 def test_a_model_that_cannot_be_planned_gets_the_defaults_and_says_so():
-    found = sized("rollout.wave_size=7", config={"model_type": "gpt2"})
-    assert (found.plan, found.settings.rollout.wave_size) == (None, 7)
-    assert found.settings.train.pack_size == DEFAULT_SIZES.by_key()["train.pack_size"]
-    assert "'gpt2' cannot be planned" in found.warning and "train.checkpoint_layers=false" in found.warning
+    chosen = sized("rollout.wave_size=7", config={"model_type": "gpt2"})
+    assert (chosen.plan, chosen.settings.rollout.wave_size) == (None, 7)
+    assert chosen.settings.train.pack_size == DEFAULT_SIZES.by_key()["train.pack_size"]
+    assert "'gpt2'" in chosen.warning and "train.checkpoint_layers=false" in chosen.warning
     all_set = [f"{key}={value}".lower() for key, value in DEFAULT_SIZES.by_key().items()]
     assert sized(*all_set, config={"model_type": "gpt2"}).warning is None
-    with pytest.raises(UserError, match=r"^memory\.budget: 6GiB cannot be promised; leave it out"):
+    with pytest.raises(UserError, match=r"^memory\.budget: 6GiB .*'gpt2'"):
         sized("memory.budget=6GiB", config={"model_type": "gpt2"})
     with pytest.raises(Unplannable, match="c_attn"):
         plan(SMALL, settings_of("lora.target_modules=[c_attn]"), GIB, "cpu")
@@ -364,7 +370,7 @@ def test_a_recipe_says_what_memory_it_takes(name):
         assert said == f"{peak / GIB:.1f} GiB beside what Python and torch take."
         return
     plans = {size: plan(MODELS[settings.model.name], settings, size * GIB, "cuda", **prompt) for size in GPUS}
-    size = next(size for size, found in plans.items() if found.fits)
+    size = next(size for size, planned in plans.items() if planned.fits)
     quickest = plan(MODELS[settings.model.name], settings, 80 * GIB, "cuda", **prompt)
     assert said == (
         f"{plans[size].peak / GIB:.1f} GiB on a GPU of {size} GiB, the smallest that it fits; "
@@ -377,8 +383,8 @@ def test_a_recipe_says_what_memory_it_takes(name):
 
 def test_a_plan_needs_neither_weights_nor_torch(test_data):
     config = test_data / "qwen2_1.5b_config" / "config.json"
-    words = ["plan", "svamp-qwen2-1.5b", f"model.name={config}", "--for", "6GiB,8GiB"]
-    code = f"import sys; from twig.cli.app import main; status = main({words!r})\n"
+    command = ["plan", "svamp-qwen2-1.5b", f"model.name={config}", "--for", "6GiB,8GiB"]
+    code = f"import sys; from twig.cli.app import main; status = main({command!r})\n"
     code += "heavy = ('torch', 'transformers', 'datasets', 'peft', 'huggingface_hub', 'pandas')\n"
     code += "sys.exit(status or ' '.join(name for name in heavy if name in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -391,17 +397,17 @@ def test_devices_are_compared_and_the_small_one_is_told_what_to_change(test_data
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
     folder = str(test_data / "qwen2_1.5b_config")
-    words = f"plan gsm8k-qwen3-1.7b model.name={folder} model.dtype=float32 lora.layers=all --for 6GiB,24GiB"
-    assert main(words.split()) == 0
-    heading, *lines = capsys.readouterr().out.splitlines()
-    assert (
-        heading == f"{folder} on a CUDA GPU, prompts of up to 320 tokens (assumed; write --prompt-tokens N)"
+    command = (
+        f"plan gsm8k-qwen3-1.7b model.name={folder} model.dtype=float32 lora.layers=all --for 6GiB,24GiB"
     )
+    assert main(command.split()) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.startswith(f"{folder} on a CUDA GPU, ")
+    assert "320 tokens" in heading and "--prompt-tokens N" in heading
     assert all(len(line) <= 80 for line in lines)
     assert "peak, GiB  loading  sampling  update  evaluation  fits" in "\n".join(lines)
     assert [line.split()[5] for line in lines if line.startswith(("6GiB ", "24GiB "))] == ["no", "yes"]
     start = next(i for i, line in enumerate(lines) if line.startswith("6GiB: "))
-    assert " too little. Change, the cheapest first" in lines[start]
     assert lines[start + 1].split()[:1] == ["model.dtype=bfloat16"]
 
 
@@ -417,9 +423,7 @@ def test_the_plan_of_a_run_can_be_written_into_its_settings(tmp_path, capsys):
 
 def test_a_dry_run_without_a_config_at_hand_says_so(capsys):
     assert main(["train", "svamp-qwen2-1.5b", "model.name=nobody/nothing", "--dry-run"]) == 0
-    assert "# memory is not planned: model.name: the config.json of nobody/nothing is neither here" in (
-        capsys.readouterr().out
-    )
+    assert re.search(r"^# .*model\.name: .*nobody/nothing", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_without_a_network_a_plan_ends_at_once(monkeypatch, capsys):
@@ -434,10 +438,10 @@ def test_without_a_network_a_plan_ends_at_once(monkeypatch, capsys):
     monkeypatch.setattr("twig.planner.model_shape.reachable", lambda: False)
     assert main(["plan", "svamp-qwen2-1.5b", "model.name=nobody/nothing"]) == 2
     shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and "neither here nor reachable on the Hub" in shown
+    assert shown.count("\n") == 1 and "model.name: " in shown and "nobody/nothing" in shown
 
 
 def test_a_broken_config_is_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 4}))
     assert main(["plan", "quickstart", f"model.name={tmp_path}"]) == 2
-    assert "'mamba' cannot be planned" in capsys.readouterr().err
+    assert "'mamba'" in capsys.readouterr().err

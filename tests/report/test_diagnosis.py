@@ -9,6 +9,7 @@ from rich.console import Console
 
 from twig.cli.display import show_findings
 from twig.config.load import Settings
+from twig.core.algorithms.registry import shipped
 from twig.report.diagnosis import SYMPTOMS, findings
 from twig.report.history import History
 
@@ -118,7 +119,10 @@ CASES = {
         {"accuracy_best": accuracy(0.8, step=20), "accuracy_after": accuracy(0.7)},
         {"accuracy_best": accuracy(0.72, step=20), "accuracy_after": accuracy(0.7)},
     ),
-    "Learned by heart": ({"accuracy_after": accuracy(0.55)}, {"accuracy_after": accuracy(0.66)}),
+    "Overfitting to the training problems": (
+        {"accuracy_after": accuracy(0.55)},
+        {"accuracy_after": accuracy(0.66)},
+    ),
     "Too few problems to tell": (
         {"accuracy_before": accuracy(0.7, 50, 0.12), "accuracy_after": accuracy(0.76, 50, 0.12)},
         {"accuracy_before": accuracy(0.7), "accuracy_after": accuracy(0.77)},
@@ -172,14 +176,17 @@ def test_a_symptom_is_seen_where_it_is_and_only_there(name):
 
 @pytest.mark.parametrize("symptom", SYMPTOMS, ids=lambda symptom: symptom.name)
 def test_what_is_to_be_changed_is_a_setting(symptom):
-    known = Settings.from_dict({"model": {"name": "x"}, "task": {"name": "multiplication"}}).flat()
+    values = {"model": {"name": "x"}, "task": {"name": "multiplication"}}
+    settings = {
+        key for name in shipped() for key in Settings.from_dict(values | {"algorithm": {"name": name}}).flat()
+    }
     named = re.findall(r"\b(?:model|lora|task|rollout|algorithm|train|eval|memory|log)\.\w+", symptom.change)
-    assert named and set(named) <= set(known)
+    assert named and set(named) <= settings
 
 
 def test_problems_come_first():
-    found = findings(history({"completions/clipped_ratio": 0.3, "kl": 1.0}))
-    assert [finding.is_problem for finding in found] == [True, False]
+    symptoms = findings(history({"completions/clipped_ratio": 0.3, "kl": 1.0}))
+    assert [finding.is_problem for finding in symptoms] == [True, False]
 
 
 def test_a_run_of_one_step_is_not_judged_by_its_trend_but_by_what_can_be_seen():
@@ -200,8 +207,8 @@ def test_words_say_what_was_seen():
 
 
 def test_training_prints_the_first_few():
-    out, found = io.StringIO(), findings(history({"kl": 0.75, "completions/clipped_ratio": 0.95}))
-    show_findings(Console(file=out, width=80), [*found, *found])
+    out, symptoms = io.StringIO(), findings(history({"kl": 0.75, "completions/clipped_ratio": 0.95}))
+    show_findings(Console(file=out, width=80), [*symptoms, *symptoms])
     lines = [line for line in out.getvalue().splitlines() if line]
     assert lines[0].startswith("problem  All completions are cut off: 95 % of the completions")
     assert lines[1].strip().startswith("change a larger rollout.max_completion_length")

@@ -16,7 +16,7 @@ NO_SIGNAL = GOOD | {"frac_reward_zero_std": 1.0}
 
 def said(rows):
     watch = LiveWarnings()
-    return [words for row in rows for words in watch.warnings(row)]
+    return [text for row in rows for text in watch.warnings(row)]
 
 
 def test_a_run_that_learns_hears_nothing():
@@ -37,8 +37,8 @@ def test_a_run_that_learns_hears_nothing():
 )
 def test_what_lasts_is_said_once_with_the_setting_to_change(row, names):
     assert said([row] * (PATIENCE - 1)) == []
-    (words,) = said([row] * 3 * PATIENCE)
-    assert names in words
+    (text,) = said([row] * 3 * PATIENCE)
+    assert names in text
     interrupted = [row] * (PATIENCE - 1) + [GOOD]
     assert said(interrupted * 5) == [], "in a row"
     assert len(said(([row] * PATIENCE + [GOOD]) * 2)) == 2, "and again when it comes back"

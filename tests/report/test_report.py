@@ -15,14 +15,14 @@ from run_folders import WORDS, write_run
 from twig.cli.app import main
 from twig.common.errors import UserError
 from twig.config.load import load
-from twig.config.schema import Algorithm
-from twig.core.algorithms.assign import assign
+from twig.core.algorithms.registry import algorithm
+from twig.core.credit import assign
 from twig.core.rng import CREDIT, generator
 from twig.core.trie import PrefixTrie
 from twig.report.credit_map import SHOWN, Strings, choose, group_map, read_groups, saved_steps
 from twig.report.curves import arm_series, arms_of, differing
 from twig.report.history import read_run
-from twig.report.page import json_text, page_of, write_report
+from twig.report.page import page_of, write_report
 
 
 @pytest.fixture
@@ -86,11 +86,12 @@ def test_credit_on_the_page_is_that_of_the_algorithms(tmp_path, overrides, size)
         assert (drawn["size"], drawn["distinct"]) == (len(group), len(trie) - 1)
         assert drawn["mean"] == pytest.approx(np.mean(rewards))
         for name, given in drawn["credit"].items():
-            options = own if name == own.name else Algorithm(name=name)
+            options = own if name == own.name else algorithm(name)
             if name != own.name and {name, own.name} == {"grpo", "s-grpo"}:
-                options = Algorithm(name=name, scale_rewards=own.scale_rewards)
+                options = algorithm(name, scale_rewards=own.scale_rewards)
             trains = trained if own.mask_truncated_completions else np.ones(len(group), bool)
-            credit = assign(trie, options, generator(0, CREDIT, slot, 7), 2, trains)
+            trie = PrefixTrie.build([row["token_ids"] for row in group], rewards, trained=trains)
+            (credit,), _ = assign(options, [trie], [generator(0, CREDIT, slot, 7)], 2)
             assert given["trained"] == np.count_nonzero((credit.plus != 0) | (credit.minus != 0))
             by_prefix = {}
             for path, row in zip(trie.paths, group, strict=True):
@@ -108,11 +109,11 @@ def test_credit_on_the_page_is_that_of_the_algorithms(tmp_path, overrides, size)
 
 def test_counts_values_and_ends_by_hand(tmp_path):
     #  a b (R 1), a b (R 0), a c d (R 1), a c (R 0): root 4, a 4, b 2 (1/2), c 2 (1/2), d 1 (1)
-    words = {"a": 0, "b": 1, "c": 2, "d": 3}
+    numbers = {"a": 0, "b": 1, "c": 2, "d": 3}
     rows = [
         {"completion_index": i, "prompt_index": 5, "prompt": "p", "prefix_length": 0, "finished": True}
         | {
-            "token_ids": [words[c] for c in text],
+            "token_ids": [numbers[c] for c in text],
             "tokens": list(text),
             "reward": reward,
             "right": reward == 1,
@@ -123,8 +124,8 @@ def test_counts_values_and_ends_by_hand(tmp_path):
 
     settings = load("quickstart")
     path = RunLog.create(tmp_path / "run", settings).save_completions(3, rows)
-    (group,) = read_groups(3, path, settings.algorithm)
-    drawn = group_map(group, settings, Strings())
+    (group,) = read_groups(3, path, settings)
+    drawn = group_map(group, Strings())
     assert drawn["segments"] == [
         [-1, 1, 4, 0.5, [0], []],
         [0, 2, 2, 0.5, [1], [0, 1]],
@@ -145,8 +146,8 @@ def test_counts_values_and_ends_by_hand(tmp_path):
 def test_groups_are_those_of_the_step_the_most_divided_first(tmp_path):
     folder = write_run(tmp_path / "run", saved=(3, 11, 2), groups=3)
     assert list(saved_steps(folder)) == [2, 3, 11]
-    groups = read_groups(3, saved_steps(folder)[3], Algorithm())
-    assert sorted(group.slot for group in groups) == [0, 1, 2] and {g.num_groups for g in groups} == {3}
+    groups = read_groups(3, saved_steps(folder)[3], load(str(folder)))
+    assert sorted(group.slot for group in groups) == [0, 1, 2]
     spread = [group.rewards.var() for group in groups]
     assert spread == sorted(spread, reverse=True)
 
@@ -166,7 +167,7 @@ def test_completions_of_a_file_without_texts_are_shown_by_number(run):
     path = run / "completions" / "step-1.parquet"
     parquet.write_table(parquet.read_table(path).drop_columns(["tokens"]), path)
     strings = Strings()
-    group_map(read_groups(1, path, Algorithm())[0], load(str(run)), strings)
+    group_map(read_groups(1, path, load(str(run)))[0], strings)
     assert set(strings.texts) <= {f"[{i}]" for i in range(len(WORDS))}
 
 
@@ -180,10 +181,10 @@ def test_runs_that_differ_by_seed_only_are_one_arm(tmp_path):
         ("c", ["train.learning_rate=0.5"], 0),
         ("d", ["algorithm.name=grpo"], 0),
     ]
-    made += [("e", ["log.completions_steps=7"], 2)]
+    made += [("e", ["log.completions_steps=7"], 2), ("f", ["memory.budget=2GiB"], 3)]
     runs = [read_run(write_run(tmp_path / name, list(o), seed=seed)) for name, o, seed in made]
     arms = arms_of(runs)
-    assert [[run.name for run in arm.runs] for arm in arms] == [["a", "b", "e"], ["c"], ["d"]]
+    assert [[run.name for run in arm.runs] for arm in arms] == [["a", "b", "e", "f"], ["c"], ["d"]]
     assert [arm.label for arm in arms] == [
         "t-spmo, learning_rate=0.0001",
         "t-spmo, learning_rate=0.5",
@@ -192,21 +193,21 @@ def test_runs_that_differ_by_seed_only_are_one_arm(tmp_path):
     table = differing(arms)
     assert table["train.learning_rate"] == [1e-4, 0.5, 1e-4]
     assert table["algorithm.normalise"] == ["unique", "unique", None], "grpo has no such setting"
-    assert not {"train.seed", "log.completions_steps", "model.name"} & set(table)
+    assert not {"train.seed", "log.completions_steps", "memory.budget", "model.name"} & set(table)
 
 
 def test_a_curve_is_the_mean_of_the_steps_that_a_point_stands_for(tmp_path):
     runs = [read_run(write_run(tmp_path / str(seed), steps=600, saved=(), seed=seed)) for seed in (0, 1)]
     (arm,) = arms_of(runs)
-    found = arm_series(arm)
+    series = arm_series(arm)
     rewards = np.array([run.history.column("reward") for run in runs])
     width = 3  # 600 steps in at most 240 points
     means = rewards.reshape(2, 200, width).mean(2)
     for name, how in (("mean", np.mean), ("low", np.min), ("high", np.max)):
-        np.testing.assert_allclose(found["series"]["reward"][name], how(means, 0), rtol=1e-3)
-    assert found["x"]["step"] == list(range(3, 601, 3))
-    np.testing.assert_allclose(found["x"]["tokens"], np.arange(3, 601, 3) * 2560, rtol=1e-5)
-    assert "kl" not in found["series"], "no run has it"
+        np.testing.assert_allclose(series["series"]["reward"][name], how(means, 0), rtol=1e-3)
+    assert series["x"]["step"] == list(range(3, 601, 3))
+    np.testing.assert_allclose(series["x"]["tokens"], np.arange(3, 601, 3) * 2560, rtol=1e-5)
+    assert "kl" not in series["series"], "no run has it"
 
 
 def test_accuracy_has_each_evaluation_with_an_interval(tmp_path):
@@ -248,12 +249,19 @@ def test_text_of_models_and_users_is_only_data(tmp_path):
     assert set(HOSTILE) & set(data_of(page)["strings"]) and data_of(page)["runs"][0]["name"] == "<b>run&amp;"
 
 
-def test_json_in_a_page_cannot_end_its_element():
-    text = json_text({"a": "</script><!--&\u2028\ud800"})
+def test_json_in_a_page_cannot_end_its_element(tmp_path):
+    folder = hostile_run(tmp_path / "run")
+    text = re.search(r'id="data">(.*?)\n?<', page_of([read_run(folder)]), re.DOTALL)[1]
     assert not set("<>&\u2028") & set(text) and text.isascii()
-    assert json.loads(text)["a"] == "</script><!--&\u2028\ud800"
-    with pytest.raises(ValueError):
-        json_text(float("nan"))
+    assert "</script><script>alert(1)</script>" in json.loads(text)["strings"]
+
+
+def test_what_cannot_be_seen_is_written_out(tmp_path):
+    """Among them a mark that turns the text after it around, and a zero byte."""
+    folder = write_run(tmp_path / "run")
+    facts = json.loads((folder / "environment.json").read_text()) | {"device": "a\u202eb\x00c\td"}
+    (folder / "environment.json").write_text(json.dumps(facts))
+    assert "<dd>a\\u202eb\\x00c\\td</dd>" in page_of([read_run(folder)])
 
 
 def test_the_policy_allows_the_page_its_own_script_and_style_and_nothing_else(run):
@@ -308,22 +316,22 @@ def test_the_command_writes_into_the_folder_of_one_run_and_beside_several(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "words, line",
+    "arguments, line",
     [
-        (["nowhere"], "nowhere holds no run; write the folder of one"),
-        (["run", "--output", "no/where.html"], "cannot be written (No such file or directory)"),
+        (["nowhere"], "nowhere: it holds no run"),
+        (["run", "--output", "no/where.html"], "no/where.html cannot be written (No such file or directory)"),
     ],
 )
-def test_what_cannot_be_reported_is_one_line(tmp_path, monkeypatch, capsys, words, line):
+def test_what_cannot_be_reported_is_one_line(tmp_path, monkeypatch, capsys, arguments, line):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run")
-    assert main(["report", *words]) == 2
+    assert main(["report", *arguments]) == 2
     assert line in capsys.readouterr().err
 
 
 def test_a_damaged_file_of_metrics_is_named(run):
     (run / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+    with pytest.raises(UserError, match="metrics.jsonl line 1"):
         read_run(run)
 
 

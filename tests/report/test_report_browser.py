@@ -59,12 +59,12 @@ def test_a_page_is_whole_at_every_width(browser, pages, name, width, dark):
     axe = axe_source()
     if axe is not None:
         browser.run(axe)
-        found = browser.run_async(
+        result = browser.run_async(
             "const done = arguments[arguments.length - 1];"
             "axe.run().then((r) => done({bad: r.violations.map((v) => [v.id, v.nodes[0].html]),"
             " good: r.passes.length}))"
         )
-        assert found["bad"] == [] and found["good"] > 20
+        assert result["bad"] == [] and result["good"] > 20
 
 
 def test_no_script_of_a_hostile_page_runs(browser, pages):
@@ -114,17 +114,17 @@ def test_a_group_is_found_by_step_reward_and_problem(browser, pages):
     browser.open(pages["several"])
     change = (
         "const [name, value] = arguments; credit.parts[name].value = value;"
-        "credit.parts[name].dispatchEvent(new Event(name === 'words' ? 'input' : 'change'));"
+        "credit.parts[name].dispatchEvent(new Event(name === 'search' ? 'input' : 'change'));"
         "return credit.matches.map((g) => [g.run, g.step, g.num_right / g.size, g.problem])"
     )
     everything = browser.run(change, "step", "")
     assert len(everything) == 4 * 2 * 2
     by_step = browser.run(change, "step", "20")
     assert by_step == [row for row in everything if row[1] == 20]
-    assert browser.run(change, "words", "1+2") == by_step, "the text of the problem"
-    assert browser.run(change, "words", "0") == [row for row in by_step if row[3] == 0], "its number"
-    assert browser.run(change, "words", "nowhere") == []
-    browser.run(change, "words", "")
+    assert browser.run(change, "search", "1+2") == by_step, "the text of the problem"
+    assert browser.run(change, "search", "0") == [row for row in by_step if row[3] == 0], "its number"
+    assert browser.run(change, "search", "nowhere") == []
+    browser.run(change, "search", "")
     mixed = browser.run(change, "reward", "mixed")
     assert mixed == [row for row in by_step if 0 < row[2] < 1]
 

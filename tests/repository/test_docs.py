@@ -1,8 +1,7 @@
-"""What the documents say is true: examples run; files, functions, settings and tests that are named exist."""
+"""What the documents say is true: examples run; files, functions, settings and metrics they name exist."""
 
 import ast
 import importlib
-import importlib.util
 import json
 import re
 import shlex
@@ -16,27 +15,25 @@ from project import MODULES, ROOT, SOURCE
 import twig
 from twig.cli.app import main
 from twig.config.load import Settings
+from twig.core.algorithms.registry import shipped
 from twig.runs.folder import RunLog
 
-# Pages that name so much that a check which finds nothing has lost its eyes.
-RICH = (
-    "README.md",
-    "docs/algorithms.md",
-    "docs/architecture.md",
-    "docs/from-trl.md",
-    "docs/troubleshooting.md",
-)
-README, ALGORITHMS, ARCHITECTURE = (
-    PAGES[name] for name in ("README.md", "docs/algorithms.md", "docs/architecture.md")
-)
+README = PAGES["README.md"]
 
-# What examples are run with in place of what they say, so that they take seconds. Each text must be there.
+# What examples are run with instead of what they say, so that they take seconds.
 SHORTER = {
     "max_steps: 100": "max_steps: 2",
     '"max_steps": 100': '"max_steps": 2',
     "max_completion_length: 64": "max_completion_length: 12",
     '"max_completion_length": 64': '"max_completion_length": 12',
 }
+# Pages whose examples are run by a test of their own.
+ELSEWHERE = {
+    "docs/start.md": "test_the_readme_from_top_to_bottom",
+    "docs/architecture.md": "test_the_parts_put_together_by_hand_give_a_gradient",
+    "docs/from-trl.md": "config/test_from_peft.py",
+}
+WITH_EXAMPLES = sorted(name for name in PAGES if examples(PAGES[name]) and name not in ELSEWHERE)
 # What is added to the commands.
 SMALL = {
     "train": "train.max_steps=2 eval.limit=8 rollout.num_generations=4 rollout.prompts_per_step=2 "
@@ -45,8 +42,11 @@ SMALL = {
 }
 SUFFIXES = (".py", ".md", ".html", ".json", ".jsonl", ".yaml", ".parquet", ".cff")
 DOTTED = re.compile(r"([a-z][\w]*)(\.[\w]+)+")
+METRIC = re.compile(
+    r"(?:answers|completions|eval|flops|memory|optimizer|replay|rewards|sampling|time|tokens)/[\w/]*"
+)
 MINIMAL = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
-# Written by runs and by readers of the README.
+# Written by runs and by readers of the pages.
 MADE = {
     "config.yaml",
     "environment.json",
@@ -57,7 +57,7 @@ MADE = {
     "problems.jsonl",
     "rewards.py",
     "my.yaml",
-    # named in other pages
+    "mine.py",
     "config.json",
     "arithmetic.yaml",
     "STUDY.yaml",
@@ -68,6 +68,7 @@ MADE = {
     "traceback.txt",
     "warnings.txt",
     "site/index.html",
+    "twig.schema.json",
 }
 
 
@@ -77,109 +78,64 @@ def shorter(text: str) -> str:
     return text
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder to be in, with the README's files."""
+# Examples run
+
+
+@pytest.mark.slow
+def test_the_readme_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    """The quickstart, every command of the README with its files, and the example that uses the result."""
     monkeypatch.chdir(tmp_path)
     for _, text, file in blocks(README):
         if file is not None:
             Path(file).write_text(shorter(text), encoding="utf-8")
-    return tmp_path
-
-
-@pytest.fixture
-def quickstart(folder):
-    """`make quickstart`, of two steps."""
     assert main(["train", "quickstart", "--output", "runs/quickstart", *SMALL["train"].split()]) == 0
-    return folder / "runs" / "quickstart"
-
-
-# Examples run
-
-
-def test_the_shorter_texts_are_in_the_readme():
-    for text in SHORTER:
-        assert text in README, text
-
-
-def test_the_readme_has_the_files_of_its_own_task(folder):
-    assert {path.name for path in folder.iterdir()} == {"problems.jsonl", "rewards.py", "my.yaml"}
-    for line in Path("problems.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        a, b = row["prompt"].rstrip("=").split("*")
-        assert int(a) * int(b) == int(row["answer"])
-
-
-def test_the_commands_of_the_readme_run(quickstart, capsys):
     commands = [
         shlex.split(line, comments=True)
         for language, text, _ in blocks(README)
         if language == "sh"
         for line in text.splitlines()
     ]
-    assert {words[1] for words in commands} == {
-        "train",
-        "eval",
-        "export",
-        "tasks",
-        "recipes",
-        "plan",
-        "report",
-        "env",
-    }
-    assert all(words[0] == "twig" for words in commands)
-    for _, *words in commands:
-        assert main([*words, *SMALL.get(words[0], "").split()]) == 0, words
-        assert capsys.readouterr().out, words
+    assert commands
+    for program, name, *arguments in commands:
+        assert program == "twig"
+        assert main([name, *arguments, *SMALL.get(name, "").split()]) == 0, (name, arguments)
+        assert capsys.readouterr().out, (name, arguments)
     assert json.loads(Path("runs/my-1/summary.json").read_text())["task"] == "custom"
 
-
-def test_the_trained_adapter_answers_in_six_lines(quickstart, capsys):
-    (six,) = [text for text in examples(README) if "PeftModel" in text]
-    assert len([line for line in six.splitlines() if line]) == 6
+    (use,) = [text for text in examples(PAGES["docs/start.md"]) if "PeftModel" in text]
     names = {}
-    exec(compile(six, "README.md", "exec"), names)
-    shown = capsys.readouterr().out
-    assert re.fullmatch(r"347\*26=[0-9*=,:#+-]+\n", shown)
+    exec(compile(use, "start.md", "exec"), names)
+    assert re.fullmatch(r"347\*26=[0-9*=,:#+-]+\n", capsys.readouterr().out)
     trained = {n: p for n, p in names["model"].named_parameters() if "lora_B" in n}
     assert trained and any(bool(p.any()) for p in trained.values()), "the adapter of the run is in it"
 
 
-def test_training_from_python_runs(folder, capsys):
-    (whole,) = [text for text in examples(README) if "twig.train(" in text]
-    names = {}
-    exec(compile(shorter(whole), "README.md", "exec"), names)
-    assert names["run"].summary["steps"] == 2
-    assert names["run"].summary["accuracy_after"]["n"] == 20
-    assert capsys.readouterr().out.startswith(str(names["run"].folder))
-
-
-def test_credit_alone_runs(capsys):
-    (alone,) = [text for text in examples(README) if "twig.assign(" in text]
-    exec(compile(alone, "README.md", "exec"), {})
-    # V: root 1/3; after 7 the same; after 7 8 it is 1, after 7 9 it is 0, and so it stays. Six nodes.
-    assert capsys.readouterr().out.splitlines() == [
-        "token 8 at depth 2: +0.111",
-        "token 9 at depth 2: -0.056",
-    ]
-
-
-def test_every_example_of_the_readme_is_run_by_one_of_these():
-    assert len(examples(README)) == 3
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_run_and_print_what_the_page_says(name, tmp_path, monkeypatch, capsys):
+    """A block of text that follows an example is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    assert examples(PAGES[name])
+    parts = blocks(PAGES[name])
+    for _, text, file in parts:
+        if file is not None:
+            Path(file).write_text(text, encoding="utf-8")
+    for number, (language, text, file) in enumerate(parts):
+        if language != "python" or file is not None:
+            continue
+        capsys.readouterr()
+        exec(compile(shorter(text), name, "exec"), {})
+        following = parts[number + 1] if number + 1 < len(parts) else ("", "", None)
+        if following[0] == "text":
+            assert capsys.readouterr().out == following[1]
 
 
 def test_the_parts_put_together_by_hand_give_a_gradient():
-    (parts,) = examples(ARCHITECTURE)
+    (parts,) = examples(PAGES["docs/architecture.md"])
     names = {}
     exec(compile(parts, "architecture.md", "exec"), names)
     assert 0 < names["rewards"].sum() < 16, "both kinds of answer are in the group"
     gradients = [p.grad for n, p in names["policy"].parameters.items() if "lora_B" in n]
     assert all(g is not None and bool(g.any()) for g in gradients)
-
-
-def test_the_example_of_algorithms_runs():
-    (example,) = examples(ALGORITHMS)
-    exec(compile(example, "algorithms.md", "exec"), {})
 
 
 def test_a_t_spmo_step_can_lower_the_expected_reward():
@@ -188,8 +144,7 @@ def test_a_t_spmo_step_can_lower_the_expected_reward():
     number, reward = np.array([658, 282, *[5] * 12]), np.array([0.5, 0.0, *[1.0] * 12])
     tokens = np.repeat(np.arange(len(number)), number)
     trie = twig.PrefixTrie.build(list(tokens[:, None]), reward[tokens])
-    options = twig.Algorithm(name="t-spmo")
-    credit = twig.assign(trie, options, np.random.default_rng(0), num_prompts=1)
+    credit = twig.algorithm("t-spmo").weights(trie, np.random.default_rng(0))
     p, weight = number / 1000, (credit.plus + credit.minus)[1:]
     ascent = weight - p * weight.sum()  # the gradient of sum(weight * log p) by the logits
     policy_gradient = p * (reward - p @ reward)  # that of the expected reward
@@ -202,33 +157,41 @@ def test_a_t_spmo_step_can_lower_the_expected_reward():
 # What is named exists
 
 
+def every_setting() -> set[str]:
+    """The settings of all shipped algorithms."""
+    return {
+        key
+        for name in shipped()
+        for key in Settings.model_validate(MINIMAL | {"algorithm": {"name": name}}).flat()
+    }
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_setting_function_and_file_named_exists(name):
     """`group.key` is a setting, `module.function` is in that module, `folder/file.py` is a file."""
-    settings = Settings.model_validate(MINIMAL).flat()
+    settings = every_setting()
     ours = {*Settings.model_fields, *MODULES, "twig"}
     code = [word for word in code_words(PAGES[name]) if not word.startswith("python -m twig.")]
-    words = [part for word in code for part in re.split(r"[\s(=:]", word)]
-    files = [word for word in words if word.endswith(SUFFIXES)]
-    dotted = [word for word in words if DOTTED.fullmatch(word) and word not in files]
-    for word in files:
-        assert _is_file(word), f"{word} is no file"
-    for word in (word for word in dotted if word.split(".")[0] in ours):
-        assert word in settings or _has(word), f"{word} is neither a setting nor in a module"
-    assert len(files) + len(dotted) > 5 or name not in RICH
+    parts = [part for word in code for part in re.split(r"[\s(=:]", word)]
+    files = [part for part in parts if part.endswith(SUFFIXES)]
+    for file in files:
+        assert _is_file(file), f"{file} is no file"
+    for dotted in (part for part in parts if DOTTED.fullmatch(part) and part not in files):
+        if dotted.split(".")[0] in ours:
+            assert dotted in settings or _has(dotted), f"{dotted} is neither a setting nor in a module"
 
 
-def _is_file(word: str) -> bool:
-    if word in MADE or re.fullmatch(r"completions/step-N\.parquet", word):
+def _is_file(name: str) -> bool:
+    if name in MADE or re.fullmatch(r"completions/step-N\.parquet", name):
         return True
     places = (ROOT, SOURCE, ROOT / "docs", ROOT / "tests", SOURCE / "recipes")
-    return any((place / word).is_file() for place in places)
+    return any((place / name).is_file() for place in places)
 
 
 def _has(dotted: str) -> bool:
     parts = dotted.split(".")
     if parts[0] == "twig":
-        return len(parts) == 2 and parts[1] in twig.__all__
+        return ".".join(parts[1:]) in twig.__all__ or _has(".".join(parts[1:]))
     if dotted in MODULES:
         return True
     for length in range(len(parts) - 1, 0, -1):
@@ -261,11 +224,32 @@ def test_the_check_of_names_sees_a_wrong_one():
     assert not _is_file("credits.py")
 
 
-def test_every_function_of_the_equations_is_of_the_modules_that_compute_them():
+def metrics_explained() -> set[str]:
+    """The names in the tables of docs/metrics.md; a test of training compares them with what runs write."""
+    return set(re.findall(r"^\| `(.+?)`", PAGES["docs/metrics.md"], re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_metric_named_is_explained(name):
+    explained = metrics_explained()
+    for metric in filter(METRIC.fullmatch, code_words(PAGES[name])):
+        if not metric.endswith("/"):  # a folder, or a group of metrics
+            assert metric in explained, metric
+
+
+def test_the_check_of_metrics_sees_a_wrong_one():
+    assert METRIC.fullmatch("tokens/chosen") and "tokens/chosen" not in metrics_explained()
+    assert METRIC.fullmatch("tokens/selected") and "tokens/selected" in metrics_explained()
+
+
+def test_every_algorithm_and_function_of_the_equations_is_on_their_page():
     """The page says where each rule is; a rule that is added needs its line."""
-    named = {word for word in code_words(ALGORITHMS) if DOTTED.fullmatch(word) and _has(word)}
-    for name, rule in twig.ALGORITHMS.items():
-        assert f"core.algorithms.{rule.__name__}" in named, name
+    named = {
+        word for word in code_words(PAGES["docs/algorithms.md"]) if DOTTED.fullmatch(word) and _has(word)
+    }
+    for name, kind in shipped().items():
+        module = kind.__module__.removeprefix("twig.")
+        assert any(word == module or word.startswith(f"{module}.") for word in named), name
     for module in ("core.objective", "core.replay"):
         tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -274,38 +258,10 @@ def test_every_function_of_the_equations_is_of_the_modules_that_compute_them():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_test_named_exists(name):
-    named = [word for word in code_words(PAGES[name]) if "::" in word]
-    for word in named:
+    for word in (word for word in code_words(PAGES[name]) if "::" in word):
         file, _, function = word.partition("::")
         tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
         assert function in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, word
-    assert len(named) > 20 or name != "docs/algorithms.md"
-
-
-def test_make_has_the_targets_of_the_readme():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"\bmake ([a-z][\w-]+)", README)
-    assert {"quickstart", "test", "test-slow"} <= set(targets)
-    for target in set(targets) - {"test)"}:
-        assert target in re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split(), target
-
-
-def test_a_fresh_machine_needs_what_the_setup_asks_for():
-    setup = script("setup")
-    assert f"Python {setup.dotted(setup.OLDEST_PYTHON)} or newer" in README
-    found = re.search(r"([0-9.]+) GB of\s+disk; ([0-9.]+) GB on Linux", README)
-    assert (float(found[1]), float(found[2])) == (setup.DISK_CPU, setup.DISK_CUDA)
-
-
-def test_recipes_named_in_the_readme_are_shipped():
-    named = re.findall(r"[Rr]ecipe `([\w.-]+)`", PAGES["README.md"])
-    assert named
-    for name in named:
-        assert (SOURCE / "recipes" / f"{name}.yaml").is_file()
-
-
-def test_the_results_have_their_place():
-    assert README.count("<!-- results -->") == README.count("<!-- /results -->") == 1
 
 
 def test_type_checkers_see_the_names_that_are_exported():
@@ -387,5 +343,5 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert learning_curve.main([str(tmp_path / "empty"), "--output", str(tmp_path / "x.svg")]) == 2
     shown = capsys.readouterr()
-    assert "no run with metrics" in shown.err and shown.err.count("\n") == 1
+    assert str(tmp_path / "empty") in shown.err and shown.err.count("\n") == 1
     assert not (tmp_path / "x.svg").exists()

@@ -47,9 +47,9 @@ def module(path, monkeypatch):
     """A script as a module; what lies beside it can be imported."""
     monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location(f"twig_page_{path.stem}", path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def test_pages_of_benchmarks_say_what_the_results_say(tmp_path, monkeypatch):
@@ -72,6 +72,7 @@ def test_pages_of_benchmarks_say_what_the_results_say(tmp_path, monkeypatch):
     assert {path.stem for path in tables.RESULTS.glob("*.json")} <= marks
 
 
+@pytest.mark.slow  # thousands of resamples of every pair of variants
 def test_the_page_of_the_study_says_what_its_raw_results_say(tmp_path, monkeypatch):
     script = module(ROOT / "scripts" / "study.py", monkeypatch)
     shutil.copytree(ROOT / "docs" / "study", tmp_path / "study")
@@ -97,12 +98,12 @@ def test_tuning_puts_the_best_rate_of_each_variant_into_the_study(docs, tmp_path
 
     def compare(command, **how):
         assert command[:3] == [sys.executable, "-m", "twig"]
-        words = command[command.index("compare") + 1 :]
+        arguments = command[command.index("compare") + 1 :]
         monkeypatch.chdir(tmp_path)
-        study = load_study(Path(words[0]), [])
-        output = Path(words[words.index("--output") + 1])
+        study = load_study(Path(arguments[0]), [])
+        output = Path(arguments[arguments.index("--output") + 1])
         monkeypatch.setattr("study_runs.folder_of", lambda study, planned: output / "runs" / planned.name)
-        for planned in runs_of(study, Path(words[0]).parent):
+        for planned in runs_of(study, Path(arguments[0]).parent):
             settings = planned.settings
             ended = right.get((settings.algorithm.name, settings.train.learning_rate), "1111")
             write_run(planned, study, {0: "0000", 2: ended}, [150, 160])

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from twig.config.load import Settings, load
 from twig.engine.load import end_ids, load_model
 from twig.engine.lora import attach
 from twig.engine.policy import Policy
-from twig.engine.sampler import Request, sample
+from twig.engine.sampler import Request, SamplingParams, sample
 from twig.evaluation.evaluate import evaluate_policy
 from twig.tasks.load import load_task
 from twig.tasks.multiplication import at_once, problems, prompt_text, read_answer, worked
@@ -399,6 +400,7 @@ def run_build(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_build_of_two_steps_writes_a_model_and_its_card(tmp_path):
     shown = run_build(tmp_path / "made")
     check_folder(tmp_path / "made")
@@ -455,9 +457,7 @@ def test_greedy_accuracy_is_where_reinforcement_learning_has_room(measured_by_tw
         policy,
         tokenizer,
         task,
-        settings.task,
-        end_ids=end_ids(policy.model, tokenizer),
-        max_completion_length=settings.rollout.max_completion_length,
+        SamplingParams.of(settings, tokenizer, end_ids(policy.model, tokenizer)),
         limit=1000,
     )
     assert result.n == len(completions) == 1000
@@ -472,16 +472,11 @@ def test_greedy_accuracy_is_where_reinforcement_learning_has_room(measured_by_tw
 def test_sampled_worked_answers_are_right_at_least_nine_times_in_ten(measured_by_twig):
     policy, tokenizer, task, settings = measured_by_twig
     requests = [
-        Request(encode_prompt(task, example, tokenizer, settings.task), 2, 64, slot)
+        Request(encode_prompt(task, example, tokenizer), 2, 64, slot)
         for slot, example in enumerate(task.eval[:1000])
     ]
-    drawn = sample(
-        policy,
-        requests,
-        end_ids=end_ids(policy.model, tokenizer),
-        decode=lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True),
-        record=False,
-    )
+    params = SamplingParams.of(settings, tokenizer, end_ids(policy.model, tokenizer))
+    drawn = sample(policy, requests, replace(params, seed=0, wave_size=128, record=False))
     right = {"worked": [], "at once": []}
     for example, completions in zip(task.eval, drawn.completions, strict=False):
         for completion in completions:

@@ -4,6 +4,8 @@ are none move nothing."""
 import errno
 import json
 import random
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,14 +13,12 @@ import torch
 from faults import Failing, one_of_each
 from pyarrow import parquet
 from saved import build_tokenizer, save_model
-from small_runs import EVAL, TRAIN, Heard, ask_to_stop, at, digits, record, rows_of
+from small_runs import Heard, ask_to_stop, at, digits, record, rows_of, small_settings, train_small
 from transformers import AutoModelForCausalLM
 
-import twig
 from twig.cli.app import main
 from twig.common.errors import UserError
 from twig.common.files import FolderLock
-from twig.config.load import Settings
 from twig.engine.load import load_model
 from twig.engine.lora import attach
 from twig.runs import checkpoint
@@ -27,6 +27,7 @@ from twig.runs.resume import changes, decided_model, open_run
 from twig.runtime.rng_state import random_states, restore_random_states, seed_all
 
 STEPS = 4
+SHORT = (f"train.max_steps={STEPS}", "rollout.max_completion_length=5")
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +37,13 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def settings(base):
-    def make(*overrides):
-        values = {
-            "model": {"name": str(base)},
-            "task": {"name": "custom"},
-            "rollout": {"num_generations": 4, "prompts_per_step": 2, "max_completion_length": 5},
-            "train": {"max_steps": STEPS, "learning_rate": 0.05, "save_steps": 2},
-            "eval": {"steps": 2},
-            "log": {"completions_steps": 1},
-        }
-        return Settings.from_dict(values, overrides)
-
-    return make
+    return partial(small_settings, base, *SHORT)
 
 
 @pytest.fixture
 def run(settings, tmp_path):
     def train(name, *overrides, **given):
-        given = {"reward_funcs": digits, "train_dataset": TRAIN, "eval_dataset": EVAL} | given
-        return twig.train(settings(*overrides), output=tmp_path / name, **given)
+        return train_small(settings(*overrides), tmp_path / name, **given)
 
     return train
 
@@ -62,17 +51,8 @@ def run(settings, tmp_path):
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
     """What a run leaves that nothing happened to, as `record` has it."""
-    values = {
-        "model": {"name": str(base)},
-        "task": {"name": "custom"},
-        "rollout": {"num_generations": 4, "prompts_per_step": 2, "max_completion_length": 5},
-        "train": {"max_steps": STEPS, "learning_rate": 0.05, "save_steps": 2},
-        "eval": {"steps": 2},
-        "log": {"completions_steps": 1},
-    }
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    done = twig.train(values, output=folder, reward_funcs=digits, train_dataset=TRAIN, eval_dataset=EVAL)
-    return record(done.folder, STEPS)
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return record(train_small(small_settings(base, *SHORT), output).folder, STEPS)
 
 
 # The disk
@@ -84,7 +64,7 @@ def test_where_a_record_cannot_be_written_training_goes_on_with_a_warning(run, w
     with Failing(0, errno.ENOSPC, name, forever=True) as failing:
         done = run("run", progress=heard)
     assert failing.failed and done.summary["status"] == "finished"
-    assert heard.heard(f"{name}.* cannot be written .No space left on device.; training goes on") == 1
+    assert heard.heard(f"^message .*{name}.*No space left on device") == 1
     adapter = (done.folder / "adapter" / "adapter_model.safetensors").read_bytes()
     assert adapter == whole["adapter"]
     assert not list(done.folder.rglob("*.tmp")), "nothing half is left"
@@ -131,24 +111,22 @@ def test_a_disk_that_fails_at_any_call_loses_nothing(run, whole, tmp_path):
 
 def test_the_command_line_says_where_the_disk_is_full(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = (
+    command = (
         f"train quickstart --output run model.name={base} train.max_steps=1 eval.before=false eval.limit=1"
     )
-    words += " rollout.max_completion_length=3 rollout.prompts_per_step=1 rollout.num_generations=2"
+    command += " rollout.max_completion_length=3 rollout.prompts_per_step=1 rollout.num_generations=2"
     with Failing(0, errno.ENOSPC, "checkpoints"):
-        assert main([*words.split(), "log.progress=quiet"]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "twig: run: a checkpoint cannot be written (No space left on device); free the space or make it "
-        "writable, then twig train run --resume"
-    ]
+        assert main([*command.split(), "log.progress=quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("twig: run: ") and "No space left on device" in line
+    assert "twig train run --resume" in line
     held = FolderLock(tmp_path / "run")
     assert held.take()
-    assert main([*words.split(), "--resume"]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "twig: --resume run: another process is training there; wait for it to end, or write another --output"
-    ]
+    assert main([*command.split(), "--resume"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("twig: --resume run: another process")
     held.release()
-    assert main([*words.split(), "log.progress=quiet", "--resume"]) == 0
+    assert main([*command.split(), "log.progress=quiet", "--resume"]) == 0
 
 
 def test_a_second_signal_within_a_checkpoint_leaves_the_one_before(run, whole, tmp_path):
@@ -161,7 +139,7 @@ def test_a_second_signal_within_a_checkpoint_leaves_the_one_before(run, whole, t
         run("run")
     heard = Heard()
     assert record(run("run", resume=True, progress=heard).folder, STEPS) == whole
-    assert heard.heard("going on from step 2") == 1
+    assert heard.heard("from step 2") == 1
 
 
 # Numbers that are none
@@ -179,8 +157,8 @@ def huge(steps):
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run):
     heard = Heard()
-    words = ["algorithm.name=grpo", "algorithm.scale_rewards=none", "algorithm.num_iterations=2"]
-    done = run("run", *words, "train.save_steps=1", "train.save_total_limit=null", reward_funcs=huge([2]))
+    overrides = ["algorithm.name=grpo", "algorithm.scale_rewards=none", "algorithm.num_iterations=2"]
+    done = run("run", *overrides, "train.save_steps=1", "train.save_total_limit=null", reward_funcs=huge([2]))
     rows = [row for row in rows_of(done.folder) if "loss" in row]
     assert [row["optimizer/skipped"] for row in rows] == [0, 1, 0, 0]
     assert rows[1]["grad_norm"] is None and all(row["grad_norm"] > 0 for row in rows if row["step"] != 2)
@@ -194,11 +172,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run):
 
 def test_too_many_such_steps_in_a_row_end_the_run_with_the_batch_saved(run, tmp_path):
     """They are counted across a stop, and a good step in between starts the count anew."""
-    words = ["algorithm.name=grpo", "algorithm.scale_rewards=none", "train.max_skipped_steps=2"]
+    overrides = ["algorithm.name=grpo", "algorithm.scale_rewards=none", "train.max_skipped_steps=2"]
     bad = {"reward_funcs": huge([1, 3, 4])}
-    assert run("run", *words, **bad, progress=Heard(step=at(3, ask_to_stop))).summary["steps"] == 3
-    with pytest.raises(UserError, match="2 steps in a row is not finite.*step-4.parquet") as ended:
-        run("run", *words, **bad, resume=True)
+    assert run("run", *overrides, **bad, progress=Heard(step=at(3, ask_to_stop))).summary["steps"] == 3
+    with pytest.raises(UserError, match="2 steps in a row.*step-4.parquet") as ended:
+        run("run", *overrides, **bad, resume=True)
     assert "train.learning_rate" in str(ended.value) and "\n" not in str(ended.value)
     batch = parquet.read_table(tmp_path / "run" / "nonfinite" / "step-4.parquet").to_pylist()
     assert len(batch) == 8 and max(row["reward"] for row in batch) > 1e28
@@ -217,7 +195,7 @@ def test_a_model_that_is_not_finite_is_one_line(run, base):
 
 
 @pytest.mark.parametrize(
-    "returned, words",
+    "returned, pattern",
     [
         (lambda n: [float("nan")] * n, "returned nan for completion 0"),
         (lambda n: [1.0, float("inf"), *[0.0] * (n - 2)], "returned inf for completion 1"),
@@ -225,7 +203,9 @@ def test_a_model_that_is_not_finite_is_one_line(run, base):
         (lambda n: 1 / 0, "ZeroDivisionError.*traceback: .*traceback.txt"),
     ],
 )
-def test_a_reward_function_that_fails_ends_the_run_with_one_line_and_it_goes_on(run, whole, returned, words):
+def test_a_reward_function_that_fails_ends_the_run_with_one_line_and_it_resumes(
+    run, whole, returned, pattern
+):
     """In step 3: what was saved at step 2 is what the run goes on from, once the function is right."""
 
     def digits_(completions, trainer_state=None, **kwargs):
@@ -234,7 +214,7 @@ def test_a_reward_function_that_fails_ends_the_run_with_one_line_and_it_goes_on(
         return digits(completions)
 
     digits_.__name__ = "digits"
-    with pytest.raises(UserError, match=words) as ended:
+    with pytest.raises(UserError, match=pattern) as ended:
         run("run", reward_funcs=digits_)
     assert "\n" not in str(ended.value)
     assert record(run("run", resume=True).folder, STEPS) == whole
@@ -278,20 +258,20 @@ def test_without_any_end_token_a_run_is_refused(run, base):
     tokenizer, model = build_tokenizer(), AutoModelForCausalLM.from_pretrained(base)
     tokenizer.eos_token = None
     model.generation_config.eos_token_id = None
-    with pytest.raises(UserError, match="neither the model nor its tokenizer has an end token"):
+    with pytest.raises(UserError, match="end token"):
         run("run", model=model, tokenizer=tokenizer)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_its_length(run):
     long = [{"prompt": "7" * 256, "wanted": "1"}]
-    with pytest.raises(UserError, match="a prompt has 256 tokens, and the model's context only 256"):
+    with pytest.raises(UserError, match="256 tokens.*context.*256"):
         run("train", train_dataset=long)
-    with pytest.raises(UserError, match="a prompt has 256 tokens"):
+    with pytest.raises(UserError, match="256 tokens"):
         run("eval", eval_dataset=long)
     heard = Heard()
     fits = [{"prompt": "7" * 252, "wanted": "1"}]
     assert run("fits", "train.max_steps=1", train_dataset=fits, progress=heard).summary["steps"] == 1
-    assert heard.heard("252 tokens and its completion.*256.*write rollout.max_completion_length=4") == 1
+    assert heard.heard("252 tokens.*256.*rollout.max_completion_length=4") == 1
 
 
 # Time, random numbers, and settings that change
@@ -350,12 +330,12 @@ CHANGES = {
     "model.num_threads=1": "harmless",
     "model.dtype=float32": "the same",
     "model.device=cpu": "the same",
-    "model.dtype=float64": "write model.dtype=float32 or",
-    "train.learning_rate=0.1": "write train.learning_rate=0.05 or",
-    "train.seed=3": "write train.seed=0 or",
-    "algorithm.num_iterations=2": "write algorithm.num_iterations=1 or",
-    "rollout.num_generations=5": "write rollout.num_generations=4 or",
-    "task.prompt_template=a{prompt}": "write task.prompt_template=None or",
+    "model.dtype=float64": "model.dtype=float32",
+    "train.learning_rate=0.1": "train.learning_rate=0.05",
+    "train.seed=3": "train.seed=0",
+    "algorithm.num_iterations=2": "algorithm.num_iterations=1",
+    "rollout.num_generations=5": "rollout.num_generations=4",
+    "task.prompt_template=a{prompt}": "task.prompt_template=None",
 }
 
 
@@ -364,18 +344,18 @@ def test_a_changed_setting_is_harmless_or_refused_by_name(settings, override, ex
     decided = {"model.dtype": "float32", "model.device": "cpu", "model.attn_implementation": "sdpa"}
     key = override.partition("=")[0]
     if expected in ("harmless", "the same"):
-        found = changes(settings(), settings(override), decided)
-        assert list(found) == ([key] if expected == "harmless" else [])
+        changed = changes(settings(), settings(override), decided)
+        assert list(changed) == ([key] if expected == "harmless" else [])
         return
-    with pytest.raises(UserError, match=f"^{key}: .*here, but the run began with.*{expected}"):
+    with pytest.raises(UserError, match=f"^{key}: .*{re.escape(expected)}"):
         changes(settings(), settings(override), decided)
 
 
 @pytest.mark.parametrize("key", ["train.max_steps=9", "train.num_train_epochs=2"])
 def test_the_length_may_not_change_under_a_schedule_that_ends_with_it(settings, key):
-    words = ["train.lr_scheduler_type=linear"]
-    with pytest.raises(UserError, match=f"^{key.partition('=')[0]}: .*every learning rate depends on it"):
-        changes(settings(*words), settings(*words, key), {})
+    overrides = ["train.lr_scheduler_type=linear"]
+    with pytest.raises(UserError, match=f"^{key.partition('=')[0]}: .*train.lr_scheduler_type=linear"):
+        changes(settings(*overrides), settings(*overrides, key), {})
     assert len(changes(settings(), settings(key), {})) == 1
 
 
@@ -384,7 +364,7 @@ def test_what_changed_is_said_and_what_auto_stood_for_is_kept(run, settings, tmp
     heard = Heard()
     start = open_run(settings("train.pack_size=64"), tmp_path / "run", True, heard)
     start.log.close()
-    assert heard.heard("train.pack_size: 64 from here on, it was [0-9]+") == 1
+    assert heard.heard("^message train.pack_size: 64") == 1
     assert "train.pack_size: 64" in (tmp_path / "run" / "warnings.txt").read_text()
     state = checkpoint.load_state(start.checkpoint)
     path = start.checkpoint / "state.json"
@@ -404,10 +384,10 @@ def test_a_changed_size_is_used_and_changes_nothing(run, whole):
     done = run("run", "rollout.wave_size=3", resume=True)
     state = checkpoint.load_state(done.folder / "checkpoints" / f"step-{STEPS}")
     assert state["sizes"]["wave_size"] == 3
-    for found, expected in zip(read_metrics(done.folder), whole["metrics"], strict=True):
-        assert found["step"] == expected["step"]
-        if "loss" in found:
-            assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    for row, expected in zip(read_metrics(done.folder), whole["metrics"], strict=True):
+        assert row["step"] == expected["step"]
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
 # The adapter

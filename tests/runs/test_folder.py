@@ -1,17 +1,18 @@
 """The run folder: what is in it, that it is never half written, and that it never replaces another run."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from twig.common.errors import UserError
+from twig.common.files import FolderLock
 from twig.config.load import load
 from twig.runs.folder import FACTS, RunLog, new_folder, newest_folder
 from twig.runs.reader import is_run, read_metrics, read_summary
@@ -82,7 +83,7 @@ def test_without_output_the_folder_is_named_after_task_and_algorithm():
 def test_another_run_is_never_replaced(log, began_with):
     (log.folder / began_with).write_text("kept")
     before = snapshot(log.folder)
-    with pytest.raises(UserError, match="holds another run; add --resume"):
+    with pytest.raises(UserError, match="holds another run.*--resume"):
         RunLog.create(log.folder, load("quickstart", ["train.seed=1"]))
     assert snapshot(log.folder) == before
 
@@ -114,24 +115,44 @@ def test_a_folder_that_another_process_has_is_refused_until_that_ends(log, tmp_p
     RunLog.open(log.folder).close()
 
 
+FORKS = """
+import os, sys, time
+from pathlib import Path
+from twig.common.files import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+assert lock.take()
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(600)
+"""
+
+
 def test_a_forked_process_does_not_keep_the_folder(log):
+    """The process that took it is killed, one that it forked lives on."""
     if not hasattr(os, "fork"):
         pytest.skip("this system has no fork")
-    is_up, says_so = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(says_so, b"x")
-        time.sleep(600)
-        os._exit(0)
+    log.close()
+    parent = subprocess.Popen([sys.executable, "-c", FORKS, log.folder], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
     try:
-        os.read(is_up, 1)  # a process lets go of the lock as it starts, which may be a moment after the fork
-        log.close()  # as when the parent is killed: only the child could still hold it
+        with pytest.raises(UserError, match="another process"):
+            RunLog.open(log.folder)
+        parent.kill()
+        parent.wait()
         RunLog.open(log.folder).close()
     finally:
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(is_up)
-        os.close(says_so)
+        parent.stdout.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, number):
+    def refuse(*arguments):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert FolderLock(tmp_path).take()
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
@@ -141,7 +162,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
         RunLog.create(tmp_path / "photos", load("quickstart"))
     with pytest.raises(UserError, match="a file, not a folder"):
         RunLog.create(tmp_path / "photos" / "cat.png", load("quickstart"))
-    with pytest.raises(UserError, match="write another"):
+    with pytest.raises(UserError, match="--output"):
         RunLog.create(tmp_path / "photos" / "cat.png" / "run", load("quickstart"))
     assert snapshot(tmp_path / "photos") == {next(iter(snapshot(tmp_path / "photos"))): b"cat"}
     with pytest.raises(UserError, match="holds no run"):
@@ -228,11 +249,11 @@ def test_completions_are_a_table_with_a_list_per_token(log):
     ]
     path = log.save_completions(25, rows)
     assert path.name == "step-25.parquet"
-    found = parquet.read_table(path).to_pylist()
-    assert [row["step"] for row in found] == [25, 25]
-    assert {key: found[0][key] for key in rows[0]} == rows[0]
-    assert (found[1]["token_ids"], found[1]["reward"]) == ([], None)
-    assert list(found[0]) == [field.name for field in parquet.read_schema(log.save_completions(26, []))]
+    saved = parquet.read_table(path).to_pylist()
+    assert [row["step"] for row in saved] == [25, 25]
+    assert {key: saved[0][key] for key in rows[0]} == rows[0]
+    assert (saved[1]["token_ids"], saved[1]["reward"]) == ([], None)
+    assert list(saved[0]) == [field.name for field in parquet.read_schema(log.save_completions(26, []))]
 
 
 # Whole files
@@ -294,10 +315,10 @@ def test_the_environment_is_an_allow_list(log, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     log.save_environment(device="cpu", dtype="float32")
     text = (log.folder / "environment.json").read_text()
-    found = json.loads(text)
-    assert set(found) == {"python", "platform", "machine", "cpu_count", "versions", "commit", *FACTS}
-    assert (found["device"], found["dtype"], found["device_name"]) == ("cpu", "float32", None)
-    assert {"twig-rl", "torch", "transformers", "peft"} <= set(found["versions"])
+    values = json.loads(text)
+    assert set(values) == {"python", "platform", "machine", "cpu_count", "versions", "commit", *FACTS}
+    assert (values["device"], values["dtype"], values["device_name"]) == ("cpu", "float32", None)
+    assert {"twig-rl", "torch", "transformers", "peft"} <= set(values["versions"])
     assert "hf_secret" not in text
     assert not re.search(r"/(home|Users|root)/", text)
     with pytest.raises(AssertionError, match="on the list"):

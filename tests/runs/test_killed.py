@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from faults import Dying, Failing, one_of_each
 from saved import save_model
-from small_runs import EVAL, TRAIN, completions_of, digits, record
+from small_runs import completions_of, digits, record, small_settings, train_small
 
-import twig
-from twig.config.load import Settings
 from twig.runs import checkpoint
 from twig.runs.reader import is_run
 
@@ -29,23 +27,14 @@ def noisy_digits(completions, **kwargs):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    values = {
-        "model": {"name": str(save_model(tmp_path_factory.mktemp("base"), layers=2, width=32))},
-        "lora": {"r": 4},
-        "task": {"name": "custom"},
-        "rollout": {"num_generations": 4, "prompts_per_step": 2, "max_completion_length": 7},
-        "train": {"max_steps": STEPS, "learning_rate": 0.05, "save_steps": 2, "save_total_limit": 1},
-        "eval": {"steps": 2},
-        "log": {"completions_steps": 1},
-    }
-    return Settings.from_dict(values, WORDS)
+    base = save_model(tmp_path_factory.mktemp("base"), layers=2, width=32)
+    return small_settings(base, f"train.max_steps={STEPS}", "train.save_total_limit=1", "lora.r=4", *WORDS)
 
 
 def go_on(settings, folder, within=None):
     """Starts the run in `folder`, or goes on with it, inside the context `within` if there is one."""
-    data = {"reward_funcs": noisy_digits, "train_dataset": TRAIN, "eval_dataset": EVAL}
     with within or Failing(-1, 0):
-        return twig.train(settings, output=folder, resume=is_run(folder), **data)
+        return train_small(settings, folder, resume=is_run(folder), reward_funcs=noisy_digits)
 
 
 def in_a_process(settings, folder, within=None, seconds=None) -> bool:
@@ -100,9 +89,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(settings, tmp_path, c
         if "seconds" in way and now:  # and once more, within what going on writes
             killed += in_a_process(settings, folder, within=Dying(rng.randrange(len(seen.calls))))
         assert not in_a_process(settings, folder)
-        found = end_of(folder)
+        left = end_of(folder)
         for part in expected:
-            assert found[part] == expected[part], (number, way, part)
+            assert left[part] == expected[part], (number, way, part)
     assert killed >= 40
     replayed = [row["replay/groups"] for row in expected["metrics"] if "replay/groups" in row]
     assert len(completions_of(folder, STEPS)) == 8 and sum(replayed) > 0

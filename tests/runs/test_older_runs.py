@@ -49,15 +49,15 @@ def test_it_is_reported(old, capsys):
 def test_it_is_evaluated(old, capsys):
     """The trained adapter answers as it did at the end of its run."""
     assert main(["eval", str(old), "log.progress=quiet", "--output", "evaluation"]) == 0
-    found = json.loads((old.parent / "evaluation" / "evaluation.json").read_text())["greedy"]
+    greedy = json.loads((old.parent / "evaluation" / "evaluation.json").read_text())["greedy"]
     after = read_summary(old)["accuracy_after"]
-    assert {key: found[key] for key in after} == pytest.approx(after)
+    assert {key: greedy[key] for key in after} == pytest.approx(after)
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_it_is_exported(old, merged):
-    words = ["export", str(old), "--output", "shared", *(["--merged"] if merged else [])]
-    assert main(words) == 0
+    command = ["export", str(old), "--output", "shared", *(["--merged"] if merged else [])]
+    assert main(command) == 0
     name = "model.safetensors" if merged else "adapter_model.safetensors"
     assert (old.parent / "shared" / name).is_file()
     assert "T-SPMO" in (old.parent / "shared" / "README.md").read_text()
@@ -75,7 +75,7 @@ def test_it_is_resumed_as_the_commit_that_wrote_it_would(old):
         assert {key: our[key] for key in kept} == pytest.approx(
             {key: their[key] for key in kept}, rel=1e-3, abs=1e-5
         )
-    adapter, wanted = (load_file(f / "adapter_model.safetensors") for f in (old / "adapter", expected))
-    assert adapter.keys() == wanted.keys()
-    for name, values in wanted.items():
+    adapter, like = (load_file(f / "adapter_model.safetensors") for f in (old / "adapter", expected))
+    assert adapter.keys() == like.keys()
+    for name, values in like.items():
         np.testing.assert_allclose(adapter[name], values, atol=1e-5)

@@ -48,25 +48,25 @@ DATA = {"train_dataset": [{"prompt": "1+1="}], "eval_dataset": [{"prompt": "2+2=
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Stands in for wandb and trackio; keeps what it was told."""
-    told = SimpleNamespace(begun=[], rows=[], ended=0)
+    """Stands in for wandb and trackio; keeps what it was seen."""
+    seen = SimpleNamespace(begun=[], rows=[], ended=0)
 
     class Run:
         def log(self, row, step):
-            told.rows.append((step, row))
+            seen.rows.append((step, row))
 
         def finish(self):
-            told.ended += 1
+            seen.ended += 1
 
     def init(**given):
-        told.begun.append(given)
+        seen.begun.append(given)
         return Run()
 
     module = ModuleType("fake")
     module.init = init
     for name in ("wandb", "trackio"):
         monkeypatch.setitem(sys.modules, name, module)
-    return told
+    return seen
 
 
 def expected_rows(folder):
@@ -93,7 +93,7 @@ def test_trackers_are_closed_where_a_run_fails(settings, fake, tmp_path):
             raise ValueError("no")
         return digits(completions)
 
-    with pytest.raises(UserError, match="ValueError: no"):
+    with pytest.raises(UserError, match="ValueError.*no"):
         twig.train(settings("wandb", "trackio"), output=tmp_path / "run", **DATA | {"reward_funcs": fails})
     assert fake.ended == 2
     assert {step for step, _ in fake.rows} == {1}
@@ -111,12 +111,12 @@ def test_a_missing_tracker_is_one_line_before_anything_is_made(name, settings, t
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
     with pytest.raises(UserError) as caught:
         twig.train(settings(name), output=tmp_path / "run", **DATA)
-    line = f"log.report_to: {name} is not installed; run: {sys.executable} -m pip install {name}"
-    assert str(caught.value) == line
+    assert caught.value.key == "log.report_to"
+    assert f"{sys.executable} -m pip install {name}" in caught.value.fix
     assert not (tmp_path / "run").exists()
     monkeypatch.chdir(tmp_path)
     assert main(["train", "quickstart", f"log.report_to=[{name}]"]) == 2
-    assert capsys.readouterr() == ("", f"twig: {line}\n")
+    assert capsys.readouterr() == ("", f"twig: {caught.value}\n")
     assert not list(tmp_path.glob("runs/*"))
 
 
@@ -125,7 +125,7 @@ def test_a_tracker_that_does_not_start_is_one_line_and_the_folder_can_be_used(se
         raise ConnectionError("no\nnetwork")
 
     sys.modules["wandb"].init = offline
-    with pytest.raises(UserError, match=r"wandb does not start \(ConnectionError: no network\); see"):
+    with pytest.raises(UserError, match=r"^log.report_to: wandb .*ConnectionError: no network"):
         twig.train(settings("wandb"), output=tmp_path / "run", **DATA)
     (tmp_path / "run" / "wandb").mkdir()  # as wandb leaves it
     assert twig.train(settings(), output=tmp_path / "run", **DATA).summary["status"] == "finished"
@@ -184,8 +184,8 @@ def test_the_real_tensorboard_reads_back_what_was_reported(settings, tmp_path):
     run = twig.train(settings("tensorboard"), output=tmp_path / "run", **DATA)
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
-    found = {
+    logged = {
         (event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)
     }
     expected = {(step, tag): value for step, row in expected_rows(run.folder) for tag, value in row.items()}
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert logged == pytest.approx(expected, rel=1e-6)

@@ -3,10 +3,9 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from saved import save_model
 from twig.cli.app import main
 from twig.runs import checkpoint
 from twig.runs.reader import read_metrics, read_summary
-from twig.runtime.lifeline import FAULT, LOOPBACK, STOPPED, Ended, Failure, Lifeline, Listener, connect
 from twig.runtime.processes import ALONE, Processes, launched
 
 HERE = Path(__file__).resolve().parents[1]
@@ -27,41 +25,41 @@ CLOSE = 1e-9
 
 def start(scenario, folder, size, argument=None):
     """The exit statuses of `size` processes that run a scenario of workers.py, and what each said."""
-    words = [sys.executable, str(HERE / "workers.py"), scenario, str(folder), str(size)]
-    words += [] if argument is None else [json.dumps(argument)]
+    command = [sys.executable, str(HERE / "workers.py"), scenario, str(folder), str(size)]
+    command += [] if argument is None else [json.dumps(argument)]
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=HERE, env=environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=HERE, env=environ)
     said = [(folder / f"{rank}.txt").read_text() for rank in range(size)]
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), said
 
 
-def assert_close(found, expected, where=""):
+def assert_close(actual, expected, where=""):
     """Equal, numbers to 1e-9, whatever is a clock's or the machine's left out."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
+        assert actual.keys() == expected.keys(), where
         for key in expected:
             if not key.startswith(("time/", "memory/", "seconds", "peak_memory", "predicted_peak")):
-                assert_close(found[key], expected[key], f"{where}.{key}")
+                assert_close(actual[key], expected[key], f"{where}.{key}")
     elif isinstance(expected, list):
-        assert len(found) == len(expected), where
-        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert len(actual) == len(expected), where
+        for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
             assert_close(one, other, f"{where}[{number}]")
-    elif isinstance(expected, float) and not isinstance(found, bool):
-        assert found == pytest.approx(expected, abs=CLOSE, rel=CLOSE), where
+    elif isinstance(expected, float) and not isinstance(actual, bool):
+        assert actual == pytest.approx(expected, abs=CLOSE, rel=CLOSE), where
     else:
-        assert found == expected, where
+        assert actual == expected, where
 
 
 def assert_same_run(folder, expected, steps):
     """All that two runs left behind, the states of optimizer, data and replay included."""
     newest = [checkpoint.load(checkpoint.newest_valid(f / "checkpoints")[0]) for f in (folder, expected)]
-    (tensors, state), (wanted, known) = newest
-    for part in set(wanted) - {"random"}:  # what checks the types in tests draws from Python's numbers
-        for name, tensor in wanted[part].items():
+    (tensors, state), (expected_tensors, expected_state) = newest
+    for part in set(expected_tensors) - {"random"}:  # the type checks in tests draw Python's
+        for name, tensor in expected_tensors[part].items():
             torch.testing.assert_close(tensors[part][name], tensor, rtol=CLOSE, atol=CLOSE, msg=name)
             assert tensor.dtype == torch.float64 or name.endswith("|step")
-    assert_close(state, known, "state")
+    assert_close(state, expected_state, "state")
     assert_close(read_metrics(folder), read_metrics(expected), "metrics")
     assert_close(read_summary(folder), read_summary(expected), "summary")
     for step in range(1, steps + 1):
@@ -77,10 +75,10 @@ def assert_same_run(folder, expected, steps):
 def test_two_processes_equal_one(tmp_path):
     """Tokens, rewards, metrics, restarts and the adapter; three prompts on two processes, of which one may
     have no signal."""
-    words = workers.ALGORITHMS["t-spmo with replay"]
-    statuses, said = start("runs", tmp_path, 2, {"two": words})
+    overrides = workers.ALGORITHMS["t-spmo with replay"]
+    statuses, said = start("runs", tmp_path, 2, {"two": overrides})
     assert statuses == [0, 0], said
-    workers.train(tmp_path / "base", tmp_path / "one", words)
+    workers.train(tmp_path / "base", tmp_path / "one", overrides)
     assert_same_run(tmp_path / "two", tmp_path / "one", 6)
     assert sum(row["replay/groups"] for row in rows_of_steps(tmp_path / "two")) > 0
     environment = json.loads((tmp_path / "two" / "environment.json").read_text())
@@ -94,12 +92,12 @@ def rows_of_steps(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_processes_equal_one_after_20_steps(tmp_path, size):
-    wanted = {name: [*words, "train.max_steps=20"] for name, words in workers.ALGORITHMS.items()}
-    statuses, said = start("runs", tmp_path, size, wanted)
+    runs = {name: [*overrides, "train.max_steps=20"] for name, overrides in workers.ALGORITHMS.items()}
+    statuses, said = start("runs", tmp_path, size, runs)
     assert statuses == [0] * size, said
     without_signal = 0
-    for name, words in wanted.items():
-        workers.train(tmp_path / "base", tmp_path / "one" / name, words)
+    for name, overrides in runs.items():
+        workers.train(tmp_path / "base", tmp_path / "one" / name, overrides)
         assert_same_run(tmp_path / name, tmp_path / "one" / name, 20)
         norms = [row["grad_norm"] for row in rows_of_steps(tmp_path / name)]
         assert sum(norm > 0 for norm in norms) > 10, "most steps have a signal"
@@ -112,17 +110,17 @@ def test_several_processes_equal_one_after_20_steps(tmp_path, size):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    words = [*workers.ALGORITHMS["t-spmo with replay"], "eval.steps=0"]
-    three = [*words, "train.max_steps=3"]
+    overrides = [*workers.ALGORITHMS["t-spmo with replay"], "eval.steps=0"]
+    three = [*overrides, "train.max_steps=3"]
     statuses, said = start("runs", tmp_path, 2, {"from two": three})
     assert statuses == [0, 0], said
     base = tmp_path / "base"
     workers.train(base, tmp_path / "from one", three)
-    statuses, said = start("runs", tmp_path, 3, {"from one": [*words, "resume"]})
+    statuses, said = start("runs", tmp_path, 3, {"from one": [*overrides, "resume"]})
     assert statuses == [0, 0, 0], said
-    statuses, said = start("runs", tmp_path, 2, {"from two": [*words, "resume"]})
+    statuses, said = start("runs", tmp_path, 2, {"from two": [*overrides, "resume"]})
     assert statuses == [0, 0], said
-    workers.train(base, tmp_path / "whole", words)
+    workers.train(base, tmp_path / "whole", overrides)
     for name in ("from one", "from two"):
         adapters = [
             checkpoint.load(checkpoint.newest_valid(tmp_path / n / "checkpoints")[0])[0]["adapter"]
@@ -149,33 +147,103 @@ def test_a_signal_to_one_process_ends_an_evaluation_in_all(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how, reason", [("raises", "process 1: reward"), ("raises in the first", "reward")])
+def test_a_reward_that_fails_in_one_process_ends_all_with_its_traceback_saved(tmp_path, how, reason):
+    statuses, said = start("fault", tmp_path, 2, how)
+    assert statuses == [2, 2], said
+    assert re.search(f"{reason} function 'reward'.*ZeroDivisionError.*traceback.txt", said[0]), said
+    assert "no such reward" in (tmp_path / "run" / "traceback.txt").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "how, statuses, words",
+    "how, reason",
     [
-        ("raises", [2, 2], "process 1: reward function 'reward'.*ZeroDivisionError.*traceback.txt"),
-        ("killed", [FAULT, -9], "process 1: ended without a word"),
-        ("raises while another is stuck", [2, 2], "process 1: reward function 'reward'.*ZeroDivisionError"),
-        ("killed while another is busy", [FAULT, -9], "process 1: ended without a word"),
+        ("killed while another is busy", "SIGKILL"),
+        ("raises while another is stuck", "reward function 'reward'.*ZeroDivisionError"),
     ],
 )
-def test_a_process_that_fails_ends_the_others(tmp_path, how, statuses, words):
-    found, said = start("fault", tmp_path, 2, how)
-    assert found == statuses, said
-    assert re.search(words, said[0]), said[0]
-    assert seconds_to_the_end(said) < 25
-    if how == "raises":
-        assert "no such reward" in (tmp_path / "run" / "traceback.txt").read_text()
+def test_a_launcher_ends_a_process_that_does_not_notice_within_60_seconds(tmp_path, how, reason):
+    save_model(tmp_path / "base")
+    command = [*torchrun(), str(HERE / "workers.py"), "fault", str(tmp_path), "2", json.dumps(how)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=HERE)
+    end = time.monotonic()
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert done.returncode != 0
+    assert re.search(reason, done.stderr + said[1]), (done.stderr, said)
+    failed = re.search(r"^at (\S+)$", said[1], re.M)
+    assert failed and end - float(failed[1]) < 60, "what is promised"
 
 
-def seconds_to_the_end(said):
-    times = [float(word) for text in said for word in re.findall(r"^(?:at|ended) (\S+)$", text, re.M)]
-    return max(times) - min(times)
+ENDS = """
+import os, sys
+from twig.common.errors import UserError
+from twig.runtime.failures import exit_status
+from twig.runtime.processes import together
+how, ends = sys.argv[1:]
+if how == "refused in a group of the caller's":
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+try:
+    with together() as processes:
+        ranks = processes.gather(processes.rank)
+        assert ranks == [0, 1, 2] and processes.from_main([processes.rank]) == [0]
+        if processes.rank == int(ends):
+            if how == "killed":
+                os.kill(os.getpid(), 9)
+            if how == "stopped":
+                processes.interrupted()
+                raise KeyboardInterrupt
+            raise UserError("train.seed", "is odd", "Set train.seed=2")
+        processes.gather(None)
+except BaseException as error:
+    print(processes.reported, type(error).__name__, error)
+    sys.exit(exit_status(error))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how, rank, statuses, reason",
+    [
+        ("refused", 1, [2, 2, 2], "Ended process 1: train.seed: is odd. Set train.seed=2."),
+        ("refused", 0, [2, 2, 2], "UserError train.seed"),
+        ("stopped", 2, [130] * 3, "KeyboardInterrupt"),
+        ("killed", 2, [1, 1, -9], "Ended process [01]: lost another"),
+        ("killed", 0, [-9, 1, 1], "Ended process [12]: lost another"),
+        ("refused in a group of the caller's", 1, [2, 2, 2], "Ended process 1"),
+    ],
+)
+def test_three_processes_end_with_the_status_of_the_one_that_fails(how, rank, statuses, reason):
+    """Process 0 gives the reason; if it is gone, the others do."""
+    environ = os.environ | {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+    environ |= {"MASTER_PORT": str(workers.free_port())}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDS, how, str(rank)],
+            env=environ | {"RANK": str(number), "LOCAL_RANK": str(number)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == statuses, said
+    first = 1 if statuses[0] == -9 else 0
+    assert re.match(f"False {reason}", said[first]), said
+    if first == 0:
+        assert all(text.startswith("True") for text in said[1:] if text), said
+
+
+def torchrun():
+    module = [sys.executable, "-m", "torch.distributed.run"]
+    return [*module, "--nproc-per-node=2", f"--master-port={workers.free_port()}"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_a_launcher_and_the_command_line(tmp_path, launcher):
-    """One result on stdout; the first process's line, once, where a setting is wrong or a reward fails."""
+    """One result on stdout; one line if a setting is wrong or a reward fails; the reason if one is killed."""
     base = save_model(tmp_path / "base")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in workers.TRAIN * 2))
     (tmp_path / "rewards.py").write_text(
@@ -184,23 +252,26 @@ def test_a_launcher_and_the_command_line(tmp_path, launcher):
         "    return [len(text) / (1 - int(os.environ['RANK'])) for text in completions]\n"
         "def digits(completions, **columns):\n"
         "    return [float(sum(c.isdigit() for c in text)) for text in completions]\n"
+        "def killed(completions, trainer_state, **columns):\n"
+        "    if trainer_state is not None and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return digits(completions)\n"
     )
-    module = [sys.executable, "-m"]
-    if launcher == "torchrun":
-        module += ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={workers.free_port()}"]
-    else:
-        module += ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    module = torchrun()
+    if launcher == "accelerate":
+        module = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        module += ["--num_processes=2", "--num_machines=1"]
         module += [
             "--mixed_precision=no",
             "--dynamo_backend=no",
             f"--main_process_port={workers.free_port()}",
         ]
-    words = [*module, "-m", "twig", "train", "custom", f"model.name={base}", "task.path=data.jsonl"]
-    words += ["train.max_steps=2", "rollout.max_completion_length=6", "rollout.num_generations=2"]
-    words += ["rollout.prompts_per_step=3", "model.dtype=float64", "task.reward_file=rewards.py:digits"]
+    command = [*module, "-m", "twig", "train", "custom", f"model.name={base}", "task.path=data.jsonl"]
+    command += ["train.max_steps=2", "rollout.max_completion_length=6", "rollout.num_generations=2"]
+    command += ["rollout.prompts_per_step=3", "model.dtype=float64", "task.reward_file=rewards.py:digits"]
 
     def run(*more):
-        done = subprocess.run([*words, *more], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=600)
         said = [line for line in done.stderr.splitlines() if line.startswith("twig: ")]
         return done, said
 
@@ -210,83 +281,18 @@ def test_a_launcher_and_the_command_line(tmp_path, launcher):
     done, said = run("--output", "bad", "task.reward_file=rewards.py:length")
     assert done.returncode != 0
     assert len(said) == 1 and re.search("process 1: reward function 'length'.*ZeroDivisionError", said[0])
+    done, said = run("--output", "gone", "task.reward_file=rewards.py:killed")
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    assert len(said) == 1 and "lost another process" in said[0], done.stderr
+    if launcher == "accelerate":
+        return  # the rest does not depend on the launcher
     done, said = run("--output", "other", "train.max_step=3")
     assert len(said) == 1 and "train.max_step" in said[0], done.stderr
     done, said = run("--output", "other", "rollout.prompts_per_step=1")
-    assert len(said) == 1 and "cannot be shared out among 2 processes" in said[0], done.stderr
+    assert len(said) == 1 and "rollout.prompts_per_step" in said[0], done.stderr
     # A launcher may end the first process before it has tidied up: then what is left is no run yet.
     left = {path.name for path in (tmp_path / "other").glob("*")}
     assert left <= {"config.yaml", "environment.json", ".lock"}
-
-
-# The line
-
-
-@pytest.fixture
-def line():
-    """Three ends of the line, as they would be in three processes."""
-    listener = Listener.open(LOOPBACK)
-    made: dict[int, Lifeline] = {}
-
-    def come(rank):
-        made[rank] = connect(LOOPBACK, listener.port, listener.word, rank)
-
-    stranger = socket.create_connection((LOOPBACK, listener.port))
-    stranger.sendall(b"a word that is not known 1\n")
-    threads = [threading.Thread(target=come, args=(rank,)) for rank in (1, 2)]
-    for thread in threads:
-        thread.start()
-    made[0] = listener.accept(3)
-    for thread in threads:
-        thread.join()
-    assert stranger.recv(1) == b"", "a stranger is turned away"
-    stranger.close()
-    for lifeline in made.values():
-        lifeline._interrupt = lambda: None  # the processes of these tests are threads of one
-    yield made
-    for lifeline in made.values():
-        lifeline._left.set()
-        for peer in lifeline.peers.values():
-            peer.close()
-
-
-def test_all_hear_of_a_failure(line):
-    failure = Failure(2, 2, "no such column", "Traceback ...")
-    teller = threading.Thread(target=line[2].tell, args=(failure,))
-    teller.start()
-    assert line[0].wait(5) == line[1].wait(5) == failure
-    assert str(Ended(failure)) == "process 2: no such column"
-    line[0].leave()
-    teller.join(5)
-    assert not teller.is_alive(), "the one that fails waits for the first to have heard"
-
-
-def test_all_hear_of_a_failure_of_the_first(line):
-    line[0].tell(Failure(0, STOPPED, "stopped"))
-    assert [line[rank].wait(5).status for rank in (1, 2)] == [STOPPED, STOPPED]
-
-
-@pytest.mark.parametrize("dead", [0, 1])
-def test_a_death_is_heard_of(line, dead):
-    line[dead]._left.set()  # the thread that listens for it does so no more
-    for peer in line[dead].peers.values():
-        peer.shutdown(socket.SHUT_RDWR)  # as the system does for a process that is gone
-    others = {0, 1, 2} - {dead}
-    found = [line[rank].wait(5) for rank in others]
-    assert all(failure.rank == dead and "without a word" in failure.words for failure in found)
-
-
-def test_to_leave_is_no_failure(line):
-    threads = [threading.Thread(target=line[rank].leave) for rank in (1, 0, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert [lifeline.failure for lifeline in line.values()] == [None] * 3
-
-
-def test_code_that_catches_exceptions_does_not_hold_an_end_up():
-    assert not issubclass(Ended, Exception)
 
 
 # Alone
@@ -301,9 +307,7 @@ def test_alone_nothing_is_shared_and_torch_distributed_is_not_asked(monkeypatch)
     assert launched() is None, "a cluster may set this for other reasons"
     for name, value in {"RANK": "1", "LOCAL_RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "head"}.items():
         monkeypatch.setenv(name, value)
-    assert (launched().rank, launched().size, launched().address) == (1, 2, "head")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert launched().address == LOOPBACK, "all are on this machine"
+    assert (launched().rank, launched().size) == (1, 2)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert launched() is None
 
@@ -325,4 +329,4 @@ def test_only_training_takes_several_processes(monkeypatch, capsys):
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert main(["eval", "runs/x"]) == 2
-    assert "twig eval: runs as one process" in capsys.readouterr().err
+    assert "twig eval: " in capsys.readouterr().err

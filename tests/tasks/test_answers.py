@@ -132,7 +132,7 @@ HARD = {
 
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("score", [score_answer, score_lenient])
-@pytest.mark.parametrize("gold", ["12", r"3\sqrt{2}"])
+@pytest.mark.parametrize("gold", ["12", pytest.param(r"3\sqrt{2}", marks=pytest.mark.slow)])
 def test_100_kilobytes_of_anything_take_linear_time(
     name: str, score: Callable[..., Score], gold: str
 ) -> None:

@@ -49,8 +49,8 @@ def in_any_order(pairs) -> set[tuple[int, int]]:
 
 
 def test_the_splits_are_disjoint_and_together_all_problems():
-    found = {split: all_of(split) for split in SPLITS}
-    everything = [pair for pairs in found.values() for pair in pairs]
+    by_split = {split: all_of(split) for split in SPLITS}
+    everything = [pair for pairs in by_split.values() for pair in pairs]
     assert len(everything) == len(set(everything)) == 900 * 90
     assert set(everything) == {(a, b) for a in range(100, 1000) for b in range(10, 100)}
 
@@ -70,8 +70,8 @@ def test_the_order_of_the_factors_changes_no_split(split):
 
 
 def test_splits_stay_apart_where_both_orders_are_problems():
-    found = [in_any_order(problems(split, (2, 2), 0)) for split in SPLITS]
-    assert sum(map(len, found)) == len(set().union(*found)) == 90 * 91 // 2
+    splits = [in_any_order(problems(split, (2, 2), 0)) for split in SPLITS]
+    assert sum(map(len, splits)) == len(set().union(*splits)) == 90 * 91 // 2
 
 
 @given(st.integers(1, 10**9), st.integers(1, 10**9))
@@ -103,9 +103,9 @@ def test_problems_are_different_seeded_and_of_their_split(split, digits):
 
 def test_an_order_is_not_that_of_the_factors():
     """A run trains on the first ones: they must be a fair sample."""
-    found = problems("train", (2, 2), 0)
-    assert sorted(found) == sorted(problems("train", (2, 2), 1))
-    assert abs(sum(a for a, _ in found[:500]) / 500 - 54.5) < 3 * 26 / 500**0.5  # a factor's std is 26
+    pairs = problems("train", (2, 2), 0)
+    assert sorted(pairs) == sorted(problems("train", (2, 2), 1))
+    assert abs(sum(a for a, _ in pairs[:500]) / 500 - 54.5) < 3 * 26 / 500**0.5  # a factor's std is 26
 
 
 def test_problems_follow_from_the_seed_and_nothing_else():
@@ -117,7 +117,7 @@ def test_problems_follow_from_the_seed_and_nothing_else():
 
 def cure(message: str) -> int:
     """The number that the message says to write."""
-    return int(re.search(r"write (?:a smaller number, such as )?(\d+)", message)[1])
+    return int(re.search(r"task\.\w+_size=(\d+)", message)[1])
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -126,14 +126,14 @@ def test_more_problems_than_there_are_is_one_line_with_a_number_that_works(split
     assert len(problems(split, (2, 1), 0, there_are)) == there_are
     message = one_line(lambda: problems(split, (2, 1), 0, there_are + 1))
     assert message.startswith(f"task.{split}_size: {there_are + 1}, ")
-    assert "2 x 1 digits" in message and "larger task.digits" in message
+    assert "2 x 1" in message and "task.digits" in message
     assert cure(message) == there_are
 
 
 @pytest.mark.parametrize("size", [None, 10**17])
 def test_too_many_problems_to_list_is_one_line_with_a_number_that_works(size):
     message = one_line(lambda: problems("train", (9, 9), 0, size))
-    assert message.startswith(f"task.train_size: {'all' if size is None else size} is too many")
+    assert message.startswith(f"task.train_size: {'all' if size is None else size} ")
     assert len(problems("train", (9, 9), 0, cure(message))) == 10_000
 
 
@@ -292,15 +292,15 @@ def test_the_reward_takes_strings_and_chat_messages():
 
 
 def test_the_task_trains_and_evaluates_on_its_own_splits():
-    wanted = settings("task.train_size=500", "train.seed=3")
-    task = load_task(wanted)
+    chosen = settings("task.train_size=500", "train.seed=3")
+    task = load_task(chosen)
     assert [(e.columns["a"], e.columns["b"]) for e in task.train] == problems("train", (3, 2), 3, 500)
     assert [(e.columns["a"], e.columns["b"]) for e in task.eval] == all_of("eval")
     for example in (*task.train, *task.eval):
         a, b = example.columns["a"], example.columns["b"]
         assert example.prompt == prompt_text(a, b) == f"{a}*{b}="
         assert example.columns["answer"] == str(a * b)
-    assert render_prompt(task, task.train[0], None, wanted.task) == task.train[0].prompt
+    assert render_prompt(task, task.train[0], None) == task.train[0].prompt
 
 
 def test_another_seed_trains_in_another_order_and_evaluates_in_the_same():
@@ -322,12 +322,12 @@ def test_found_and_right_are_separate():
 
 
 def test_a_template_of_ones_own_reads_the_answer_as_in_word_problems():
-    wanted = settings(SHORT, "task.prompt_template=What is {a} times {b}?")
-    task = load_task(wanted)
+    chosen = settings(SHORT, "task.prompt_template=What is {a} times {b}?")
+    task = load_task(chosen)
     example = task.eval[0]
     gold = example.columns["answer"]
     text = f"What is {example.columns['a']} times {example.columns['b']}?"
-    assert render_prompt(task, example, None, wanted.task) == text
+    assert render_prompt(task, example, None) == text
     assert task.score(f"It is easy.\n#### {gold}", example) == Score(True, True)
     assert task.reward_funcs[0]([f"#### {gold}", f"It is easy, {gold}"], [gold] * 2) == [1.0, 0.0]
 
@@ -338,7 +338,7 @@ def test_a_template_of_ones_own_reads_the_answer_as_in_word_problems():
 def test_other_data_is_refused(override):
     key, _, value = override.partition("=")
     message = one_line(lambda: load_task(settings(override)))
-    assert message.startswith(f"{key}: '{value}'") and "leave it out" in message
+    assert message.startswith(f"{key}: '{value}'") and f"Leave {key} out" in message
 
 
 def test_its_own_splits_may_be_named():

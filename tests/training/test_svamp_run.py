@@ -72,7 +72,7 @@ def test_svamp_from_training_to_export(tmp_path, test_data):
     _, peak = twig("export", "run", "--output", "shared", cwd=tmp_path)
     assert peak < 2 * 2**30
     with safe_open(tmp_path / "shared" / "adapter_model.safetensors", "pt") as file:
-        assert any("layers.1.self_attn.q_proj.lora_A" in name for name in file.keys())  # noqa: SIM118
+        assert any("layers.1.self_attn.q_proj.lora_A" in name for name in file.keys())
     config = json.loads((tmp_path / "shared" / "adapter_config.json").read_text())
     assert config["r"] == 16 and sorted(config["target_modules"]) == ["q_proj", "v_proj"]
     assert "svamp" in (tmp_path / "shared" / "README.md").read_text().lower()

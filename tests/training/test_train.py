@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from saved import build_tokenizer, save_model
+from pyarrow import parquet
+from saved import build_tokenizer
 from small_runs import EVAL, STEPS, TRAIN, Heard, ask_to_stop, at, completions_of, digits, record, rows_of
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,7 @@ import twig
 from twig.cli.app import main
 from twig.common.errors import UserError
 from twig.common.progress import Progress
-from twig.config.load import Settings, load
+from twig.config.load import load
 from twig.config.sizes import SIZE_KEYS
 from twig.engine import sampler
 from twig.engine.load import load_model
@@ -45,40 +46,6 @@ ALGORITHMS = {
 def wanted(completions, wanted, **kwargs):
     """1 where a completion has the digit of the column `wanted`."""
     return [float(digit in text) for text, digit in zip(completions, wanted, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def settings(base):
-    """Settings of a small run on the small model, with overrides on top."""
-
-    def make(*overrides):
-        values = {
-            "model": {"name": str(base)},
-            "task": {"name": "custom"},
-            "rollout": {"num_generations": 4, "prompts_per_step": 2, "max_completion_length": 7},
-            "train": {"max_steps": STEPS, "learning_rate": 0.05, "save_steps": 2},
-            "eval": {"steps": 2},
-            "log": {"completions_steps": 1},
-        }
-        return Settings.from_dict(values, overrides)
-
-    return make
-
-
-@pytest.fixture
-def run(settings, tmp_path):
-    """Trains in a folder of its own, by its name; further words are overrides."""
-
-    def train(name, *overrides, **given):
-        given = {"reward_funcs": digits, "train_dataset": TRAIN, "eval_dataset": EVAL} | given
-        return twig.train(settings(*overrides), output=tmp_path / name, **given)
-
-    return train
 
 
 class Crash(Exception):
@@ -115,17 +82,19 @@ def stop_at_every_step(run, *words):
     return run("parts", *words, resume=True)
 
 
-WAYS = [(name, stop_by_signal) for name in ALGORITHMS]
-WAYS += [("t-spmo with replay", crash_between_checkpoints), ("t-spmo with replay", ask_for_more_steps)]
+QUICK = "t-spmo with replay"
+WAYS = [
+    pytest.param(name, stop_by_signal, marks=() if name == QUICK else pytest.mark.slow) for name in ALGORITHMS
+]
+WAYS += [(QUICK, crash_between_checkpoints), (QUICK, ask_for_more_steps)]
 WAYS += [("t-spmo twice on a batch", stop_at_every_step)]
 
 
 @pytest.mark.parametrize("name, way", WAYS, ids=lambda value: getattr(value, "__name__", value))
-def test_a_run_in_parts_is_the_run_in_one_piece(run, name, way):
+def test_a_run_in_parts_is_the_run_in_one_piece(run, whole, name, way):
     """Bit for bit: adapter, optimizer, metrics, completions and the place in the data, in the second pass."""
-    whole = run("whole", *ALGORITHMS[name])
     parts = way(run, *ALGORITHMS[name])
-    expected, found = record(whole.folder), record(parts.folder)
+    expected, found = record(whole(*ALGORITHMS[name])), record(parts.folder)
     if way is ask_for_more_steps:  # the shorter run's last evaluation was one more
         for of in (expected, found):
             del of["state"]["standing"]["evaluations"], of["summary"]["accuracy_best"], of["evaluations"]
@@ -139,15 +108,14 @@ def test_a_run_in_parts_is_the_run_in_one_piece(run, name, way):
         assert replayed[3] > 0, "a restart waited where the run was stopped"
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
-    whole = run("whole")
+def test_a_damaged_checkpoint_is_passed_over(run, whole, tmp_path):
     run("parts", progress=Heard(step=at(5, ask_to_stop)))
     (tmp_path / "parts" / "checkpoints" / "step-5" / "adapter.safetensors").write_bytes(b"torn")
     heard = Heard()
     run("parts", resume=True, progress=heard)
-    assert heard.heard("going on from step 4") == 1
+    assert heard.heard("from step 4") == 1
     assert "step-5 is damaged" in (tmp_path / "parts" / "warnings.txt").read_text()
-    assert record(tmp_path / "parts") == record(whole.folder)
+    assert record(tmp_path / "parts") == record(whole())
 
 
 def test_without_a_checkpoint_a_run_starts_from_the_beginning_and_says_so(run, tmp_path):
@@ -182,7 +150,7 @@ def test_a_finished_run_is_returned_as_it_is(run):
 def test_a_finished_run_without_checkpoints_is_not_started_over(run, tmp_path):
     folder = run("run", "train.max_steps=1").folder
     (folder / "checkpoints").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="is finished and has no checkpoint to go on from"):
+    with pytest.raises(UserError, match="^--resume: .* is finished and has no checkpoint"):
         run("run", resume=True)
 
 
@@ -223,11 +191,18 @@ def in_evaluation(number, action):
 
 
 BEFORE, AT_STEP_2, AFTER = 1, 2, 4
+QUICK_STOPS = {(BEFORE, signal.SIGINT), (AT_STEP_2, signal.SIGTERM), (AFTER, signal.SIGINT)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("evaluation, steps", [(BEFORE, 0), (AT_STEP_2, 2), (AFTER, STEPS)])
-def test_a_run_stopped_in_an_evaluation_goes_on(run, evaluation, steps, number):
+@pytest.mark.parametrize(
+    "evaluation, steps, number",
+    [
+        pytest.param(*when, number, marks=() if (when[0], number) in QUICK_STOPS else pytest.mark.slow)
+        for when in ((BEFORE, 0), (AT_STEP_2, 2), (AFTER, STEPS))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    ],
+)
+def test_a_run_stopped_in_an_evaluation_goes_on(run, whole, evaluation, steps, number):
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     heard = Heard(phase=in_evaluation(evaluation, lambda: signal.raise_signal(number)))
     stopped = run("parts", progress=heard)
@@ -237,8 +212,7 @@ def test_a_run_stopped_in_an_evaluation_goes_on(run, evaluation, steps, number):
     assert heard.heard("evaluation step 2") == (steps >= 2)
     assert read_summary(stopped.folder) == stopped.summary
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-    whole = run("whole")
-    assert record(run("parts", resume=True).folder) == record(whole.folder)
+    assert record(run("parts", resume=True).folder) == record(whole())
 
 
 def test_a_signal_in_the_last_step_leaves_the_last_evaluation_for_later(run):
@@ -249,14 +223,13 @@ def test_a_signal_in_the_last_step_leaves_the_last_evaluation_for_later(run):
     assert heard.heard("^step") == 0 and heard.heard("evaluation after") == 1
 
 
-def test_a_second_signal_stops_within_the_step(run):
-    whole = run("whole")
+def test_a_second_signal_stops_within_the_step(run, whole):
     twice = Heard(step=at(3, lambda: (ask_to_stop(), ask_to_stop())))
     with pytest.raises(KeyboardInterrupt):
         run("parts", progress=twice)
     heard = Heard()
-    assert record(run("parts", resume=True, progress=heard).folder) == record(whole.folder)
-    assert heard.heard("going on from step 2") == 1
+    assert record(run("parts", resume=True, progress=heard).folder) == record(whole())
+    assert heard.heard("from step 2") == 1
 
 
 def test_the_command_line_ends_the_same_wherever_it_is_stopped(base, tmp_path, monkeypatch, capsys):
@@ -274,7 +247,7 @@ def test_the_command_line_ends_the_same_wherever_it_is_stopped(base, tmp_path, m
         more = [f"eval.before={before}", *(["--resume"] if before == "false" else [])]
         assert main([*words, *more]) == 130
         shown, said = capsys.readouterr()
-        assert said.splitlines()[-1] == "twig: stopped and saved; to go on: twig train run --resume"
+        assert said.splitlines()[-1].endswith("twig train run --resume")
         assert f"{1 if before == 'false' else 0} steps, stopped" in shown
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -311,7 +284,7 @@ def test_the_weights_of_a_model_that_is_passed_stay_as_they_are(run, base):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     given = {"model": model, "tokenizer": build_tokenizer()}
     trained = run("run", **given)
-    with pytest.raises(UserError, match="has an adapter already.*run.model.unload()"):
+    with pytest.raises(UserError, match="model: .*run.model.unload()"):
         run("second", **given)
     after = trained.model.unload()
     assert after is model
@@ -375,7 +348,7 @@ def test_objects_give_the_run_of_the_same_files(run, base, tmp_path, monkeypatch
 
 
 def test_a_model_without_its_tokenizer_is_refused(run, base):
-    with pytest.raises(UserError, match="pass tokenizer="):
+    with pytest.raises(UserError, match="tokenizer: .*tokenizer="):
         run("run", model=AutoModelForCausalLM.from_pretrained(base))
 
 
@@ -392,14 +365,14 @@ def test_an_async_reward_gives_the_same_run(run):
 
 def test_an_async_reward_works_while_the_next_wave_is_sampled(run, monkeypatch):
     """A step of two waves: the second does not begin before the first one's reward does."""
-    begun, waves, real, in_step = threading.Event(), [], sampler._sample_wave, digits
+    begun, waves, real, in_step = threading.Event(), [], sampler._LOOPS["layers"], digits
 
     async def later(completions, **kwargs):
         begun.set()
         return in_step(completions)
 
     def sampling(*args):
-        waves.append(len(args[1]))
+        waves.append(len(args[1].rows))
         if len(waves) % 2 == 0:
             assert begun.wait(20), "no reward began while there was more to sample"
             begun.clear()
@@ -414,10 +387,28 @@ def test_an_async_reward_works_while_the_next_wave_is_sampled(run, monkeypatch):
         "train.save_steps=0",
     )
     now = run("now", *words, eval_dataset=None).folder
-    monkeypatch.setattr(sampler, "_sample_wave", sampling)
+    monkeypatch.setitem(sampler._LOOPS, "layers", sampling)
     overlapped = run("later", *words, eval_dataset=None, reward_funcs=later).folder
     assert waves == [4, 4] * 2
     assert completions_of(overlapped, 2) == completions_of(now, 2) and rows_of(overlapped) == rows_of(now)
+
+
+def test_progress_advances_while_completions_are_sampled(run):
+    phases = []
+
+    class Recorded(Progress):
+        def phase(self, name, total=None):
+            phases.append((name, total, []))
+
+        def advance(self, count=1):
+            phases[-1][2].append(count)
+
+    run("run", "train.max_steps=2", progress=Recorded())
+    sampling = [(total, advanced) for name, total, advanced in phases if name == "sampling"]
+    assert [total for total, _ in sampling] == [8, 8]
+    assert [sum(advanced) for _, advanced in sampling] == [8, 8]
+    assert max(len(advanced) for _, advanced in sampling) > 1
+    assert all(sum(advanced) == total for name, total, advanced in phases if name == "evaluating")
 
 
 def test_a_group_without_rewards_is_left_out(run):
@@ -534,9 +525,8 @@ def test_completions_agree_with_metrics_and_summary(run):
         assert row["tokens/selected"] == sum(weight != 0 for weight in nodes.values())
         weighted += row["tokens/selected"]
         path = done.folder / "completions" / f"step-{row['step']}.parquet"
-        for group in read_groups(row["step"], path, set_to.algorithm):
-            trie = group.trie()
-            again = group.credit(trie, set_to.algorithm, set_to.train.seed)
+        for group in read_groups(row["step"], path, set_to):
+            trie, again = group.trie, group.credit[set_to.algorithm.name]
             saved = found[4 * group.slot : 4 * group.slot + 4]
             for path, c in zip(trie.paths, saved, strict=True):
                 assert (again.plus + again.minus)[path].tolist() == c["weights"], "the very weights, again"
@@ -552,10 +542,9 @@ def test_completions_agree_with_metrics_and_summary(run):
     assert done.summary["update_flops"] == sum(row.get("flops/update", 0) for row in rows) > 0
 
 
-def test_a_run_ends_with_the_step_that_reaches_its_tokens(run):
-    heard = Heard()
-    whole = rows_of(run("whole", progress=heard).folder)
-    upto = np.cumsum([row["tokens/sampled"] for row in whole if "tokens/sampled" in row])
+def test_a_run_ends_with_the_step_that_reaches_its_tokens(run, whole):
+    rows = rows_of(whole())
+    upto = np.cumsum([row["tokens/sampled"] for row in rows if "tokens/sampled" in row])
     for limit, steps in ((int(upto[2]), 3), (int(upto[2]) + 1, 4), (10**9, STEPS)):
         done = run(f"of {limit}", f"train.max_tokens={limit}")
         assert (done.summary["steps"], done.summary["tokens_sampled"]) == (steps, upto[steps - 1])
@@ -563,7 +552,7 @@ def test_a_run_ends_with_the_step_that_reaches_its_tokens(run):
     # A finished run with more tokens allowed goes on, and is then the run that had them from the beginning.
     on = run(f"of {upto[2]}", f"train.max_tokens={int(upto[2]) + 1}", resume=True)
     assert on.summary["steps"] == 4
-    assert rows_of(on.folder)[:5] == whole[:5]
+    assert rows_of(on.folder)[:5] == rows[:5]
 
 
 def test_evaluations_are_kept_problem_by_problem(run):
@@ -585,11 +574,14 @@ def test_credit_of_a_saved_step_is_computed_again_to_the_last_bit(run, overrides
     done = run("run", *overrides, "train.max_steps=2")
     set_to, step = load(str(done.folder)), 2
     found = completions_of(done.folder, step)
-    groups = read_groups(step, saved_steps(done.folder)[step], set_to.algorithm)
+    path = saved_steps(done.folder)[step]
+    # As an older version saved it, without the weights by sign: they are computed again.
+    parquet.write_table(parquet.read_table(path).drop_columns(["plus", "minus"]), path)
+    groups = read_groups(step, path, set_to)
     assert len(groups) == 2
     for group in groups:
-        trie = group.trie()
-        credit = group.credit(trie, set_to.algorithm, set_to.train.seed)
+        trie, credit = group.trie, group.credit[set_to.algorithm.name]
+        assert group.saved_credit() is None
         saved = found[4 * group.slot : 4 * group.slot + 4]
         for path, c in zip(trie.paths, saved, strict=True):
             assert (credit.plus + credit.minus)[path].tolist() == c["weights"]
@@ -620,20 +612,22 @@ def documented(title):
     return set(names)
 
 
-def test_every_metric_and_field_is_explained_and_no_explanation_is_stale(run):
+def test_every_metric_and_field_is_explained_and_no_explanation_is_stale(run, whole):
     """Three runs write all names between them: with replay, with a KL term, of a task that finds answers."""
-    runs = [run(name, *ALGORITHMS[name]) for name in ("t-spmo with replay", "grpo twice on a batch")]
+    folders = [whole(*ALGORITHMS[name]) for name in ("t-spmo with replay", "grpo twice on a batch")]
     own = {"reward_funcs": None, "train_dataset": None, "eval_dataset": None}
-    runs.append(run("product", "task.name=multiplication", "eval.limit=3", "train.max_steps=3", **own))
-    metrics = {name for each in runs for row in read_metrics(each.folder) for name in row}
+    words = ["task.name=multiplication", "eval.limit=3", "train.max_steps=3"]
+    folders.append(run("product", *words, **own).folder)
+    metrics = {name for folder in folders for row in read_metrics(folder) for name in row}
     of_rewards = {re.sub("^rewards/(digits|product)/", "rewards/NAME/", name) for name in metrics}
     assert of_rewards == documented("## metrics.jsonl")
-    for each in runs:
-        assert set(each.summary) == documented("## summary.json")
+    for folder in folders:
+        summary = read_summary(folder)
+        assert set(summary) == documented("## summary.json")
         parts = documented("An evaluation has these:")
-        assert set(each.summary["accuracy_before"]) == set(each.summary["accuracy_after"]) == parts
-        assert set(each.summary["accuracy_best"]) == parts | {"step"}
-        environment = json.loads((each.folder / "environment.json").read_text())
+        assert set(summary["accuracy_before"]) == set(summary["accuracy_after"]) == parts
+        assert set(summary["accuracy_best"]) == parts | {"step"}
+        environment = json.loads((folder / "environment.json").read_text())
         assert set(environment) == documented("## environment.json")
 
 
@@ -684,18 +678,18 @@ def test_the_sizes_of_a_run_are_planned_and_go_with_it(run, monkeypatch, tmp_pat
     assert "memory may run out" in (less.folder / "warnings.txt").read_text()
 
 
-def test_the_predicted_peak_stands_beside_the_measured_one(run):
-    done = run("run")
-    rows = [row for row in read_metrics(done.folder) if "memory/peak_bytes" in row]
-    assert {row["memory/predicted_peak_bytes"] for row in rows} == {done.summary["predicted_peak_bytes"]}
-    assert done.summary["predicted_peak_bytes"] > 50 * 2**20
+def test_the_predicted_peak_stands_beside_the_measured_one(whole):
+    rows = [row for row in read_metrics(whole()) if "memory/peak_bytes" in row]
+    predicted = read_summary(whole())["predicted_peak_bytes"]
+    assert {row["memory/predicted_peak_bytes"] for row in rows} == {predicted}
+    assert predicted > 50 * 2**20
 
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(run, monkeypatch):
     def never(*arguments):
         raise AssertionError("the model is not to be loaded")
 
-    monkeypatch.setattr("twig.training.session.load_model", never)
+    monkeypatch.setattr("twig.evaluation.prepare.load_model", never)
     with pytest.raises(UserError, match=r"^memory\.budget: 1MiB is too little: the run takes up to"):
         run("run", "memory.budget=1MiB")
     with pytest.raises(UserError, match=r"^memory\.budget: 0\.001 is too little"):

@@ -14,9 +14,9 @@ from restarts import ENDS, LONGEST, PROMPTS, SIZE, Watched, ids_of, may_be_cut_t
 
 from twig.common.progress import Progress
 from twig.config.load import Settings
-from twig.core.objective import Surrogate
+from twig.core.algorithms.base import Objective
 from twig.core.trie import PrefixTrie
-from twig.engine.sampler import Request, sample
+from twig.engine.sampler import Request, SamplingParams, sample
 from twig.tasks.load import load_task
 from twig.training.trainer import Trainer
 
@@ -39,7 +39,9 @@ def build_trainer(*overrides: str, reward=None) -> Trainer:
     )
     task = load_task(settings, reward_funcs=reward or Watched())
     policy = tiny.build_policy()
-    return Trainer(settings, policy, saved.build_tokenizer(), task, ENDS, Progress())
+    tokenizer = saved.build_tokenizer()
+    sampling = SamplingParams.of(settings, tokenizer, ENDS)
+    return Trainer(settings, policy, tokenizer, task, sampling, Progress())
 
 
 @pytest.fixture(autouse=True)
@@ -146,9 +148,7 @@ def test_a_restart_is_sampled_as_a_prompt_of_its_slot_would_be():
     for slot, (restart, group) in enumerate(zip(waiting, batch.groups, strict=False)):
         ids = np.array(own_prompt(trainer, restart.prompt_index) + restart.prefix)
         request = Request(ids, SIZE, LONGEST - len(restart.prefix), slot, len(restart.prefix))
-        (drawn,) = sample(
-            trainer.policy, [request], end_ids=ENDS, decode=trainer._decode, seed=0, step=2
-        ).completions
+        (drawn,) = sample(trainer.policy, [request], trainer.sampling, step=2).completions
         assert [c.ids.tolist() for c in drawn] == [c.ids.tolist() for c in group.completions]
 
 
@@ -167,8 +167,9 @@ def restarted_and_fresh() -> tuple[Trainer, object]:
 def test_the_trie_of_a_restart_is_its_own():
     """Rooted at the cut: its values are means of its own rewards, and it adds nothing to the first one's."""
     _, batch = restarted_and_fresh()
-    assert len(batch.tries) == len(batch.credits) == PROMPTS
-    for group, trie, credit in zip(batch.groups, batch.tries, batch.credits, strict=True):
+    assert [each.slot for each in batch.scored] == list(range(PROMPTS))
+    for group, each in zip(batch.groups, batch.scored, strict=True):
+        trie, credit = each.trie, each.credit
         own = PrefixTrie.build([c.ids for c in group.completions], group.rewards)
         for name in ("token", "parent", "depth", "count", "reward_sum"):
             np.testing.assert_array_equal(getattr(trie, name), getattr(own, name))
@@ -181,11 +182,12 @@ def test_the_trie_of_a_restart_is_its_own():
 def test_the_gradient_of_a_restart_is_that_of_its_longer_prompt():
     """Against the node-by-node loss, with the boundary recorded while sampling; in one pack and in many."""
     trainer, batch = restarted_and_fresh()
-    assert batch.credits[0].weighted.any() and batch.credits[1].weighted.any()
-    theirs = oracle_gradient(trainer.policy, batch.groups, batch.tries, batch.credits, Surrogate())
+    tries, credits = [each.trie for each in batch.scored], [each.credit for each in batch.scored]
+    assert credits[0].weighted.any() and credits[1].weighted.any()
+    step = (trainer.policy, batch.groups, tries, credits, Objective())
+    theirs = oracle_gradient(*step)
     for size in (20, 4096):
-        parts = (trainer.policy, batch.groups, batch.tries, batch.credits, Surrogate(), size, batch.boundary)
-        assert_same(engine_gradient(*parts), theirs)
+        assert_same(engine_gradient(*step, size, batch.boundary), theirs)
 
 
 def test_restarts_are_part_of_the_state():

@@ -1,5 +1,5 @@
-"""The command line: one file per command, what they share, and what a person sees.
+"""Defines the command line: one file per command, what commands share, and the display.
 
-A command reads its words, makes one library call and shows the result. Nothing else in Twig imports this
+A command parses its arguments, makes one library call and shows the result. Nothing else in Twig imports this
 package. Heavy imports stand inside the commands.
 """

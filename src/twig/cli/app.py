@@ -1,7 +1,7 @@
-"""The command line: its commands, and how their ends become an exit status.
+"""The command line: its commands, and the exit status of each end.
 
-What a person can fix is one line on stderr and exit status 2; a stopped run is 130, a fault of Twig 1. Torch
-and transformers are imported by the commands that need them, when they run.
+A mistake that a person can fix is one line on stderr and exit status 2; a stopped run is 130, a fault of Twig
+1. Torch and transformers are imported by the commands that need them, when they run.
 """
 
 import os
@@ -21,18 +21,18 @@ from twig.cli.export import export_command
 from twig.cli.plan import plan_command
 from twig.cli.recipes import recipes_command
 from twig.cli.report import report_command
+from twig.cli.schema import schema_command
 from twig.cli.tasks import tasks_command
 from twig.cli.train import train_command
 from twig.common.errors import UserError
 from twig.common.redact import hidden
 from twig.common.text import one_line
-from twig.runtime.lifeline import FAULT, STOPPED, USAGE_ERROR, Ended
+from twig.runtime.failures import FAULT, STOPPED, USAGE_ERROR, Ended
 from twig.runtime.processes import launched
 
 _UsageError = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Train language models to reason with reinforcement learning, on small hardware.",
@@ -48,17 +48,18 @@ app.command("plan")(plan_command)
 app.command("report")(report_command)
 app.command("recipes")(recipes_command)
 app.command("tasks")(tasks_command)
+app.command("schema")(schema_command)
 app.command("env")(env_command)
 
 
-# ---- from words to an exit status -----------------------------------------------------------------------
+# ---- the exit status ------------------------------------------------------------------------------------
 
 
-def _version(wanted: bool) -> bool:
-    if wanted:
+def _version(asked: bool) -> bool:
+    if asked:
         sys.stdout.write(f"twig {__version__}\n")
         raise typer.Exit
-    return wanted
+    return asked
 
 
 @app.callback()
@@ -71,11 +72,14 @@ def _options(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit status: 0, 1 (a fault of Twig), 2 (one line says what), 130."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Runs a command line and returns its exit status.
+
+    0: done; 1: a fault of Twig; 2: one line says what to change; 130: stopped.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        _refuse_several(words)
-        status = app(words or ["--help"], prog_name="twig", standalone_mode=False)
+        _refuse_several(arguments)
+        status = app(arguments or ["--help"], prog_name="twig", standalone_mode=False)
         sys.stdout.flush()
         if status == STOPPED:  # some versions of typer turn Ctrl-C into this, and say nothing
             return _end("stopped", STOPPED)
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Stopped, Ended) as ended:
         return _end(ended, ended.status)
     except BrokenPipeError:
-        # Whoever read the output has enough of it; nothing may be written at exit either.
+        # The reader of the output closed it; nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -95,42 +99,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         if line is not None:
             return _end(line, USAGE_ERROR)
         traceback.print_exc()
-        return _end(
-            "this is a fault in Twig, not in what you wrote; please report it with the lines above", FAULT
-        )
+        return _end("this is a fault in Twig. Please report it with the lines above.", FAULT)
 
 
-def _refuse_several(words: Sequence[str]) -> None:
-    command = next((word for word in words if not word.startswith("-")), "train")
+def _refuse_several(arguments: Sequence[str]) -> None:
+    command = next((each for each in arguments if not each.startswith("-")), "train")
     if command != "train" and launched() is not None:
-        raise UserError(f"twig {command}: runs as one process; write it without accelerate or torchrun")
+        raise UserError(f"twig {command}", "it runs as one process", "Run it without accelerate or torchrun")
 
 
-def _end(words: object, status: int) -> int:
-    sys.stderr.write(f"twig: {one_line(hidden(str(words)))}\n")
+def _end(line: object, status: int) -> int:
+    sys.stderr.write(f"twig: {one_line(hidden(str(line)))}\n")
     return status
 
 
 def _fixable(error: Exception) -> str | None:
-    """The line for a fault that a person can fix, or None."""
+    """Returns the line for a mistake that a person can fix, None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, _UsageError):
         return _usage(error)
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; free the space, or choose a place that can be read and written"
+        return f"{place}{error.strerror}. Free the space, or use a path that can be read and written."
     if type(error).__name__ == "OutOfMemoryError":
-        return (
-            "the GPU's memory is full; write a smaller rollout.wave_size, train.pack_size or train.head_chunk"
-        )
+        return "out of GPU memory. Set a smaller rollout.wave_size, train.pack_size or train.head_chunk."
     return None
 
 
 def _usage(error: Any) -> str:
     message = error.format_message().strip().rstrip(".")
     help_for = error.ctx.command_path if error.ctx is not None else "twig"
-    wrong = getattr(error, "option_name", None)
-    if wrong and "." in wrong:
-        return f"{message}; settings have no dashes: write {wrong.lstrip('-')}=VALUE"
-    return f"{message}; see {help_for} --help"
+    option = getattr(error, "option_name", None)
+    if option and "." in option:
+        return f"{message}. Settings have no dashes: write {option.lstrip('-')}=VALUE."
+    return f"{message}. See {help_for} --help."

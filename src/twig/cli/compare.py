@@ -1,8 +1,7 @@
-"""The command `twig compare`: runs a study and writes its tables and its report."""
+"""Defines the command `twig compare`: runs a study and writes its tables and its report."""
 
 import json
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from twig.cli.console import Stopped, result_console
 from twig.cli.display import clean, quoted
 from twig.common.errors import UserError
 from twig.common.text import one_line
+from twig.report.page import write_report
 from twig.runs.reader import is_finished, read_summary
 from twig.study.plan import Planned, load_study, runs_of
 from twig.study.runner import Outcome, StudyProgress, folder_of, run_all
@@ -50,14 +50,14 @@ def compare_command(
         console.print(Text(clean(text)), soft_wrap=True)
         console.print(Text(f"written to {clean(folder)}"), soft_wrap=True)
     if outcome.stopped:
-        raise Stopped(f"stopped; what runs is saved; to go on: twig compare {quoted(study)}")
+        raise Stopped(f"stopped; what runs is saved; to resume: twig compare {quoted(study)}")
     if outcome.failed:
-        lines = [f"{name}: {words}" for name, words in outcome.failed.items()]
+        lines = [f"{name}: {reason}" for name, reason in outcome.failed.items()]
         for line in lines[1:]:
             console.print(Text(one_line(f"failed: {line}")), soft_wrap=True)
-        raise UserError(f"{len(lines)} of {len(runs)} runs failed; the first: {lines[0]}")
+        raise UserError(str(study), f"{len(lines)} of {len(runs)} runs failed; the first: {lines[0]}")
     if text is None:
-        raise UserError(f"{folder}: no run has finished; leave --tables out")
+        raise UserError(str(folder), "no run has finished", "Leave out --tables")
 
 
 def _write(folder: Path, runs: list[Planned], max_tokens: int) -> str | None:
@@ -66,19 +66,16 @@ def _write(folder: Path, runs: list[Planned], max_tokens: int) -> str | None:
     results = [result for result in results if is_finished(read_summary(result.folder))]
     if not results:
         return None
-    found = compare_runs(results, max_tokens)
-    text = markdown(found)
-    (folder / "comparison.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    comparison = compare_runs(results, max_tokens)
+    text = markdown(comparison)
+    (folder / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
     (folder / "comparison.md").write_text(text, encoding="utf-8")
-    if find_spec("twig.report.page") is not None:
-        from twig.report.page import write_report
-
-        write_report([result.folder for result in results], folder / "report.html")
+    write_report([result.folder for result in results], folder / "report.html")
     return text
 
 
 class _Lines(StudyProgress):
-    """What happens, as lines; between them, on a terminal, a line that is redrawn."""
+    """Prints progress as lines; between them, on a terminal, a line that is redrawn."""
 
     def __init__(self, console: Console, max_tokens: int, total: int) -> None:
         self.console, self.max_tokens, self.total = console, max_tokens, total
@@ -97,16 +94,16 @@ class _Lines(StudyProgress):
     def begun(self, name: str) -> None:
         self._line(f"{name}: begun")
 
-    def ended(self, name: str, words: str) -> None:
-        self._line(f"{name}: {words}")
+    def ended(self, name: str, result: str) -> None:
+        self._line(f"{name}: {result}")
 
     def going(self, tokens: dict[str, int], done: int) -> None:
         shares = [f"{name} {100 * n / self.max_tokens:.0f} %" for name, n in tokens.items()]
-        words = one_line(", ".join([f"{done} of {self.total} runs done", *shares]))
+        line = one_line(", ".join([f"{done} of {self.total} runs done", *shares]))
         if self.status is not None:
-            self.status.update(Text(words))
+            self.status.update(Text(line))
         elif time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
-            self._line(words)
+            self._line(line)
 
     def _line(self, text: str) -> None:
         self.last = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the commands share: their options, the errors that end them, and where results go."""
+"""Defines what the commands share: options, the errors that end them, and the console for results."""
 
 import os
 import warnings
@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from twig.cli.display import clean
-from twig.runtime.lifeline import STOPPED
+from twig.runtime.failures import STOPPED
 
 
 class Silent(Exception):
-    """The end of a process of several that leaves the words to the first one."""
+    """Ends one of several processes without a message: the first process writes it."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -26,24 +26,23 @@ Overrides = Annotated[
 
 
 class Stopped(Exception):
-    """What was asked for was stopped and is saved; the words say how to go on."""
+    """The command was stopped, and its state is saved; the message says how to resume."""
 
     status = STOPPED
 
 
 def result_console() -> Console:
-    """Where a command's result goes: stdout, as it is now."""
+    """Returns the console for a command's result: the present stdout."""
     return Console(highlight=False)
 
 
-def show_row(name: str, words: Any) -> None:
-    """Prints a name and what there is to say of it."""
-    result_console().print(Text(f"{name:<18} {clean(words)}"), soft_wrap=True)
+def show_row(name: str, value: Any) -> None:
+    """Prints a name and its value."""
+    result_console().print(Text(f"{name:<18} {clean(value)}"), soft_wrap=True)
 
 
 def quiet_libraries() -> None:
-    """Silences the bars and warnings of libraries, which would tear the display; errors still come
-    through."""
+    """Silences the bars and warnings of libraries, which would break the display; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 

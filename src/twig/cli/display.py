@@ -1,8 +1,8 @@
-"""What a person sees while a model trains: a live display, or plain lines; and the result.
+"""Shows training while it runs, as a live display or plain lines, and its result.
 
-Progress goes to stderr, results to stdout. Text that comes from outside (names, paths, completions) is only
-ever shown through `clean` or `one_line`, so it can neither style nor steer the terminal. Knows the names of
-metrics and of the fields of summary.json, nothing about training.
+Progress goes to stderr, results to stdout. Text from outside (names, paths, completions) is always shown
+through `clean` or `one_line`, so it can neither style nor control the terminal. Knows the names of metrics
+and the fields of summary.json, nothing about training.
 """
 
 import os
@@ -32,14 +32,16 @@ _FINDINGS = 3
 
 
 def clean(value: Any) -> str:
-    """The text with everything that a terminal could act on written out, and not the middle of a very long
-    one; line ends and tabs stay."""
+    """Escapes everything that a terminal could act on, and cuts the middle out of a very long text.
+
+    Line ends and tabs stay.
+    """
     return printable(shortened(str(value), _LONGEST_TEXT))
 
 
 @contextmanager
 def showing(kind: str, console: Console | None = None) -> Iterator[Progress]:
-    """The display for `log.progress`: live, plain, quiet, or auto (live where `console` is a terminal)."""
+    """Opens the display for `log.progress`: live, plain, quiet, or auto (live if `console` is a terminal)."""
     console = console or Console(stderr=True, highlight=False)
     if kind == "quiet":
         yield QuietProgress(console)
@@ -54,7 +56,7 @@ def showing(kind: str, console: Console | None = None) -> Iterator[Progress]:
 
 
 class _Figures:
-    """What the last steps say, in words; both displays show the same."""
+    """Figures of the last steps as texts, the same for both displays."""
 
     def __init__(self) -> None:
         self.sampled = self.selected = 0
@@ -63,7 +65,7 @@ class _Figures:
         self.evaluation = ""
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """Takes a step's metrics in."""
+        """Adds the metrics of a step."""
         sampled, seconds = metrics.get("tokens/sampled", 0), metrics.get("time/step")
         self.sampled += sampled
         self.selected += metrics.get("tokens/selected", 0)
@@ -71,26 +73,26 @@ class _Figures:
             self.seconds = _smooth(self.seconds, seconds)
             self.tokens_per_second = _smooth(self.tokens_per_second, sampled / seconds)
 
-    def words(self, metrics: dict[str, Any]) -> list[str]:
-        """The step's reward and share of right answers."""
-        found = [f"reward {metrics['reward']:.3f}"] if metrics.get("reward") is not None else []
+    def rewards(self, metrics: dict[str, Any]) -> list[str]:
+        """Returns the step's reward and share of right answers."""
+        parts = [f"reward {metrics['reward']:.3f}"] if metrics.get("reward") is not None else []
         if metrics.get("answers/right") is not None:
-            found.append(f"right {percent(metrics['answers/right'])}")
-        return found
+            parts.append(f"right {percent(metrics['answers/right'])}")
+        return parts
 
     def tokens(self) -> list[str]:
-        """Tokens sampled and trained, and the speed."""
+        """Returns the tokens sampled and trained, and the speed."""
         share = f" ({percent(self.selected / self.sampled)})" if self.sampled else ""
-        found = [f"{_count(self.sampled)} tokens sampled, {_count(self.selected)} trained{share}"]
-        return found + ([f"{_count(self.tokens_per_second)} tokens/s"] if self.tokens_per_second else [])
+        parts = [f"{_count(self.sampled)} tokens sampled, {_count(self.selected)} trained{share}"]
+        return parts + ([f"{_count(self.tokens_per_second)} tokens/s"] if self.tokens_per_second else [])
 
     def left(self, step: int, total: int) -> str:
-        """The training time that is left, from the speed of the last steps."""
+        """Returns the training time that is left, from the speed of the last steps."""
         return "" if self.seconds is None else f"{_clock(self.seconds * (total - step))} left"
 
 
 class QuietProgress(Progress):
-    """Nothing but what nobody may miss."""
+    """Shows only notices."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -100,7 +102,7 @@ class QuietProgress(Progress):
 
 
 class PlainProgress(Progress):
-    """Lines without colour: the first and last step, and one every few seconds between."""
+    """Shows lines without colour: the first and last step, and one every few seconds between."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -108,7 +110,7 @@ class PlainProgress(Progress):
         self.last_line = float("-inf")
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """A line where something long begins; what happens in every step has none."""
+        """Prints a line for a long phase; the phases of every step get none."""
         if name not in ("sampling", "updating"):
             self._line(f"{name} ..." if total is None else f"{name} {total} problems ...")
 
@@ -117,9 +119,10 @@ class PlainProgress(Progress):
         now = time.monotonic()
         if step in (1, total) or now - self.last_line >= _SECONDS_BETWEEN_LINES:
             self.last_line = now
-            words = [f"step {step}/{total}", *self.figures.words(metrics), *self.figures.tokens()]
-            words.append(self.figures.left(step, total))
-            self._line(", ".join(word for word in words if word))
+            figures = self.figures
+            parts = [f"step {step}/{total}", *figures.rewards(metrics), *figures.tokens()]
+            parts.append(figures.left(step, total))
+            self._line(", ".join(part for part in parts if part))
 
     def evaluation(self, when: str, result: dict[str, Any]) -> None:
         self._line(f"{when}: {accuracy_words(result)}")
@@ -135,7 +138,7 @@ class PlainProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """Two bars (steps, and the stretch of work under way) and a line of figures, redrawn in place."""
+    """Shows two bars (the steps, and the present phase) and lines of figures, redrawn in place."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -165,8 +168,8 @@ class LiveProgress(Progress):
             self.steps = self.bars.add_task(f"{'training':<11}", total=total, note="")
         note = f"step {step}/{total}  {self.figures.left(step, total)}"
         self.bars.update(self.steps, completed=step, total=total, note=note)
-        words = [*self.figures.words(metrics), self.figures.evaluation]
-        lines = [", ".join(word for word in words if word), ", ".join(self.figures.tokens())]
+        parts = [*self.figures.rewards(metrics), self.figures.evaluation]
+        lines = [", ".join(part for part in parts if part), ", ".join(self.figures.tokens())]
         self.line.plain = "\n".join(lines)
 
     def evaluation(self, when: str, result: dict[str, Any]) -> None:
@@ -183,12 +186,12 @@ class LiveProgress(Progress):
         self.close()
 
     def close(self) -> None:
-        """Takes the display off the screen; may be called twice."""
+        """Removes the display from the screen; may be called twice."""
         self.live.stop()
 
 
 def accuracy_words(result: dict[str, Any]) -> str:
-    """An evaluation in words.
+    """Returns a line about an evaluation.
 
     >>> accuracy_words({"value": 0.5, "low": 0.404, "high": 0.596, "n": 100})
     '50.0 % right of 100 (95 % interval 40.4 to 59.6 %)'
@@ -198,10 +201,11 @@ def accuracy_words(result: dict[str, Any]) -> str:
 
 
 def accuracy_table(rows: dict[str, dict[str, Any] | None]) -> Table:
-    """A table of evaluations by name; one that was not done has dashes."""
+    """Returns a table of evaluations by name; one that was not done has dashes."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, side in (("", "left"), ("right", "right"), ("95 % interval", "right"), ("problems", "right")):
-        table.add_column(name, justify=side)
+    table.add_column("")
+    for name in ("right", "95 % interval", "problems"):
+        table.add_column(name, justify="right")
     for name, result in rows.items():
         if result is None:
             table.add_row(Text(name), "-", "-", "-")
@@ -212,7 +216,7 @@ def accuracy_table(rows: dict[str, dict[str, Any] | None]) -> Table:
 
 
 def sampled_table(result: dict[str, Any]) -> Table:
-    """A table of what several sampled answers to each problem give."""
+    """Returns a table of the results of several sampled answers to each problem."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"{result['samples']} samples")
     table.add_column("right", justify="right")
@@ -226,7 +230,7 @@ def sampled_table(result: dict[str, Any]) -> Table:
 
 
 def comparison_words(result: dict[str, Any]) -> str:
-    """One line on two evaluations of the same problems."""
+    """Returns a line about two evaluations of the same problems."""
     return (
         f"difference {100 * result['difference']:+.1f} points (95 % interval {100 * result['low']:+.1f} to "
         f"{100 * result['high']:+.1f}); only this one right: {result['only_first']}, only the other: "
@@ -235,7 +239,7 @@ def comparison_words(result: dict[str, Any]) -> str:
 
 
 def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
-    """Prints a run's result: accuracy before and after, tokens, time, the folder, and what to do next."""
+    """Prints a run's result: accuracy before and after, tokens, time, the folder, and the next command."""
     before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
     sampled, selected = summary["tokens_sampled"], summary["tokens_selected"]
     if before or after:
@@ -253,24 +257,24 @@ def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
     }
     if (folder / NAME).is_file():
         facts["report"] = str(folder / NAME)
-    for name, words in facts.items():
-        console.print(Text(f"{name:<8} {one_line(words)}"), soft_wrap=True)
+    for name, text in facts.items():
+        console.print(Text(f"{name:<8} {one_line(text)}"), soft_wrap=True)
     if summary["status"] == "finished" and after:
         console.print(Text(f"next     twig eval {quoted(folder)} --limit 100"), soft_wrap=True)
 
 
-def show_findings(console: Console, found: Sequence[Finding]) -> None:
-    """Prints what a run's numbers say is wrong: two lines each, the first few."""
-    for finding in found[:_FINDINGS]:
+def show_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """Prints what a run's numbers say is wrong: the first few findings, two lines each."""
+    for finding in findings[:_FINDINGS]:
         kind = "problem" if finding.is_problem else "note"
         console.print(Text(f"\n{kind:<8} {one_line(finding.name)}: {one_line(finding.seen)}"), soft_wrap=True)
         console.print(Text(f"{'':<8} change {one_line(finding.change)}"), soft_wrap=True)
-    if len(found) > _FINDINGS:
-        console.print(Text(f"\n{'':<8} and {len(found) - _FINDINGS} more, in the report"), soft_wrap=True)
+    if len(findings) > _FINDINGS:
+        console.print(Text(f"\n{'':<8} and {len(findings) - _FINDINGS} more, in the report"), soft_wrap=True)
 
 
 def quoted(path: Path) -> str:
-    """A path as it is written on a command line."""
+    """Quotes a path for a command line."""
     return f'"{clean(path)}"' if os.name == "nt" else shlex.quote(clean(path))
 
 

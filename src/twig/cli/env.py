@@ -1,4 +1,4 @@
-"""The command `twig env`: versions, device and memory."""
+"""Defines the command `twig env`: versions, device and memory."""
 
 from rich.text import Text
 
@@ -12,15 +12,15 @@ def env_command() -> None:
     import psutil
     import torch
 
-    found = environment()
+    record = environment()
     memory = psutil.virtual_memory()
     device = device_words(torch)
     rows = {
         "twig": __version__,
-        "python": found["python"],
-        **{name: value or "not installed" for name, value in found["versions"].items() if name != "twig-rl"},
-        "platform": found["platform"],
-        "processors": found["cpu_count"],
+        "python": record["python"],
+        **{name: value or "not installed" for name, value in record["versions"].items() if name != "twig-rl"},
+        "platform": record["platform"],
+        "processors": record["cpu_count"],
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
         "device": device,
     }

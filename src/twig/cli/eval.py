@@ -1,4 +1,4 @@
-"""The command `twig eval`: its words become settings, one library call measures, the result is printed."""
+"""The command `twig eval`: builds settings from its arguments, measures, and prints the result."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from twig.cli.completion import complete_run
 from twig.cli.console import Overrides, quiet_libraries, result_console
 from twig.cli.display import accuracy_table, clean, comparison_words, quoted, sampled_table, showing
 from twig.common.errors import UserError
@@ -20,7 +21,12 @@ from twig.tasks.load import TASKS
 
 def eval_command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, an adapter, or a model.")
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="A run folder, an adapter, or a model.",
+            autocompletion=complete_run,
+        ),
     ],
     overrides: Overrides = None,
     task: Annotated[
@@ -48,28 +54,36 @@ def eval_command(
     if output is not None:
         refuse_other_content(output)
     with showing(settings.log.progress) as progress:
-        found = _evaluate(settings, samples, progress)
-    record = found.as_dict()
+        measured = _evaluate(settings, samples, progress)
+    record = measured.as_dict()
     console = result_console()
     greedy = record["greedy"]
     rows = {settings.task.name: greedy}
     if other is not None:
-        rows |= {quoted(against): other.greedy}
+        rows |= {quoted(other.folder): other.greedy}
     console.print(accuracy_table(rows))
-    words = "" if greedy["found"] is None else f"answer found {100 * greedy['found']:.1f} %, "
-    if greedy["right_lenient"] is not None:
-        words += f"last number right {100 * greedy['right_lenient']:.1f} %, "
-    words += f"mean length {greedy['mean_length']:.1f} tokens, cut off {100 * greedy['truncated']:.1f} %"
-    console.print(Text(f"\n{words}"), soft_wrap=True)
-    if found.sampled is not None:
-        console.print(sampled_table(found.sampled.as_dict()))
+    console.print(Text(f"\n{_details(greedy)}"), soft_wrap=True)
+    if measured.sampled is not None:
+        console.print(sampled_table(measured.sampled.as_dict()))
     if other is not None:
         record["against"] = str(against)
-        record["comparison"] = comparison = found.compare(other).as_dict()
+        record["comparison"] = comparison = measured.compare(other).as_dict()
         console.print(Text(comparison_words(comparison)), soft_wrap=True)
     if output is not None:
-        write_evaluation(output, record, found.rows)
+        write_evaluation(output, record, measured.rows)
         console.print(Text(f"written to {clean(output)}"), soft_wrap=True)
+
+
+def _details(greedy: dict[str, Any]) -> str:
+    """Returns what else the greedy answers show, on one line."""
+    parts = []
+    if greedy["found"] is not None:
+        parts.append(f"answer found {100 * greedy['found']:.1f} %")
+    if greedy["right_lenient"] is not None:
+        parts.append(f"last number right {100 * greedy['right_lenient']:.1f} %")
+    parts.append(f"mean length {greedy['mean_length']:.1f} tokens")
+    parts.append(f"cut off {100 * greedy['truncated']:.1f} %")
+    return ", ".join(parts)
 
 
 def _evaluate(settings: Settings, samples: int | None, progress: Progress) -> Any:
@@ -83,10 +97,10 @@ def _settings_to_evaluate(
     model: str, task: str | None, overrides: list[str], limit: int | None, best: bool
 ) -> Settings:
     if "=" in model and not Path(model).exists():
-        raise UserError(f"{model}: a setting where the model belongs; write twig eval MODEL_OR_RUN {model}")
+        raise UserError(model, "a setting in place of the model", f"Run twig eval MODEL_OR_RUN {model}")
     folder = Path(model)
     if best and not is_run(folder):
-        raise UserError(f"--best: {model} is not a run; leave --best out, or write the folder of a run")
+        raise UserError("--best", f"{model} is not a run", "Leave --best out, or name the folder of a run")
     if is_run(folder):
         values = load(model).model_dump()
         values["model"]["adapter"] = _adapter_of(folder, best)
@@ -96,10 +110,9 @@ def _settings_to_evaluate(
         values = {"model": {"name": model}}
     if task is not None and task != values.get("task", {}).get("name"):
         values["task"] = {"name": task}
-    if "task" not in values and not any(word.startswith("task.name=") for word in overrides):
-        raise UserError(
-            f"--task: not set, and {model} is not a run that has one; write {either(list(TASKS))}"
-        )
+    if "task" not in values and not any(override.startswith("task.name=") for override in overrides):
+        problem = f"not set, and {model} is not a run that has one"
+        raise UserError("--task", problem, f"Add --task {either(list(TASKS))}")
     return Settings.from_dict(values, overrides if limit is None else [*overrides, f"eval.limit={limit}"])
 
 
@@ -110,9 +123,8 @@ def _base_of(adapter: Path) -> str:
     except (OSError, ValueError, TypeError, KeyError):
         name = None
     if not isinstance(name, str) or not name:
-        raise UserError(
-            f"{file}: names no base model; write twig eval MODEL --task NAME model.adapter={adapter}"
-        )
+        fix = f"Run twig eval MODEL --task NAME model.adapter={adapter}"
+        raise UserError(str(file), "names no base model", fix)
     return name
 
 
@@ -120,4 +132,4 @@ def _adapter_of(folder: Path, best: bool) -> str:
     for name in ("adapter-best",) if best else ("adapter", "adapter-best"):
         if (folder / name / "adapter_config.json").is_file():
             return str(folder / name)
-    raise UserError(f"{folder}: the run has no adapter yet; go on with it: twig train {folder} --resume")
+    raise UserError(str(folder), "the run has no adapter yet", f"Resume it: twig train {folder} --resume")

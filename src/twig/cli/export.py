@@ -1,4 +1,4 @@
-"""The command `twig export`: one library call, and what it wrote."""
+"""Defines the command `twig export`: one library call, and what it wrote."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,14 +6,19 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from twig.cli.completion import complete_run
 from twig.cli.console import quiet_libraries, result_console
 from twig.cli.display import quoted, showing
+from twig.common.errors import UserError
 from twig.common.text import one_line
 from twig.runtime.stop import stoppable
 
 
 def export_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="The folder of a finished run.", autocompletion=complete_run),
+    ],
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder to write. Without it: exports/NAME.")
     ] = None,
@@ -24,9 +29,7 @@ def export_command(
     best: Annotated[bool, typer.Option("--best", help="The best evaluated adapter, not the last.")] = False,
     base_model: Annotated[
         str | None,
-        typer.Option(
-            metavar="ID", help="The base's id on the Hub, where it was a folder (or its new folder)."
-        ),
+        typer.Option(metavar="ID", help="The base's id on the Hub, if it was a folder (or its new folder)."),
     ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload it to the Hub too, privately.")
@@ -34,22 +37,17 @@ def export_command(
     public: Annotated[bool, typer.Option("--public", help="With --push: for everyone to see.")] = False,
 ) -> None:
     """Write a trained model as a folder to share, with a model card."""
+    if public and push is None:
+        raise UserError("--public", "nothing is pushed", "Add --push USER/NAME")
     with showing("auto") as progress, stoppable() as stop:
         stop.at_once = True  # nothing half is left behind, so there is nothing to wait for
         progress.phase("starting")
-        from twig.export.export import export_run
+        from twig.export.export import ExportOptions, export_run
+        from twig.export.upload import Push
 
         quiet_libraries()
-        done = export_run(
-            run,
-            output,
-            merged=merged,
-            best=best,
-            base_model=base_model,
-            push=push,
-            public=public,
-            progress=progress,
-        )
+        options = ExportOptions(merged, best, base_model)
+        done = export_run(run, output, options, push=Push(push, public) if push else None, progress=progress)
     facts = {
         "folder": str(done.folder),
         "form": "merged model" if merged else "adapter",
@@ -61,5 +59,5 @@ def export_command(
         facts["page"] = done.url
     else:
         facts["next"] = f"read {quoted(done.folder / 'README.md')}, then share the folder"
-    for name, words in facts.items():
-        result_console().print(Text(f"{name:<8} {one_line(words)}"), soft_wrap=True)
+    for name, text in facts.items():
+        result_console().print(Text(f"{name:<8} {one_line(text)}"), soft_wrap=True)

@@ -1,7 +1,8 @@
-"""The command `twig plan`: what a run needs of memory, item by item, or what fits devices of given sizes."""
+"""Defines the command `twig plan`: a run's memory, item by item, or what fits devices of given sizes."""
 
 import io
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from twig.cli.completion import complete_source
 from twig.cli.console import Overrides, result_console
 from twig.common.errors import UserError
 from twig.common.text import format_size, one_line, parse_size
 from twig.config.load import Settings, load
 from twig.config.messages import write
 from twig.config.sizes import SIZE_KEYS, with_free_sizes
+from twig.planner.ledger import Phase
 from twig.planner.model_shape import find_file, read_config
 from twig.planner.plan import PROMPT_TOKENS, Plan, budget_bytes, plan
 from twig.runtime.machine import device_kind, free_memory
@@ -25,15 +28,20 @@ from twig.tasks.prompts import render_prompt
 _DEVICES = {"cpu": "a CPU", "cuda": "a CUDA GPU", "mps": "an Apple GPU"}
 _GIB = 2**30
 _SMALL = 0.005  # of the peak: smaller items share a row
-_PROBLEMS = 2000  # whose prompts are counted
-_ASSUMED = {"svamp": 180, "gsm8k": 320}  # where their data is on the Hub: counted with Qwen2's tokenizer
-_CHAT_TOKENS = 64  # at most, that a chat template puts around a prompt
-_LETTERS = 2.5  # a token has more in nearly every text
+_PROBLEMS = 2000  # the most problems whose prompts are counted
+_ASSUMED = {"svamp": 180, "gsm8k": 320}  # if their data is on the Hub: counted with Qwen2's tokenizer
+_CHAT_TOKENS = 64  # the most tokens that a chat template puts around a prompt
+_LETTERS = 2.5  # a token has more letters than that in nearly every text
 
 
 def plan_command(
     source: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe, a YAML file or a run folder.")
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_FILE",
+            help="A recipe, a YAML file or a run folder.",
+            autocompletion=complete_source,
+        ),
     ],
     overrides: Overrides = None,
     sizes: Annotated[
@@ -47,17 +55,17 @@ def plan_command(
         typer.Option(metavar="N", min=1, help="Tokens of the longest prompt. Without it: counted."),
     ] = None,
 ) -> None:
-    """Show how much memory a run needs, and what to change where it does not fit."""
+    """Show how much memory a run needs, and what to change if it does not fit."""
     settings = load(source, overrides or ())
     if sizes is None:
         show_plan(result_console(), settings, prompt_tokens)
     else:
-        written = {word.partition("=")[0] for word in overrides or ()}
-        show_devices(result_console(), settings, _sizes(sizes), written, prompt_tokens)
+        fixed = {override.partition("=")[0] for override in overrides or ()}
+        show_devices(result_console(), settings, _sizes(sizes), fixed, prompt_tokens)
 
 
 def plan_as_comment(settings: Settings) -> str:
-    """The plan of this machine as lines of YAML comment, or why there is none."""
+    """Returns the plan for this machine as lines of YAML comment, or the reason why there is none."""
     text = io.StringIO()
     try:
         show_plan(Console(file=text, width=108, highlight=False, color_system=None), settings)
@@ -67,46 +75,45 @@ def plan_as_comment(settings: Settings) -> str:
 
 
 def show_plan(console: Console, settings: Settings, prompt_tokens: int | None = None) -> None:
-    """Prints what each phase holds on this machine, and the sizes that were chosen, or what to change."""
-    config, kind, longest, words = _asked(settings, device_kind(settings.model.device), prompt_tokens)
-    budget = budget_bytes(settings.memory.budget, free_memory(_named_device(settings, kind)))
-    found = plan(config, settings, budget, kind, prompt_tokens=longest)
-    _say(console, words, *found.notes, "")
-    console.print(phases_table(found))
-    if found.fits:
-        _say(
-            console,
-            "",
-            f"Fits: {format_size(found.peak)} of {format_size(budget)}. The quickest sizes that do:",
-        )
-        console.print(chosen_table(found, settings))
+    """Prints what each phase takes on this machine, and the sizes that were chosen, or what to change."""
+    run = _run_of(settings, device_kind(settings.model.device), prompt_tokens)
+    budget = budget_bytes(settings.memory.budget, free_memory(_named_device(settings, run.kind)))
+    chosen = plan(run.config, settings, budget, run.kind, prompt_tokens=run.longest_prompt)
+    _say(console, run.title, *chosen.notes, "")
+    console.print(phases_table(chosen))
+    if chosen.fits:
+        fits = f"Fits: {format_size(chosen.peak)} of {format_size(budget)}. The quickest sizes that do:"
+        _say(console, "", fits)
+        console.print(chosen_table(chosen, settings))
     else:
-        show_advice(console, "this machine", found)
+        show_advice(console, "this machine", chosen)
 
 
 def show_devices(
     console: Console,
     settings: Settings,
     sizes: dict[str, int],
-    written: Collection[str],
+    fixed: Collection[str],
     prompt_tokens: int | None = None,
 ) -> None:
-    """Prints what fits devices of these `sizes` (name to bytes), and what to change where nothing does.
+    """Prints what fits devices of these `sizes` (name to bytes), and what to change if nothing does.
 
-    Each is planned for anew, whatever the settings say but for the keys `written` on the command line.
+    The sizes in the settings count only if their keys are `fixed`: set on the command line.
     """
-    wanted = settings.model.device
-    kind = "cuda" if wanted == "auto" else device_kind(wanted)
-    config, kind, longest, words = _asked(settings, kind, prompt_tokens)
-    free = with_free_sizes(settings, written)
-    plans = {name: plan(config, free, size, kind, prompt_tokens=longest) for name, size in sizes.items()}
-    _say(console, words, *next(iter(plans.values())).notes, "")
+    device = settings.model.device
+    run = _run_of(settings, "cuda" if device == "auto" else device_kind(device), prompt_tokens)
+    free = with_free_sizes(settings, fixed)
+    plans = {
+        name: plan(run.config, free, size, run.kind, prompt_tokens=run.longest_prompt)
+        for name, size in sizes.items()
+    }
+    _say(console, run.title, *next(iter(plans.values())).notes, "")
     console.print(devices_table(plans))
     for name, each in plans.items():
         if not each.fits:
             show_advice(console, name, each)
     if any(each.fits for each in plans.values()):
-        _say(console, "", "A run chooses these sizes itself, from what its device has free.")
+        _say(console, "", "A run chooses these sizes itself, from the free memory of its device.")
 
 
 def _say(console: Console, *lines: str) -> None:
@@ -115,24 +122,37 @@ def _say(console: Console, *lines: str) -> None:
 
 
 def _sizes(text: str) -> dict[str, int]:
-    found = {word.strip(): parse_size(word) for word in text.split(",")}
-    for word, size in found.items():
+    sizes = {}
+    for name in (part.strip() for part in text.split(",")):
+        size = parse_size(name)
         if size is None:
-            raise UserError(f"--for: {word!r} is not a size; write for example --for 4GiB,8GiB")
-    return {word: size for word, size in found.items() if size is not None}
+            raise UserError("--for", f"{name!r} is not a size", "Pass for example --for 4GiB,8GiB")
+        sizes[name] = size
+    return sizes
 
 
-def _asked(settings: Settings, kind: str, prompt_tokens: int | None) -> tuple[dict[str, Any], str, int, str]:
-    """The model's config, the kind of device, the longest prompt, and these in words."""
+@dataclass(frozen=True)
+class _Run:
+    """What is planned: the model's config, the kind of device, the longest prompt, and these as a title."""
+
+    config: dict[str, Any]
+    kind: str
+    longest_prompt: int
+    title: str
+
+
+def _run_of(settings: Settings, kind: str, prompt_tokens: int | None) -> _Run:
     config = read_config(settings.model.name, settings.model.revision)
-    known = prompt_tokens or longest_prompt_at_hand(settings)
-    longest = known or assumed_prompt(settings)
-    assumed = "" if known else " (assumed; write --prompt-tokens N)"
+    counted = prompt_tokens or longest_prompt_at_hand(settings)
+    longest = counted or assumed_prompt(settings)
+    assumed = "" if counted else " (assumed; pass --prompt-tokens N)"
     if kind not in _DEVICES:
-        raise UserError(f"model.device: {kind!r} cannot be planned; write auto, cpu, cuda or mps")
+        raise UserError(
+            "model.device", f"{kind!r} cannot be planned", "Set model.device to auto, cpu, cuda or mps"
+        )
     name = one_line(settings.model.name)
-    words = f"{name} on {_DEVICES[kind]}, prompts of up to {longest} tokens{assumed}"
-    return config, kind, longest, words
+    title = f"{name} on {_DEVICES[kind]}, prompts of up to {longest} tokens{assumed}"
+    return _Run(config, kind, longest, title)
 
 
 def _named_device(settings: Settings, kind: str) -> str:
@@ -142,16 +162,16 @@ def _named_device(settings: Settings, kind: str) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
-def phases_table(found: Plan) -> Table:
-    """What each phase holds at its peak: a row for each item, the largest first, the small ones together."""
-    unit, name = (_GIB, "GiB") if found.peak >= _GIB else (2**20, "MiB")
+def phases_table(chosen: Plan) -> Table:
+    """Returns a table of the phases at their peaks: a row for each item, the largest first."""
+    unit, name = (_GIB, "GiB") if chosen.peak >= _GIB else (2**20, "MiB")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"{name} at the peak of")
-    for phase in found.phases:
+    for phase in chosen.phases:
         table.add_column(phase.name, justify="right")
-    columns = [{item.name: item.size for item in phase.items} for phase in found.phases]
+    columns = [{item.name: item.size for item in phase.items} for phase in chosen.phases]
     largest = {key: max(column.get(key, 0) for column in columns) for column in columns for key in column}
-    small = {key for key, size in largest.items() if size < _SMALL * found.peak}
+    small = {key for key, size in largest.items() if size < _SMALL * chosen.peak}
     for column in columns:
         column["the rest"] = sum(column.pop(key, 0) for key in small)
 
@@ -163,23 +183,26 @@ def phases_table(found: Plan) -> Table:
         table.add_row(key, *(number(column.get(key, 0)) for column in columns))
     if small:
         table.add_row("the rest", *(number(column["the rest"]) for column in columns))
-    highest = found.peak
-    sums = (Text(number(p.peak), style="bold" if p.peak == highest else "") for p in found.phases)
+    sums = (Text(number(phase.peak), style=_bold_peak(phase, chosen)) for phase in chosen.phases)
     table.add_row(Text("together", style="bold"), *sums)
     return table
 
 
-def chosen_table(found: Plan, settings: Settings) -> Table:
-    """The sizes of a plan by their keys, and which of them the settings had set."""
+def chosen_table(chosen: Plan, settings: Settings) -> Table:
+    """Returns a table of a plan's sizes by their keys; "as set" marks those in the settings."""
     table = Table(box=None, pad_edge=False, show_header=False)
     flat = settings.flat()
     for key in SIZE_KEYS:
-        table.add_row(f"  {key}", write(found.sizes.by_key()[key]), "" if flat[key] is None else "as set")
+        table.add_row(f"  {key}", write(chosen.sizes.by_key()[key]), "" if flat[key] is None else "as set")
     return table
 
 
+def _bold_peak(phase: Phase, chosen: Plan) -> str:
+    return "bold" if phase.peak == chosen.peak else ""
+
+
 def devices_table(plans: dict[str, Plan]) -> Table:
-    """What fits where: the peak of each phase, whether that fits, and the sizes that were chosen."""
+    """Returns a table of what fits which device: peak of each phase, whether that fits, the chosen sizes."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     table.add_column("\npeak, GiB")
     for phase in next(iter(plans.values())).phases:
@@ -187,33 +210,26 @@ def devices_table(plans: dict[str, Plan]) -> Table:
     table.add_column("\nfits", justify="right")
     for title in ("sampled\nat once", "tokens\na pack", "layers\nrun"):
         table.add_column(title, justify="right")
-    for name, found in plans.items():
-        peaks = (
-            Text(f"{phase.peak / _GIB:.2f}", style="bold" if phase.peak == found.peak else "")
-            for phase in found.phases
-        )
-        fits = Text("yes", style="green") if found.fits else Text("no", style="bold red")
-        again = "twice" if found.sizes.checkpoint_layers else "once"
-        table.add_row(Text(name), *peaks, fits, str(found.sizes.wave_size), str(found.sizes.pack_size), again)
+    for name, chosen in plans.items():
+        peaks = (Text(f"{phase.peak / _GIB:.2f}", style=_bold_peak(phase, chosen)) for phase in chosen.phases)
+        fits = Text("yes", style="green") if chosen.fits else Text("no", style="bold red")
+        sizes = chosen.sizes
+        runs = "twice" if sizes.checkpoint_layers else "once"
+        table.add_row(Text(name), *peaks, fits, str(sizes.wave_size), str(sizes.pack_size), runs)
     return table
 
 
-def show_advice(console: Console, name: str, found: Plan) -> None:
-    """Prints what a plan that does not fit lacks, and what to change: a row a change, each on top of those
-    above it."""
-    lacks = format_size(found.peak - found.usable)
-    _say(
-        console,
-        "",
-        f"{name}: {lacks} too little. Change, the cheapest first, each with those above:",
-    )
+def show_advice(console: Console, name: str, chosen: Plan) -> None:
+    """Prints what a plan that does not fit lacks, and a row for each change, on top of those above it."""
+    lacks = format_size(chosen.peak - chosen.usable)
+    _say(console, "", f"{name}: {lacks} too little. Change, the cheapest first, each with those above:")
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
-    for each in found.advice:
+    for each in chosen.advice:
         table.add_row(Text(f"  {each.changes}"), format_size(each.peak), "fits" if each.fits else "")
-    if not found.advice or not found.advice[-1].fits:
+    if not chosen.advice or not chosen.advice[-1].fits:
         table.add_row("  a smaller model", "", "")
     console.print(table)
 
@@ -222,28 +238,28 @@ def show_advice(console: Console, name: str, found: Plan) -> None:
 
 
 def assumed_prompt(settings: Settings) -> int:
-    """Tokens of the longest prompt where the data is not at hand."""
+    """Returns the assumed tokens of the longest prompt, for data that is not at hand."""
     return _ASSUMED.get(settings.task.name, PROMPT_TOKENS)
 
 
 def longest_prompt_at_hand(settings: Settings) -> int | None:
-    """Tokens of the task's longest prompt, rather too many than too few; None where its data is not at hand.
+    """Estimates the tokens of the task's longest prompt, rather too many; None if its data is not at hand.
 
-    With the model's tokenizer where that is at hand too, else from the number of letters.
+    Counts with the model's tokenizer if that is at hand too, else from the number of letters.
     """
     if settings.task.name != "multiplication" and settings.task.path is None:
         return None  # on the Hub
     if settings.task.path is not None and not Path(settings.task.path).exists():
         return None
-    if settings.task.name == "multiplication":  # all are as long as each other, or nearly
+    if settings.task.name == "multiplication":  # all are nearly as long as each other
         settings = _fewer_problems(settings)
-    # Only prompts are needed: no reward file is run for a plan.
-    task = load_task(settings, reward_funcs=[len])
+    # A plan needs only prompts, so no reward file is run.
+    task = replace(load_task(settings, reward_funcs=[len]), chat="never")
     texts = []
     for example in [*task.train[:_PROBLEMS], *task.eval[:_PROBLEMS]]:
         if not isinstance(example.prompt, str):
             return None  # chat messages, which only the model's own template can write
-        texts.append(render_prompt(task, example, None, settings.task.model_copy(update={"chat": "never"})))
+        texts.append(render_prompt(task, example, None))
     around = 0 if settings.task.chat == "never" or _has_no_template(settings) else _CHAT_TOKENS
     path = find_file(settings.model.name, "tokenizer.json", settings.model.revision)
     if path is None:
@@ -252,9 +268,9 @@ def longest_prompt_at_hand(settings: Settings) -> int | None:
 
     try:
         encoded = Tokenizer.from_file(str(path)).encode_batch(texts)
-    except Exception as error:  # the library knows no other kind
+    except Exception as error:  # the library raises no other kind
         raise UserError(
-            f"model.name: {path} is damaged ({error}); copy it again, or write --prompt-tokens N"
+            "model.name", f"{path} is damaged ({error})", "Copy it again, or pass --prompt-tokens N"
         ) from error
     return around + max((len(each.ids) for each in encoded), default=0)
 
@@ -265,8 +281,8 @@ def _fewer_problems(settings: Settings) -> Settings:
 
 
 def _has_no_template(settings: Settings) -> bool:
-    """Whether the model's tokenizer is at hand and has no chat template."""
-    found = find_file(settings.model.name, "tokenizer_config.json", settings.model.revision)
-    if found is None or (found.parent / "chat_template.jinja").is_file():
+    """Tells whether the model's tokenizer is at hand and has no chat template."""
+    path = find_file(settings.model.name, "tokenizer_config.json", settings.model.revision)
+    if path is None or (path.parent / "chat_template.jinja").is_file():
         return False
-    return "chat_template" not in found.read_text(encoding="utf-8")
+    return "chat_template" not in path.read_text(encoding="utf-8")

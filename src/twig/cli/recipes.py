@@ -1,4 +1,4 @@
-"""The command `twig recipes`: the shipped recipes."""
+"""Defines the command `twig recipes`: the shipped recipes."""
 
 from twig.cli.console import show_row
 from twig.config.load import recipe_names, recipe_text

@@ -1,4 +1,4 @@
-"""The command `twig report`: runs as one HTML page."""
+"""Defines the command `twig report`: runs as one HTML page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,16 +6,19 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from twig.cli.completion import complete_run
 from twig.cli.console import result_console
 from twig.cli.display import clean
 from twig.report.page import write_report
 
 
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders.", autocompletion=complete_run)
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Without it: report.html, in the folder where there is one run."),
+        typer.Option(metavar="FILE", help="Without it: report.html, in the folder of a single run."),
     ] = None,
 ) -> None:
     """Write runs as one HTML page: results, diagnosis, credit maps, curves, settings."""

@@ -1,4 +1,4 @@
-"""The command `twig tasks`: what tasks there are, and one of them to look at."""
+"""Defines the command `twig tasks`: lists the tasks, or shows one of them."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from twig.config.load import Settings
 from twig.tasks.load import TASKS, load_task
 from twig.tasks.prompts import render_prompt
 
-# Any model does where only the problems are asked for.
+# The settings need a model, but showing problems uses none.
 _ANY_MODEL = "tiny-arithmetic"
 
 
@@ -27,12 +27,11 @@ def tasks_command(
 ) -> None:
     """List the tasks; `show NAME`: a prompt as the model sees it, a right answer, and its score."""
     if action is None:
-        for known, module in TASKS.items():
-            show_row(known, (import_module(module).__doc__ or "").partition("\n")[0])
+        for task, module in TASKS.items():
+            show_row(task, (import_module(module).__doc__ or "").partition("\n")[0])
     elif action != "show" or name is None:
-        raise UserError(
-            f"tasks {action}: write twig tasks, or twig tasks show NAME with {either(list(TASKS))}"
-        )
+        fix = f"Run twig tasks, or twig tasks show NAME with {either(list(TASKS))}"
+        raise UserError(f"tasks {action}", "unknown action" if action != "show" else "no NAME", fix)
     else:
         _show_task(name, overrides or ())
 
@@ -43,7 +42,7 @@ def _show_task(name: str, overrides: Sequence[str]) -> None:
     task = load_task(settings, notice=_notice)
     examples = task.eval or task.train
     if not examples:
-        raise UserError(f"task {name}: there are no problems to show; write task.path= another file")
+        raise UserError(f"task {name}", "no problems to show", "Set task.path to another file")
     tokenizer = None
     if settings.model.name != _ANY_MODEL:
         from twig.engine.load import load_tokenizer
@@ -51,24 +50,22 @@ def _show_task(name: str, overrides: Sequence[str]) -> None:
         quiet_libraries()
         tokenizer = load_tokenizer(settings.model)
     example = examples[0]
-    console = result_console()
-    console.print(
-        Text(f"{len(task.train)} problems to train on, {len(task.eval)} to evaluate on. A prompt:\n"),
-        soft_wrap=True,
-    )
-    console.print(Text(clean(render_prompt(task, example, tokenizer, settings.task))), soft_wrap=True)
+    counts = f"{len(task.train)} problems to train on, {len(task.eval)} to evaluate on."
+    _say(f"{counts} A prompt:\n")
+    _say(clean(render_prompt(task, example, tokenizer)))
     if task.score is None or "answer" not in example.columns:
-        console.print(Text("\nThe task's reward functions say what is right."), soft_wrap=True)
+        _say("\nThe task's reward functions decide what is right.")
         return
-    # The form that the task reads: most read the line after ####, multiplication what follows the last #.
+    # Most tasks read the line after ####, multiplication the text after the last #.
     forms = [f"#### {example.columns['answer']}", f"#{example.columns['answer']}"]
     gold = next((form for form in forms if task.score(form, example).right), forms[0])
     score = task.score(gold, example)
-    words = f"answer {'found' if score.found else 'not found'}, {'right' if score.right else 'wrong'}"
-    console.print(
-        Text(f"\nA right answer ends with:\n\n{clean(gold)}\n\nIts score: {float(score.right):g} ({words})"),
-        soft_wrap=True,
-    )
+    verdict = f"answer {'found' if score.found else 'not found'}, {'right' if score.right else 'wrong'}"
+    _say(f"\nA right answer ends with:\n\n{clean(gold)}\n\nIts score: {float(score.right):g} ({verdict})")
+
+
+def _say(text: str) -> None:
+    result_console().print(Text(text), soft_wrap=True)
 
 
 def _notice(text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from twig.cli.completion import complete_source
 from twig.cli.console import Overrides, Silent, Stopped, quiet_libraries, result_console
 from twig.cli.display import quoted, show_findings, show_run, showing
 from twig.cli.plan import plan_as_comment
@@ -20,21 +21,26 @@ from twig.report.diagnosis import findings
 from twig.report.history import read_run
 from twig.runs.folder import RunLog, new_folder, newest_folder
 from twig.runs.reader import is_finished, is_run, read_summary
-from twig.runtime.lifeline import Ended
-from twig.runtime.processes import ALONE, Processes, exit_status, launched, together
+from twig.runtime.failures import Ended, exit_status
+from twig.runtime.processes import ALONE, Processes, launched, together
 
 
 def train_command(
     source: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe, a YAML file or a run folder.")
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_FILE",
+            help="A recipe, a YAML file or a run folder.",
+            autocompletion=complete_source,
+        ),
     ],
     overrides: Overrides = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run folder. Without it: runs/RECIPE-N.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the folder.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the settings and the plan of memory, and stop.")
+        bool, typer.Option("--dry-run", help="Print the settings and the memory plan, and stop.")
     ] = False,
 ) -> None:
     """Train a model, and show its accuracy before and after."""
@@ -45,16 +51,16 @@ def train_command(
     if dry_run:
         sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
         return
-    folder = _folder_to_resume(source, output) if resume else output
-    if resume and _is_done(folder, settings):
-        _show(folder, read_summary(folder))
+    folder = _folder(source, output, resume)
+    summary = _summary_if_done(folder, settings) if resume else None
+    if summary is not None:
+        _show(folder, summary)
         return
-    folder = folder or new_folder(_run_name(source))
     with _stoppable(folder):
         summary = _train(settings, folder, resume)
     _show(folder, summary)
     if summary["status"] == "stopped":
-        raise Stopped(_how_to_go_on(folder))
+        raise Stopped(_how_to_resume(folder))
 
 
 def _show(folder: Path, summary: dict[str, Any]) -> None:
@@ -65,27 +71,26 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
 def _train_together(
     source: str, overrides: Sequence[str], output: Path | None, resume: bool, dry_run: bool
 ) -> None:
-    """The same as one of several processes. The first alone reads settings, opens the folder and speaks."""
-    settings, folder, main = None, Path(), launched().rank == 0
+    """Trains as one of several processes; the first alone reads settings, opens the folder and prints."""
+    settings, folder, processes = None, Path(), ALONE
     try:
         with together() as processes:
-            if main:
+            if processes.main:
                 settings = load(_recipe(source), overrides)
                 if dry_run:
                     sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
                 else:
-                    folder = _folder_to_resume(source, output) if resume else output
-                    folder = folder or new_folder(_run_name(source))
+                    folder = _folder(source, output, resume)
             if dry_run:
                 return
             with _stoppable(folder):
                 summary = _train(settings, folder, resume, processes)
-        if main:
+        if processes.main:
             _show(folder, summary)
         if summary["status"] == "stopped":
-            raise Stopped(_how_to_go_on(folder))
+            raise Stopped(_how_to_resume(folder))
     except (UserError, Ended, KeyboardInterrupt, Stopped) as error:
-        if main:
+        if not processes.reported:
             raise
         raise Silent(exit_status(error)) from error
 
@@ -98,9 +103,9 @@ def _train(
 
         quiet_libraries()
         return run({}, processes=processes).summary
-    # The folder is taken, or refused, before the slow imports; a run that fails before its start leaves none.
+    # The folder is created or refused before the slow imports; a run that fails before its start leaves none.
     log = RunLog.open(folder) if resume else RunLog.create(folder, settings)
-    log.close()  # the run takes it itself
+    log.close()  # the run opens it again
     try:
         from twig.training.train import train as run
 
@@ -115,7 +120,7 @@ def _train(
 
 def _recipe(source: str) -> str:
     if "=" in source and not Path(source).exists():
-        raise UserError(f"{source}: a setting where the recipe belongs; write twig train quickstart {source}")
+        raise UserError(source, "a setting in place of the recipe", f"Run twig train quickstart {source}")
     return source
 
 
@@ -124,30 +129,34 @@ def _run_name(source: str) -> str:
     return file_name(path.stem if path.suffix in (".yaml", ".yml") else path.resolve().name)
 
 
+def _folder(source: str, output: Path | None, resume: bool) -> Path:
+    return _folder_to_resume(source, output) if resume else output or new_folder(_run_name(source))
+
+
 def _folder_to_resume(source: str, output: Path | None) -> Path:
-    found = output or (Path(source) if is_run(Path(source)) else newest_folder(_run_name(source)))
-    if found is None:
-        name = _run_name(source)
-        raise UserError(
-            f"--resume: there is no run runs/{name}-N; write --output DIR, or leave --resume out to start"
-        )
-    return found
+    folder = output or (Path(source) if is_run(Path(source)) else newest_folder(_run_name(source)))
+    if folder is None:
+        problem = f"there is no run runs/{_run_name(source)}-N"
+        raise UserError("--resume", problem, "Add --output DIR, or leave --resume out to start")
+    return folder
 
 
-def _is_done(folder: Path, settings: Settings) -> bool:
+def _summary_if_done(folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """Returns the summary of a run that is finished with these settings, else None."""
     log = RunLog.open(folder)
     log.close()
     as_it_began = with_sizes(settings, log.settings.flat())  # with the sizes that the run chose
-    return log.settings == as_it_began and is_finished(log.summary())
+    done = log.settings == as_it_began and is_finished(log.summary())
+    return read_summary(folder) if done else None
 
 
-def _how_to_go_on(folder: Path) -> str:
-    return f"stopped and saved; to go on: twig train {quoted(folder)} --resume"
+def _how_to_resume(folder: Path) -> str:
+    return f"stopped and saved; to resume: twig train {quoted(folder)} --resume"
 
 
 @contextmanager
 def _stoppable(folder: Path) -> Iterator[None]:
-    """Inside, SIGTERM is as Ctrl-C, and either says how to go on."""
+    """Treats SIGTERM as Ctrl-C inside; either prints how to resume."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -156,6 +165,6 @@ def _stoppable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped(_how_to_go_on(folder) if is_run(folder) else "stopped before the first step") from None
+        raise Stopped(_how_to_resume(folder) if is_run(folder) else "stopped before the first step") from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,16 +1,28 @@
-"""What a person can fix, as an exception."""
+"""The exception for mistakes that the person running Twig can fix."""
 
 from twig.common.text import one_line
 
 
 class UserError(ValueError):
-    """Something the person running Twig can fix: one line saying what, where and what to write instead.
+    """A mistake the user can fix: one printable line saying where, what and how to fix it.
 
-    Whatever the words were made from, they are one line of printable text.
+    `key` is what the error is about (a setting, a file, an option), `problem` a clause, `fix` an imperative
+    sentence or a question; neither ends with a full stop.
 
-    >>> str(UserError("my\\x1b[31m.yaml: no\\nfile"))
-    'my\\\\x1b[31m.yaml: no file'
+    >>> str(UserError("train.max_steps", "0 is below 1", "Set train.max_steps=100"))
+    'train.max_steps: 0 is below 1. Set train.max_steps=100.'
+    >>> str(UserError("my\\x1b[31m.yaml", "no\\nfile"))
+    'my\\\\x1b[31m.yaml: no file.'
     """
 
-    def __init__(self, words: str) -> None:
-        super().__init__(one_line(words))
+    def __init__(self, key: str, problem: str = "", fix: str = "") -> None:
+        self.key, self.problem, self.fix = key, problem, fix
+        text = ": ".join(part for part in (key, problem.rstrip(".")) if part)
+        if fix:
+            text += f". {fix}" if fix.endswith("?") else f". {fix}."
+        elif problem:
+            text += "."
+        super().__init__(one_line(text))
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str]]:
+        return type(self), (self.key, self.problem, self.fix)

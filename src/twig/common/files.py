@@ -1,22 +1,25 @@
-"""Files that are whole or not there, whatever happens while they are written; and a folder's lock.
+"""Writes files whole or not at all, whatever happens meanwhile; and locks folders.
 
 A file is written beside its place, flushed to disk and renamed; a line is appended whole or not at all. All
 that Twig writes into a run folder goes through here. Knows nothing of what the bytes mean.
 """
 
+import errno
 import os
 import shutil
-import weakref
 from contextlib import suppress
 from pathlib import Path
 
-_BINARY = getattr(os, "O_BINARY", 0)  # Windows: no translation of line ends
-_FLUSHABLE = os.O_RDWR | _BINARY if os.name == "nt" else os.O_RDONLY  # Windows flushes what may be written
+from filelock import FileLock, Timeout
+
+_BINARY = getattr(os, "O_BINARY", 0)  # on Windows: no translation of line ends
+_FLUSHABLE = os.O_RDWR | _BINARY if os.name == "nt" else os.O_RDONLY  # Windows flushes only what is writable
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Writes a file whole: whoever reads it, now or after a crash, finds the old content or the new."""
+    """Writes a file whole: readers, also after a crash, see the old content or the new."""
     draft = path.with_name(f".{path.name}.tmp")
     try:
         write_flushed(draft, data)
@@ -29,7 +32,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def write_flushed(path: Path, data: bytes | str) -> None:
-    """Writes a file and waits until the disk has it; to be used inside a draft, which nobody reads."""
+    """Writes a file and waits until the disk has it; for files in a draft folder, which nobody reads."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
     try:
         _write_all(handle, _encoded(data))
@@ -39,7 +42,7 @@ def write_flushed(path: Path, data: bytes | str) -> None:
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Appends text to a file; where that fails the file is as before."""
+    """Appends text to a file; if that fails, the file is as before."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY, 0o666)
     try:
         size = os.fstat(handle).st_size
@@ -54,7 +57,7 @@ def append_whole(path: Path, text: str) -> None:
 
 
 def put_folder(draft: Path, target: Path) -> None:
-    """Makes the finished folder `draft` the folder `target`, in place of one that was there.
+    """Renames the finished folder `draft` to `target`, and removes an older `target`.
 
     A crash leaves the old one, the new one or, between the two renames, neither; never a mixture.
     """
@@ -66,12 +69,12 @@ def put_folder(draft: Path, target: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder, if it is there: it is gone under its name at once, and never half there."""
+    """Removes a folder if it exists: it is renamed first, so nobody sees half of it."""
     shutil.rmtree(_set_aside(folder), ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Waits until the disk has a file; one that is not there needs no waiting."""
+    """Waits until the disk has a file, if it exists."""
     with suppress(FileNotFoundError):
         handle = os.open(path, _FLUSHABLE)
         try:
@@ -92,45 +95,32 @@ def flush_folder(path: Path) -> None:
 
 
 class FolderLock:
-    """Keeps other processes out of a folder until `release`, or for as long as this object lives.
+    """Keeps other processes out of a folder until `release`, or while this object lives.
 
-    The lock is the operating system's and ends with the process, however that ends. A process that was forked
-    from this one does not keep it.
+    The lock is the operating system's (flock, LockFileEx), so it ends with the process, however that ends; a
+    forked process does not keep it. On a network file system it works as far as that supports flock: NFS
+    since version 4 does, Lustre only if mounted with `flock`. A file system without locks keeps nobody out.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
-        self.handle: int | None = None
+        self._lock = FileLock(folder / LOCK, blocking=False, thread_local=False)
 
     def take(self) -> bool:
-        """Whether the folder is this lock's now: False where another one has it. A file system that knows no
-        locks keeps nobody out."""
-        if self.handle is not None:
+        """Takes the folder and returns True, or False if another lock has it; raises OSError."""
+        if self._lock.is_locked:
             return True
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _lock(handle):
-            os.close(handle)
+        try:
+            self._lock.acquire()
+        except Timeout:
             return False
-        self.handle = handle
-        if hasattr(os, "register_at_fork"):
-            lock = weakref.ref(self)  # what is registered stays so, and is not to keep the lock alive
-            os.register_at_fork(after_in_child=lambda: _forget(lock()))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         return True
 
     def release(self) -> None:
         """Lets others in."""
-        if self.handle is not None:
-            os.close(self.handle)
-            self.handle = None
-
-    def __del__(self) -> None:
-        self.release()
-
-
-def _forget(lock: FolderLock | None) -> None:
-    # A forked process shares the lock until it closes its copy of the handle; closing does not unlock.
-    if lock is not None:
-        lock.release()
+        self._lock.release()
 
 
 def _set_aside(folder: Path) -> Path:
@@ -141,26 +131,6 @@ def _set_aside(folder: Path) -> Path:
     return gone
 
 
-def _lock(handle: int) -> bool:
-    if os.name == "nt":
-        import msvcrt
-
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # the file system has no locks
-        return True
-    return True
-
-
 def _write_all(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
@@ -168,5 +138,5 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 def _encoded(data: bytes | str) -> bytes:
-    # What no UTF-8 can say (half of a surrogate pair) is written as an escape.
+    # Half of a surrogate pair, which UTF-8 cannot encode, is written as an escape.
     return data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace")

@@ -1,6 +1,6 @@
-"""Callbacks for progress: what training, evaluating and exporting tell whoever watches.
+"""Defines the callbacks for progress that training, evaluating and exporting call.
 
-This base class says only what must be said; `cli/display.py` has those that say more.
+This base class logs only notices; `cli/display.py` has those that show more.
 """
 
 import logging
@@ -12,28 +12,32 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """The calls that training makes while it runs. Override what is of interest."""
+    """Receives progress; override the methods of interest."""
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """A stretch of work begins ("loading", "evaluating", "sampling", "updating"), of `total` units if
-        known."""
+        """Called when a phase begins: "loading", "evaluating", "sampling" or "updating".
+
+        It has `total` units of work; None if that is unknown.
+        """
 
     def advance(self, count: int = 1) -> None:
-        """`count` more units of the phase are done."""
+        """Called when `count` more units of the phase are done."""
 
     def step(self, step: int, total: int, metrics: dict[str, Any]) -> None:
-        """Training step `step` of `total` is done; `metrics` is its row in metrics.jsonl."""
+        """Called after training step `step` of `total`; `metrics` is its row in metrics.jsonl."""
 
     def evaluation(self, when: str, result: dict[str, Any]) -> None:
-        """An evaluation is done: `when` is "before", "after" or "step N"; `result` has value, low, high, n
-        and more."""
+        """Called after an evaluation; `when` is "before", "after" or "step N".
+
+        `result` has value, low, high, n and more.
+        """
 
     def message(self, text: str) -> None:
-        """Something worth a line: where the run goes on, what was saved, a warning."""
+        """Called with a line worth showing: where a run resumes, what was saved, a warning."""
 
     def notice(self, text: str) -> None:
-        """Something that nobody may miss, such as whose code is about to run: shown, or else logged."""
+        """Called with a line that nobody may miss, such as whose code is about to run; logs it by default."""
         logger.warning("%s", one_line(text))
 
     def done(self, summary: dict[str, Any]) -> None:
-        """The run is over; `summary` is summary.json."""
+        """Called at the end of a run; `summary` is summary.json."""

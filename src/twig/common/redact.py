@@ -1,7 +1,7 @@
-"""What others may see: text without secrets or paths of this machine, as Markdown that it cannot break.
+"""Removes secrets and paths of this machine from what others may see, and writes it as safe Markdown.
 
-Knows forms: what looks like an access token or like a path is cut; and the secrets in this process's
-environment, wherever they turn up. No torch.
+It removes what looks like an access token or a path, and the values of secrets in this process's environment.
+No torch.
 """
 
 import json
@@ -28,7 +28,7 @@ _PATH = re.compile(r"(?<![\w.:/\\<])(?:~|[A-Za-z]:|\\)?(?:[/\\]+[^\s/\\:*?\"'`<>
 
 
 def environment_secrets() -> dict[str, str]:
-    """Variable to value of what is secret in the environment: by the variable's name, or the value's form."""
+    """Returns the secrets in the environment, by variable: its name says so, or the value's form does."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -37,13 +37,15 @@ def environment_secrets() -> dict[str, str]:
 
 
 def secret_in(text: str) -> str | None:
-    """The variable of the environment whose secret is part of a text, None without one."""
+    """Returns the environment variable whose secret is in a text, None without one."""
     return next((name for name, value in environment_secrets().items() if value in text), None)
 
 
 def without_secrets(value: Any) -> Any:
-    """The value (also nested) without the secrets of the environment, as they are or as URLs, JSON and Python
-    write them."""
+    """Returns the value, also nested, without the secrets of the environment.
+
+    They are removed as they are, and as URLs, JSON and Python write them.
+    """
     forms = set()
     for secret in environment_secrets().values():
         forms |= {secret, quote(secret, safe=""), json.dumps(secret)[1:-1], repr(secret)[1:-1]}
@@ -62,7 +64,7 @@ def _without(value: Any, forms: list[str]) -> Any:
 
 
 def hidden(text: str) -> str:
-    """A message or traceback without the secrets of the environment and without what looks like one.
+    """Returns a message or traceback without the environment's secrets and what looks like one.
 
     >>> hidden("401 for hf_abcdefghijklmnop")
     '401 for (removed)'
@@ -71,7 +73,7 @@ def hidden(text: str) -> str:
 
 
 def public(value: Any) -> Any:
-    """The value without secrets, and with the last part of a path in its place.
+    """Returns the value without secrets, and with only the last part of each path.
 
     >>> public({"file": "/home/ann/work/rewards.py:exact", "api_key": "abc", "n": 3})
     {'file': 'rewards.py:exact', 'api_key': '(removed)', 'n': 3}
@@ -91,7 +93,7 @@ def public(value: Any) -> Any:
 
 
 def last_part(path: str) -> str:
-    """The last part of a path in either notation.
+    """Returns the last part of a path in either notation.
 
     >>> last_part("/models/mine/"), last_part("C:\\\\models\\\\mine")
     ('mine', 'mine')
@@ -107,13 +109,13 @@ def _is_path(text: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A text on one line, with what is not printable written out."""
+    """Returns a text on one line, with unprintable characters escaped."""
     text = " ".join(str(public(value)).split())
     return printable(text)
 
 
 def code(value: Any) -> str:
-    """A text as inline code, whatever is in it.
+    """Returns a text as Markdown's inline code, whatever is in it.
 
     >>> code("a`b\\n|<b>")
     '``a`b |<b>``'
@@ -125,7 +127,7 @@ def code(value: Any) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """A block of code, whatever is in it."""
+    """Returns a text as Markdown's block of code, whatever is in it."""
     text = printable(text)
     ticks = "`" * max(3, _longest_run(text) + 1)
     return f"{ticks}{language}\n{text}\n{ticks}"

@@ -1,8 +1,10 @@
-"""Text: what comes from outside made safe to show and to write; lists, sizes and times in words.
+"""Makes text from outside safe to show and to write; formats lists, sizes and times.
 
-Control characters, halves of characters, endless lines. Knows nothing of secrets and paths (`redact.py`).
+Handles control characters, halves of characters, endless lines. Knows nothing of secrets and paths
+(`redact.py`).
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +14,7 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 
 def printable(value: Any) -> str:
-    """The text with everything that a terminal could act on written out; line ends and tabs stay.
+    """Returns the text with everything that a terminal could act on escaped; line ends and tabs stay.
 
     >>> printable("\\x1b[31mred")
     '\\\\x1b[31mred'
@@ -24,19 +26,19 @@ def printable(value: Any) -> str:
 
 
 def one_line(value: Any, longest: int = _LONGEST_LINE) -> str:
-    """The text as `printable` gives it, on one line; of a longer one, its two ends.
+    """Returns the text as `printable` does, on one line; of a long one, its two ends.
 
     >>> one_line("a\\n b"), one_line("0123456789", 7)
     ('a b', '01...89')
     """
     text = str(value)
-    if len(text) > 4 * longest:  # a megabyte need not be gone through
+    if len(text) > 4 * longest:  # to escape a megabyte takes long
         text = shortened(text, 4 * longest)
     return shortened(printable(" ".join(text.split())), longest)
 
 
 def shortened(text: str, longest: int) -> str:
-    """A text of at most `longest` characters: where it is longer, its two ends."""
+    """Returns a text of at most `longest` characters: of a longer one, its two ends."""
     if len(text) <= longest:
         return text
     side = (longest - 3) // 2
@@ -44,7 +46,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def storable(text: str) -> str:
-    """The text with halves of characters (lone surrogates, which UTF-8 cannot hold) written out.
+    """Returns the text with halves of characters (lone surrogates, which UTF-8 cannot hold) escaped.
 
     >>> storable("a\\ud800")
     'a\\\\ud800'
@@ -52,8 +54,25 @@ def storable(text: str) -> str:
     return _HALVES.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def plain(value: Any) -> Any:
+    """Returns the value in JSON's kinds: arrays become lists, NaN and infinity None, other objects text.
+
+    >>> plain({1: (True, float("nan"))})
+    {'1': [True, None]}
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
 def file_name(text: str) -> str:
-    """The text as part of a file's name: letters, digits and `. - _ +`, at most 100 of them.
+    """Returns the text as part of a file's name: letters, digits and `. - _ +`, at most 100 of them.
 
     >>> file_name("my run/\\x1b[31m"), file_name("..")
     ('my_run_31m', 'run')
@@ -65,7 +84,7 @@ _UNITS = (86400, 3600, 60, 1)  # seconds in d, h, m, s
 
 
 def percent(share: float) -> str:
-    """A share in words.
+    """Returns a share in percent.
 
     >>> percent(0.1234)
     '12.3 %'
@@ -74,12 +93,12 @@ def percent(share: float) -> str:
 
 
 def message_of(error: object, longest: int = 200) -> str:
-    """What an error says, on one line, and not the end of a long one."""
+    """Returns an error's message on one line, cut if it is long."""
     return " ".join(str(error).split())[:longest]
 
 
 def either(names: list[str]) -> str:
-    """The names with commas and an "or".
+    """Returns the names with commas and an "or".
 
     >>> either(["a", "b", "c"])
     'a, b or c'
@@ -88,7 +107,7 @@ def either(names: list[str]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names with commas and an "and".
+    """Returns the names with commas and an "and".
 
     >>> listed(["a", "b", "c"])
     'a, b and c'
@@ -97,7 +116,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def parse_size(text: str) -> int | None:
-    """The bytes of a size, None where it is none: GiB are powers of 1024, GB of 1000, G alone is GiB.
+    """Returns the bytes of a size, None if it is none: GiB is 1024 ** 3, GB 1000 ** 3, G alone is GiB.
 
     >>> parse_size("6GiB"), parse_size("500 MB"), parse_size("six")
     (6442450944, 500000000, None)
@@ -110,7 +129,7 @@ def parse_size(text: str) -> int | None:
 
 
 def format_size(size: float) -> str:
-    """Bytes in words.
+    """Returns a text for a number of bytes.
 
     >>> format_size(6442450944), format_size(1536)
     ('6.00 GiB', '1.5 KiB')
@@ -123,7 +142,7 @@ def format_size(size: float) -> str:
 
 
 def parse_duration(value: str | float) -> float | None:
-    """The seconds of a time: a number of them, or hours, minutes and seconds; None where it is none.
+    """Returns the seconds of a time such as 90 or "2h30m"; None if it is none.
 
     >>> parse_duration("2h30m"), parse_duration("90 s"), parse_duration(1.5), parse_duration("1 day")
     (9000.0, 90.0, 1.5, None)

@@ -1,7 +1,7 @@
-"""PEFT's `LoraConfig` as the settings `lora`, for scripts that have one already.
+"""Turns PEFT's `LoraConfig` into the settings `lora`, for scripts that have one already.
 
-What Twig has no setting for is refused by name, never dropped in silence. Knows nothing of models but the
-name of a family, for the modules that PEFT gives an adapter where none are named.
+Unsupported fields raise UserError. Knows nothing of models but the name of a family, for the modules that
+PEFT gives an adapter if none are named.
 """
 
 from collections.abc import Callable
@@ -23,29 +23,29 @@ _ABOUT_THE_FILE = (
     "runtime_config",
 )
 _INSTEAD = {
-    "lora_dropout": "lora_dropout=0.0, so that what is sampled and what is trained are one distribution",
-    "bias": 'bias="none"',
+    "lora_dropout": "Set lora_dropout=0.0, so that what is sampled and what is trained are one distribution",
+    "bias": 'Set bias="none"',
 }
 
 
 def lora_values(config: Any, family: Callable[[], str]) -> dict[str, Any]:
-    """The settings `lora` that a `LoraConfig` means.
+    """Returns the settings `lora` that a `LoraConfig` means.
 
-    `family` gives the model's `model_type`; it is asked where `target_modules` is None, and PEFT's own choice
+    `family` returns the model's `model_type`; it is called if `target_modules` is None, and PEFT's own choice
     for the family is taken. No `layers_to_transform` means all layers, as in PEFT. Raises UserError for
     another kind of adapter and for a field that has no equal here.
     """
     kind = getattr(config, "peft_type", None)
     if getattr(kind, "value", kind) != "LORA":
-        raise UserError(f"peft_config: {type(config).__name__} is no LoRA adapter; pass peft.LoraConfig")
+        raise UserError("peft_config", f"{type(config).__name__} is no LoRA adapter", "Pass peft.LoraConfig")
     task = getattr(config.task_type, "value", config.task_type)
     if task not in (None, "CAUSAL_LM"):
-        raise UserError(f'peft_config.task_type: {task!r} is not supported; write "CAUSAL_LM"')
+        raise UserError("peft_config.task_type", f"{task!r} is not supported", 'Set it to "CAUSAL_LM"')
     for name, usual in vars(type(config)()).items():
         value = getattr(config, name)
         if name not in (*_SETTINGS, *_ABOUT_THE_FILE) and value != usual:
-            instead = f"write {_INSTEAD[name]}" if name in _INSTEAD else "leave it out"
-            raise UserError(f"peft_config.{name}: {value!r} is not supported; {instead}")
+            fix = _INSTEAD.get(name, "Leave it out")
+            raise UserError(f"peft_config.{name}", f"{value!r} is not supported", fix)
     layers = config.layers_to_transform
     return {
         "r": config.r,
@@ -55,20 +55,15 @@ def lora_values(config: Any, family: Callable[[], str]) -> dict[str, Any]:
     }
 
 
-def _modules(wanted: Any, family: Callable[[], str]) -> list[str]:
-    if isinstance(wanted, str):
-        raise UserError(
-            f"peft_config.target_modules: {wanted!r} is not a list of names; "
-            'write them, such as ["q_proj", "v_proj"]'
-        )
-    if wanted is not None:
-        return sorted(wanted)  # PEFT keeps a set
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+def _modules(names: Any, family: Callable[[], str]) -> list[str]:
+    key, fix = "peft_config.target_modules", 'List them, such as ["q_proj", "v_proj"]'
+    if isinstance(names, str):
+        raise UserError(key, f"{names!r} is not a list of names", fix)
+    if names is not None:
+        return sorted(names)  # PEFT keeps a set
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as by_family
 
     name = family()
-    if name not in known:
-        raise UserError(
-            f"peft_config.target_modules: PEFT chooses none for the family {name}; "
-            'write them, such as ["q_proj", "v_proj"]'
-        )
-    return sorted(known[name])
+    if name not in by_family:
+        raise UserError(key, f"PEFT chooses none for the family {name}", fix)
+    return sorted(by_family[name])

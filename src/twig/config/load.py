@@ -5,33 +5,42 @@ Knows the groups of `schema.py` and nothing about what acts on them.
 """
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self, Union
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
-
-from twig.common.errors import UserError
-from twig.common.text import either
-from twig.config.messages import explain, fields_of, kind_of, nearest
-from twig.config.schema import (
-    ALGORITHMS_WITH,
-    Algorithm,
-    Eval,
-    Frozen,
-    Log,
-    Lora,
-    Memory,
-    Model,
-    Rollout,
-    TaskSettings,
-    Train,
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    model_validator,
 )
 
+from twig.common.errors import UserError
+from twig.common.frozen import Frozen
+from twig.common.text import either, listed
+from twig.config.messages import explain, fields_of, group_of, kind_of, nearest, write
+from twig.config.schema import Eval, Log, Lora, Memory, Model, Rollout, TaskSettings, Train
+from twig.core.algorithms.base import Algorithm
+from twig.core.algorithms.registry import DEFAULT, Unloaded, class_for, shipped
+
 RUN_CONFIG = "config.yaml"
+logger = logging.getLogger(__name__)
+
+
+def _algorithm(value: Any) -> Algorithm:
+    """Builds the group `algorithm`: the class is the one that its `name` or `file` says."""
+    if isinstance(value, Algorithm):
+        return value
+    return (class_for(value) if isinstance(value, dict) else Algorithm).model_validate(value)
 
 
 class Settings(Frozen):
@@ -41,86 +50,137 @@ class Settings(Frozen):
     lora: Lora = Field(default_factory=Lora)
     task: TaskSettings
     rollout: Rollout = Field(default_factory=Rollout)
-    algorithm: Algorithm = Field(default_factory=Algorithm)
+    algorithm: Annotated[SerializeAsAny[Algorithm], PlainValidator(_algorithm)] = Field(
+        default_factory=lambda: class_for({})()
+    )
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
     memory: Memory = Field(default_factory=Memory)
     log: Log = Field(default_factory=Log)
 
     @model_validator(mode="after")
-    def _dr_grpo_divides_by_the_longest_length(self) -> "Settings":
-        if self.algorithm.name == "dr-grpo" and self.algorithm.divisor is None:
-            options = self.algorithm.model_copy(update={"divisor": self.rollout.max_completion_length})
-            object.__setattr__(self, "algorithm", options)
+    def _fill_in_the_algorithm(self) -> Self:
+        resolved = self.algorithm.resolved(self.rollout.max_completion_length)
+        object.__setattr__(self, "algorithm", resolved)
         return self
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = (), label: str = "") -> "Settings":
-        """The settings in a nested dict, with overrides on top; what is left out has its default.
+    def from_dict(
+        cls,
+        values: dict[str, Any],
+        overrides: Sequence[str] = (),
+        label: str = "",
+        shared: Sequence[str] = (),
+    ) -> "Settings":
+        """Returns the settings in a nested dict, with overrides on top; what is left out has its default.
 
         >>> values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication"}}
         >>> Settings.from_dict(values, ["train.max_steps=3"]).train.max_steps
         3
 
-        An override of `algorithm.name` drops what the dict says only for the algorithm that it names.
-
-        `label` says where the dict comes from. Raises UserError, one line, for the first wrong value.
+        An override of `algorithm.name` or `algorithm.file` drops the keys of the dict that the new algorithm
+        does not have, and logs one line that says so. `shared` are overrides below the others, as if the dict
+        had them (those of a whole study). `label` says where the dict comes from. Raises UserError, one line,
+        for the first wrong value.
         """
         values, origins = _plain(values), {"": label}
-        parsed = [parse_override(override) for override in overrides]
-        _drop_settings_of_another_algorithm(values, dict(parsed).get("algorithm.name"))
-        for override, (key, value) in zip(overrides, parsed, strict=True):
+        parsed = [(override, *parse_override(override)) for override in (*shared, *overrides)]
+        for number, (override, key, value) in enumerate(parsed):
+            if number == len(shared):
+                _switch_algorithm(values, {each: chosen for _, each, chosen in parsed[number:]})
             origins[key] = f"override {_cut(override)}"
             _put(values, key, value, origins[key])
+        if not overrides:
+            _switch_algorithm(values, {})
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_one_line(error, origins)) from None
+            raise _with_origin(_explain(values, error), origins) from None
 
     def with_overrides(self, overrides: Sequence[str]) -> "Settings":
-        """These settings with overrides such as "train.max_steps=100" on top."""
+        """Returns these settings with overrides such as "train.max_steps=100" on top."""
         return Settings.from_dict(self.model_dump(), overrides)
 
     def to_yaml(self) -> str:
-        """All settings as YAML text, defaults included; `load` reads it back to equal settings."""
+        """Returns all settings as YAML text, defaults included; `load` reads it back to equal settings."""
         return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
     def flat(self) -> dict[str, Any]:
-        """Dotted key to value, in the order of the reference page."""
-        return {key: _look_up(self, key) for key, _ in fields_of(Settings)}
+        """Returns dotted key to value, of the groups in the order of the reference page."""
+        return dict(_values(self, ""))
+
+
+def _values(group: BaseModel | dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    extra = {}
+    if isinstance(group, BaseModel):
+        extra = group.model_extra or {}  # of an algorithm whose class is not loaded
+        group = {name: getattr(group, name) for name in type(group).model_fields}
+    for name, value in {**group, **extra}.items():
+        if isinstance(value, BaseModel) or (isinstance(value, dict) and name in extra):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def affects(key: str) -> str:
+    """Returns what the setting `key` affects, one of `schema.AFFECTS`.
+
+    >>> affects("train.learning_rate"), affects("log.progress")
+    ('results', 'display')
+    """
+    info = dict(fields_of(Settings)).get(key)
+    extra = info.json_schema_extra if info else None
+    return str(extra["affects"]) if isinstance(extra, dict) and "affects" in extra else "results"
+
+
+@cache
+def settings_with(kind: type[Algorithm]) -> type[Settings]:
+    """Returns the type of settings whose algorithm is of one class: its fields are those that it may have."""
+    return create_model("Settings", __base__=Settings, algorithm=(kind, Field(default_factory=kind)))
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON schema of a settings file, with every shipped algorithm, for editors."""
+    kinds: Any = Union[(*shipped().values(), Unloaded)]  # noqa: UP007 - of classes known when it runs
+    schema = create_model("Settings", __base__=Settings, algorithm=(kinds, Field())).model_json_schema()
+    schema["required"].remove("algorithm")
+    schema["$defs"][Unloaded.__name__]["required"] = ["file"]  # or it would take any name
+    return schema
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
+    """Returns the names of the shipped recipes."""
     names = [entry.name for entry in _recipes().iterdir()]
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def recipe_text(name: str) -> str:
-    """The YAML text of a shipped recipe, comments included."""
+    """Returns the YAML text of a shipped recipe, comments included."""
     return (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def load(source: str, overrides: Sequence[str] = ()) -> Settings:
-    """The settings of a recipe, a YAML file or a run folder, with overrides ("train.max_steps=100") on top.
+def load(source: str, overrides: Sequence[str] = (), shared: Sequence[str] = ()) -> Settings:
+    """Returns the settings of a recipe, a YAML file or a run folder, with overrides on top.
 
-    A shipped recipe's name wins over a file of that name. Raises UserError, one line, for anything wrong.
+    `overrides` such as "train.max_steps=100" and `shared` as in `Settings.from_dict`. A shipped recipe's name
+    wins over a file of that name. Raises UserError, one line, for anything wrong.
     """
     label, text = _read(source)
     values = parse_yaml(text, label)
     if not isinstance(values, dict | None):
         raise UserError(
-            f"{label}: {kind_of(values)} is not a mapping of groups; "
-            "write groups of settings, such as 'train:' with 'max_steps: 100' below it"
+            label,
+            f"{kind_of(values)} is not a mapping of groups",
+            "Write groups of settings, such as 'train:' with 'max_steps: 100' below it",
         )
-    return Settings.from_dict(values or {}, overrides, label)
+    return Settings.from_dict(values or {}, overrides, label, shared)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """The dotted key and the value in "group.key=value"; the value is read as YAML.
+    """Returns the dotted key and the value in "group.key=value"; the value is read as YAML.
 
     >>> parse_override("train.learning_rate=1e-5")
     ('train.learning_rate', 1e-05)
@@ -128,38 +188,73 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"override {_cut(text)}: not group.key=value; write for example train.max_steps=100")
-    if "." not in key or not all(key.split(".")):
-        instead = f"{key}.{next(iter(_group(key).model_fields))}" if _group(key) else nearest(Settings, key)
         raise UserError(
-            f"override {_cut(text)}: {key} is not group.key; write {instead or 'train.max_steps'}=..."
+            f"override {_cut(text)}", "it is not group.key=value", "Write for example train.max_steps=100"
+        )
+    if "." not in key or not all(key.split(".")):
+        group = _group(key)
+        instead = f"{key}.{next(iter(group.model_fields))}" if group else nearest(Settings, key)
+        raise UserError(
+            f"override {_cut(text)}", f"{key} is not group.key", f"Write {instead or 'train.max_steps'}=VALUE"
         )
     return key, parse_yaml(value, f"override {_cut(text)}")
 
 
 def parse_yaml(text: str, label: str) -> Any:
-    """The value of YAML text: `1e-5` is a number, only true and false are booleans, no key twice."""
+    """Returns the value of YAML text: `1e-5` is a number, only true and false are booleans, no key twice."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{label}, line {mark.line + 1}" if mark and "\n" in text.strip() else label
         problem = " ".join((getattr(error, "problem", None) or str(error)).split())
-        hint = "remove one" if "twice" in problem else "write text that holds : # { [ & * in quotes"
-        raise UserError(f"{where}: not readable as YAML ({problem}); {hint}") from None
+        fix = "Remove one" if "twice" in problem else "Write text that holds : # { [ & * in quotes"
+        raise UserError(where, f"not readable as YAML ({problem})", fix) from None
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{label}: not readable as YAML ({error}); write plain numbers and shallow groups"
+            label, f"not readable as YAML ({error})", "Write plain numbers and shallow groups"
         ) from None
 
 
-def _drop_settings_of_another_algorithm(values: dict[str, Any], name: Any) -> None:
-    # So that `algorithm.name=grpo` is all that it takes to run a recipe with another algorithm.
+def _switch_algorithm(values: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Drops the keys of the group `algorithm` that belong to an algorithm other than the chosen one.
+
+    So that `algorithm.name=grpo` is all that it takes to run a recipe with another algorithm. Keys that are
+    written in an override stay, and are refused later. Older runs wrote the settings of all algorithms: keys
+    at the default of another one are dropped without a word.
+    """
     group = values.get("algorithm") if isinstance(values, dict) else None
-    if name is not None and isinstance(group, dict) and group.get("name", name) != name:
-        for key, names in ALGORITHMS_WITH.items():
-            if name not in names:
-                group.pop(key, None)
+    if not isinstance(group, dict):
+        return
+    choice = {
+        key: overrides[f"algorithm.{key}"] for key in ("name", "file") if f"algorithm.{key}" in overrides
+    }
+    before = {key: group[key] for key in ("name", "file") if group.get(key) is not None} or {"name": DEFAULT}
+    try:
+        old, new = class_for(before), class_for(choice or before)
+    except UserError:
+        return  # it is refused when the group is built, with the place where it was written
+    if not choice or (choice == before):
+        for key in [key for key in group if key not in new.model_fields and new is not Unloaded]:
+            if _is_default_of_another(key, group[key]):
+                del group[key]
+        return
+    defaults, dropped = old().model_dump(), []
+    for key in list(group):
+        if key in ("name", "file") or (key in defaults and group[key] == defaults[key]):
+            del group[key]
+        elif key not in new.model_fields:
+            value = group.pop(key)
+            if not _is_default_of_another(key, value):
+                dropped.append(f"algorithm.{key}={write(value)}")
+    if dropped:
+        chosen = "=".join(f"algorithm.{key}={value}" for key, value in choice.items())
+        logger.warning(f"{chosen}: dropped {listed(dropped)}, which it does not have")
+
+
+def _is_default_of_another(key: str, value: Any) -> bool:
+    defaults = [kind().model_dump()[key] for kind in shipped().values() if key in kind.model_fields]
+    return bool(defaults) and (value is None or value in defaults)
 
 
 def _put(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
@@ -171,7 +266,7 @@ def _put(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
         if not isinstance(values, dict):
             above = ".".join(groups[: depth + 1])
             raise UserError(
-                f"{origin}: {above} is a value, not a group of settings; write {above}=... itself"
+                f"{origin}: {above}", "it is a value, not a group of settings", f"Set {above}=... itself"
             )
     values[last] = value
 
@@ -181,23 +276,23 @@ def _read(source: str) -> tuple[str, str]:
     if source in names:
         return f"recipe {source}", recipe_text(source)
     path = Path(source)
-    instead = f"name a recipe ({either(names)}), a YAML file or a run folder"
+    fix = f"Name a recipe ({either(names)}), a YAML file or a run folder"
     try:
         if (path / RUN_CONFIG).is_file():
             path = path / RUN_CONFIG
         return str(path), path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not text in UTF-8; {instead}") from None
+        raise UserError(str(path), "not text in UTF-8", fix) from None
     except FileNotFoundError:
         near = difflib.get_close_matches(source, names, 1)
         raise UserError(
-            f"{source}: no such recipe or file; {f'did you mean {near[0]}?' if near else instead}"
+            source, "no such recipe or file", f"Did you mean {near[0]}?" if near else fix
         ) from None
     except IsADirectoryError:
-        raise UserError(f"{source}: a folder without {RUN_CONFIG}; {instead}") from None
+        raise UserError(source, f"a folder without {RUN_CONFIG}", fix) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{source}: cannot be read ({reason}); {instead}") from None
+        raise UserError(source, f"it cannot be read ({reason})", fix) from None
 
 
 def _recipes() -> Any:
@@ -208,7 +303,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain values: no dates, no yes/no/on/off, no octal or base 60, and `1e-5` is a number."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node; raises YAMLError where a key is there twice."""
+        """Returns the mapping of a node; raises YAMLError if a key is there twice."""
         seen = set()
         for key, _ in node.value:
             if key.value == "<<" or not isinstance(key, yaml.ScalarNode):
@@ -246,7 +341,7 @@ _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _PLAIN_VALUES:
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def _plain(value: Any) -> Any:
@@ -258,20 +353,32 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-# ---- words -----------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------
 
 
-def _one_line(error: ValidationError, origins: dict[str, str]) -> str:
-    # An unknown key comes first: a value that is missing or wrong is often its consequence.
-    faults = sorted(error.errors(), key=lambda fault: fault["type"] not in ("extra_forbidden", "invalid_key"))
-    words_of: dict[str, str] = {}
-    for fault in faults:
-        key, words = explain(Settings, fault)
-        words_of.setdefault(key, words)
-    key, words = next(iter(words_of.items()))
-    origin = _origin(key, origins)
-    more = f" (and {len(words_of) - 1} more)" if len(words_of) > 1 else ""
-    return f"{origin}: {key}: {words}{more}" if origin else f"{key}: {words}{more}"
+def _explain(values: dict[str, Any], error: ValidationError) -> UserError:
+    group = values.get("algorithm") if isinstance(values, dict) else None
+    try:
+        kind = class_for(group) if isinstance(group, dict) else class_for({})
+    except UserError:
+        kind = Algorithm
+    for fault in error.errors():
+        if fault["type"] == "extra_forbidden" and fault["loc"][0] == "algorithm" and len(fault["loc"]) == 2:
+            key = str(fault["loc"][1])
+            users = [name for name, each in shipped().items() if key in each.model_fields]
+            if users:
+                name = kind.model_fields["name"].default
+                return UserError(
+                    f"algorithm.{key}",
+                    f"not a setting of algorithm.name={name}, only of {listed(users)}",
+                    f"Leave it out, or set algorithm.name={users[0]}",
+                )
+    return explain(settings_with(kind), error.errors())
+
+
+def _with_origin(error: UserError, origins: dict[str, str]) -> UserError:
+    origin = _origin(error.key, origins)
+    return UserError(f"{origin}: {error.key}" if origin else error.key, error.problem, error.fix)
 
 
 def _origin(key: str, origins: dict[str, str]) -> str:
@@ -291,21 +398,15 @@ def _ends(key: str) -> Iterator[str]:
 
 def _group(name: str) -> type[BaseModel] | None:
     info = Settings.model_fields.get(name)
-    return info.annotation if info else None
+    return info and group_of(info)
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _look_up(value: Any, key: str) -> Any:
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def as_settings(given: Settings | dict[str, Any] | str) -> Settings:
-    """Settings from themselves, a dict of groups, or the name of a recipe or file."""
+    """Returns settings from themselves, a dict of groups, or the name of a recipe or file."""
     if isinstance(given, Settings):
         return given
     return load(given) if isinstance(given, str) else Settings.from_dict(given)

@@ -23,7 +23,7 @@ SIZE_KEYS = (
 class Sizes:
     """How much is computed at once: completions sampled, tokens of a pack, logits, and problems evaluated.
 
-    The plan chooses them before a run, and a run takes smaller ones where memory runs out.
+    The plan chooses them before a run, and a run takes smaller ones on out-of-memory.
     """
 
     wave_size: int
@@ -34,37 +34,37 @@ class Sizes:
 
     @classmethod
     def of(cls, settings: Settings) -> "Sizes":
-        """The sizes in settings that leave none of them open."""
+        """Returns the sizes in settings that leave none of them open."""
         flat = settings.flat()
         return cls(*(flat[key] for key in SIZE_KEYS))
 
     def by_key(self) -> dict[str, int | bool]:
-        """The sizes by their settings' keys."""
+        """Returns the sizes by their settings' keys."""
         return dict(zip(SIZE_KEYS, astuple(self), strict=True))
 
 
-# Where there is no plan: the quickest ones that it would choose.
+# Without a plan: the quickest ones that it would choose.
 DEFAULT_SIZES = Sizes(128, 1024, 2**22, False, 128)
 
 
 def with_free_sizes(settings: Settings, fixed: Collection[str] = ()) -> Settings:
-    """The settings with all sizes left to the plan, but for the `fixed` keys."""
+    """Returns the settings with all sizes left to the plan, except the `fixed` keys."""
     return with_values(settings, {key: None for key in SIZE_KEYS if key not in fixed})
 
 
 def open_sizes(settings: Settings) -> list[str]:
-    """The keys of the sizes that are left to the plan."""
+    """Returns the keys of the sizes that are left to the plan."""
     flat = settings.flat()
     return [key for key in SIZE_KEYS if flat[key] is None]
 
 
 def with_sizes(settings: Settings, sizes: Mapping[str, Any]) -> Settings:
-    """The settings with those of `sizes`, by key, that they leave open."""
+    """Returns the settings with those of `sizes`, by key, that they leave open."""
     return with_values(settings, {key: sizes[key] for key in open_sizes(settings)})
 
 
 def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
-    """The settings with other values, which are not checked: None leaves a size to the plan."""
+    """Returns the settings with other, unchecked values: None leaves a size to the plan."""
     for key, value in values.items():
         group, _, name = key.partition(".")
         changed = getattr(settings, group).model_copy(update={name: value})

@@ -9,11 +9,11 @@ SAMPLING, CREDIT, REPLAY, DATA = range(4)  # streams of random numbers that neve
 
 
 def generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
-    """A random generator that is a function of its arguments only (at most three counters)."""
-    words = [0, *counter, *[0] * (3 - len(counter))]
-    return np.random.Generator(np.random.Philox(counter=words, key=[seed, stream]))
+    """Returns a random generator that is a function of its arguments only (at most three counters)."""
+    block = [0, *counter, *[0] * (3 - len(counter))]
+    return np.random.Generator(np.random.Philox(counter=block, key=[seed, stream]))
 
 
 def uniforms(seed: int, step: int, slot: int, completion: int, length: int) -> np.ndarray:
-    """The uniform numbers in [0, 1) behind the tokens of one completion: entry t is that of position t."""
+    """Returns the uniform numbers in [0, 1) of one completion; entry t draws the token at position t."""
     return generator(seed, SAMPLING, completion, slot, step).random(length)

@@ -20,11 +20,12 @@ ROOT = 0
 class PrefixTrie:
     """A group of completions merged by common prefix. N is the number of nodes, the root included.
 
-    Per node: `token` (root: -1), `parent` (root: -1), `depth` (root: 0; the first sampled token: 1),
-    `count` (completions that pass through), `reward_sum` (sum of their rewards), `end` (the subtree of n is
-    n .. end[n] - 1) and `owner` (a completion that passes through n and, if any does, goes on after it).
-    Per completion: `paths[i]` (its nodes, without the root) and `rewards[i]`. `entropy`, if it was recorded,
-    is per node that of the distribution from which its token was drawn (nats; root: NaN).
+    Per node: `token` (root: -1), `parent` (root: -1), `depth` (root: 0; the first sampled token: 1), `count`
+    (completions that pass through), `reward_sum` (sum of their rewards), `end` (the subtree of n is n ..
+    end[n] - 1) and `owner` (a completion that passes through n and, if any does, continues after it). Per
+    completion: `paths[i]` (its nodes, without the root), `rewards[i]` and `trained[i]` (False: it counts in
+    means and values, and gets no weight of its own). `entropy`, if it was recorded, is per node that of the
+    distribution from which its token was drawn (nats; root: NaN).
 
     >>> trie = PrefixTrie.build([[7, 8], [7, 9], [7]], [1.0, 0.0, 0.0])
     >>> trie.token.tolist(), trie.parent.tolist(), trie.count.tolist()
@@ -42,6 +43,7 @@ class PrefixTrie:
     owner: np.ndarray
     paths: list[np.ndarray]
     rewards: np.ndarray
+    trained: np.ndarray
     entropy: np.ndarray | None = None
 
     @classmethod
@@ -50,9 +52,11 @@ class PrefixTrie:
         completions: Sequence[Sequence[int] | np.ndarray],
         rewards: Sequence[float] | np.ndarray,
         entropies: Sequence[np.ndarray] | None = None,
+        trained: np.ndarray | None = None,
     ) -> "PrefixTrie":
-        """The trie of `completions` (token ids, any lengths, empty ones too) with one reward each, and, if
-        they are known, the entropies of their tokens.
+        """Builds the trie of `completions` (token ids of any lengths, empty ones too) with one reward each.
+
+        `entropies` are those of their tokens, if recorded; `trained` (None: all) as in the class.
 
         Sorted completions share each prefix with a neighbour, so row i adds exactly the nodes behind its
         longest common prefix with row i - 1: linear in the number of tokens after one sort.
@@ -60,18 +64,13 @@ class PrefixTrie:
         rewards = np.asarray(rewards, np.float64)
         lengths = np.array([len(c) for c in completions], np.int64)
         assert len(lengths) == len(rewards) > 0, "one reward per completion, at least one completion"
-        longest = int(lengths.max())
-        table = np.full((len(lengths), longest + 1), -1, np.int64)  # the last column ends every row
-        for row, completion in zip(table, completions, strict=True):
-            row[: len(completion)] = completion
-
-        order = np.lexsort(table.T[::-1])  # stable: equal completions stay in their given order
-        table, sizes = table[order], lengths[order]
+        table, order = _sorted_rows(completions, int(lengths.max()))
+        sizes = lengths[order]
         shared = np.zeros(len(table), np.int64)  # tokens in common with the row before
         differs = table[1:] != table[:-1]
         shared[1:] = np.where(differs.any(1), differs.argmax(1), sizes[1:])
 
-        column = np.arange(longest)
+        column = np.arange(table.shape[1] - 1)
         new = (column >= shared[:, None]) & (column < sizes[:, None])
         num_nodes = 1 + int(new.sum())
         ids = np.where(new, np.cumsum(new.ravel()).reshape(new.shape), 0)
@@ -104,6 +103,7 @@ class PrefixTrie:
             order[last_row],
             paths,
             rewards,
+            np.ones(len(paths), bool) if trained is None else trained,
         )
         if entropies is None:
             return trie
@@ -123,11 +123,18 @@ class PrefixTrie:
         """Tokens of each completion."""
         return np.array([len(p) for p in self.paths], np.int64)
 
+    @property
+    def recorded_entropy(self) -> np.ndarray:
+        """The entropy of each node. Raises ValueError if none was recorded."""
+        if self.entropy is None:
+            raise ValueError("this trie has no entropies; pass entropies to PrefixTrie.build")
+        return self.entropy
+
     @cached_property
     def value(self) -> np.ndarray:
         """V(n), the mean reward of the completions through n.
 
-        Where they all have one reward, V is that reward itself: a sum of 0.1 or 1/3 divided by its count can
+        If they all have one reward, V is that reward itself: a sum of 0.1 or 1/3 divided by its count can
         differ from it in the last bit, and the difference of two such values would be spurious credit.
         """
         low, high = np.full(len(self), np.inf), np.full(len(self), -np.inf)
@@ -137,13 +144,27 @@ class PrefixTrie:
         return np.where(low == high, low, self.reward_sum / self.count)
 
     def position(self, nodes: np.ndarray) -> np.ndarray:
-        """Where the tokens of `nodes` (not the root) are in the owners' completions laid end to end."""
+        """Returns the places of the tokens of `nodes` in the completions laid end to end; not for the root."""
         first = np.cumsum(self.lengths) - self.lengths
         return first[self.owner[nodes]] + self.depth[nodes] - 1
 
 
+def _sorted_rows(
+    completions: Sequence[Sequence[int] | np.ndarray], longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the completions as sorted rows of a table, -1 behind their ends, and the order of the rows.
+
+    The last column ends every row. Equal completions stay in their given order.
+    """
+    table = np.full((len(completions), longest + 1), -1, np.int64)
+    for row, completion in zip(table, completions, strict=True):
+        row[: len(completion)] = completion
+    order = np.lexsort(table.T[::-1])
+    return table[order], order
+
+
 def _inherit(ids: np.ndarray, shared: np.ndarray) -> np.ndarray:
-    """`ids` with each row's first `shared` columns taken from the row before (already filled in)."""
+    """Returns `ids` with each row's first `shared` columns taken from the row before (already filled in)."""
     filled = ids.copy()
     for row in range(1, len(ids)):
         filled[row, : shared[row]] = filled[row - 1, : shared[row]]

@@ -11,8 +11,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Example:
-    """One problem: a prompt (text, or chat messages) and the other columns of its row, which rewards see by
-    keyword."""
+    """One problem: a prompt (text or chat messages) and the other columns of its row.
+
+    Rewards get the columns by keyword.
+    """
 
     prompt: str | list[dict[str, Any]]
     columns: dict[str, Any] = field(default_factory=dict)
@@ -20,7 +22,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """How one answer reads: was an answer found at all, and is it right."""
+    """How one answer reads: was there an answer at all, and is it right."""
 
     found: bool
     right: bool
@@ -31,8 +33,8 @@ class Completion:
     """One sampled completion.
 
     `ids`, `logps` and `entropies` have one entry per sampled token. The end token that finished the
-    completion is one of them: it is sampled, so it is trained. `finished` is False where the length limit cut
-    it off. `cells[t]` is the row of the rollout's boundary table that holds token t (empty where nothing was
+    completion is one of them: it is sampled, so it is trained. `finished` is False if the length limit cut
+    it off. `cells[t]` is the row of the rollout's boundary table that holds token t (empty if nothing was
     recorded).
     """
 
@@ -57,7 +59,7 @@ class Group:
 
     `prompt_ids` is what the model saw; after a replay it ends with the kept part of an earlier completion,
     whose length is `prefix_length` (rewards see prefix + continuation). `prompt_index` names the prompt in
-    the data. `prompt_cells` are the boundary rows of the prompt's tokens (empty where nothing was recorded).
+    the data. `prompt_cells` are the boundary rows of the prompt's tokens (empty if nothing was recorded).
 
     >>> c = Completion(np.array([5, 2]), np.zeros(2), np.zeros(2), True, "5")
     >>> Group(Example("2+3="), 0, np.array([1, 1]), [c, c], np.array([1.0, 0.0])).num_tokens
@@ -77,10 +79,10 @@ class Group:
         assert len(self.completions) == len(self.rewards), "one reward per completion"
 
     def where(self, keep: np.ndarray) -> "Group":
-        """The group with only the completions for which `keep` is True."""
+        """Returns the group with only the completions for which `keep` is True."""
         if keep.all():
             return self
-        completions = [c for c, wanted in zip(self.completions, keep, strict=True) if wanted]
+        completions = [c for c, kept in zip(self.completions, keep, strict=True) if kept]
         return replace(self, completions=completions, rewards=self.rewards[keep])
 
     @property

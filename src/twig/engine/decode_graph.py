@@ -99,13 +99,13 @@ def attend(
     weights = torch.softmax(scores + attention_mask, -1).to(query.dtype)
     of_prompt, of_own = weights.split([weights.shape[-1] - length, length], -1)
     of_own = of_own.transpose(1, 2).reshape(-1, shared, length)
-    found = torch.bmm(of_own, value[1].view(len(of_own), length, -1))
+    attended = torch.bmm(of_own, value[1].view(len(of_own), length, -1))
     if value[0] is not None:
         of_prompt = of_prompt.reshape(prompts * heads, each * shared, -1)
         before = torch.bmm(of_prompt, value[0].view(len(of_prompt), of_prompt.shape[2], -1))
-        found = found.view(prompts, each, heads, shared, -1)
-        found = found + before.view(prompts, heads, each, shared, -1).transpose(1, 2)
-    return found.reshape(rows, 1, heads * shared, -1), None
+        attended = attended.view(prompts, each, heads, shared, -1)
+        attended = attended + before.view(prompts, heads, each, shared, -1).transpose(1, 2)
+    return attended.reshape(rows, 1, heads * shared, -1), None
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class DecodeStep:
     def __post_init__(self) -> None:
         policy, shape, device = self.policy, self.shape, self.policy.device
         decoder = policy.decoder
-        rows, wide = shape.prompts * shape.rows, torch.promote_types(policy.model.dtype, torch.float32)
+        rows, wide = shape.prompts * shape.rows, torch.promote_types(policy.dtype, torch.float32)
 
         def zeros(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(*size, dtype=dtype, device=device)
@@ -213,8 +213,8 @@ class DecodeStep:
         self.noise = None if shape.greedy else zeros(rows, shape.length, dtype=wide)
         self.trunk = None
         if shape.record:
-            self.trunk = zeros(rows, shape.length, decoder.embedding.weight.shape[1], dtype=decoder.dtype)
-        self.logits = zeros(rows, decoder.embedding.weight.shape[0], dtype=wide)
+            self.trunk = zeros(rows, shape.length, policy.embeddings.shape[1], dtype=policy.dtype)
+        self.logits = zeros(rows, policy.embeddings.shape[0], dtype=wide)
         self.slots = torch.arange(shape.slots + shape.length, device=device)
         positions = self.slots[None]
         self.rotary = {kind: (cos[0], sin[0]) for kind, (cos, sin) in decoder.rotations(positions).items()}
@@ -276,15 +276,17 @@ class DecodeStep:
         self.finished.zero_()
         self.going.copy_(self.limits > 0)
         if self.noise is not None:
+            assert noise is not None, "only greedy steps take no noise"
             self.noise.zero_()[: count * each, : noise.shape[2]] = noise.flatten(0, 1)
         self.logits.zero_()[: count * each] = logits.repeat_interleave(each, 0)
 
     def __call__(self) -> None:
         """Chooses a token for every row from `logits`, and runs it."""
+        assert self.replay is not None, "`load` begins a wave"
         self.replay()
 
     def _captured(self) -> Callable[[], None]:
-        """The step as one launch, on a device that can capture it."""
+        """Captures the step as one launch, on a device that can."""
         if self.policy.device.type != "cuda":
             return self._step
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -314,7 +316,7 @@ class DecodeStep:
             self.at += 1
 
     def _choose(self) -> Int[Tensor, " B"]:
-        """The tokens of position `t`, recorded with all that is known of them; as `rollout` does it."""
+        """Chooses and records the tokens of position `t`, as `sampler._Recorder.choose` does."""
         t = self.t
         probabilities, normaliser, entropies = self.distribution(self.logits)
         if self.noise is None:
@@ -362,19 +364,19 @@ class DecodeStep:
         inside = self.slots < slots
         positions = torch.where(inside, self.slots, lengths + self.slots - slots)
         visible = torch.where(inside, positions < lengths, positions <= lengths + self.t)
-        found = {}
+        masks = {}
         for window in dict.fromkeys(self.policy.decoder.windows):
             seen = visible if window is None else visible & (lengths + self.t - positions < window)
             mask = torch.zeros(seen.shape, dtype=self.logits.dtype, device=seen.device)
             mask = mask.masked_fill_(~seen, float("-inf"))[:, None, None, None]
-            found[window] = mask.expand(-1, -1, self.shape.rows, -1, -1)
-        return found
+            masks[window] = mask.expand(-1, -1, self.shape.rows, -1, -1)
+        return masks
 
 
 def prefill(policy: Policy, prompts: list[np.ndarray], width: int) -> tuple[Tensor, Tensor, KeyValueCache]:
-    """Runs each prompt once: the last layer's output at its last token [P, D], the boundary [P, width, D],
-    the cache.
+    """Runs each prompt once.
 
+    Returns the last layer's output at its last token [P, D], the boundary [P, width, D] and the cache.
     Prompts are padded on the right, where no token of the prompt can see the padding.
     """
     decoder, device = policy.decoder, policy.device
@@ -425,18 +427,19 @@ class DecodeSteps:
         return self.steps[shape, kind]
 
     def clear(self) -> bool:
-        """Gives the buffers up; returns whether there were any."""
-        found = bool(self.steps)
-        self.steps = {}
-        return found
+        """Frees the buffers; returns whether there were any."""
+        kept, self.steps = bool(self.steps), {}
+        return kept
 
 
 @torch.no_grad()
 def _check(policy: Policy, shared: bool) -> int:
-    """Returns the bytes of keys and values that a token has; raises ValueError if steps over such a cache
-    differ from the model's own forward."""
+    """Checks steps over such a cache against the model's own forward; returns the bytes a token takes in it.
+
+    Raises ValueError if they differ.
+    """
     decoder, device = policy.decoder, policy.device
-    vocabulary = decoder.embedding.weight.shape[0]
+    vocabulary = policy.embeddings.shape[0]
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, vocabulary, length) for length in (6, 4)]
     forced = torch.from_numpy(draw.integers(0, vocabulary, (4, 4))).to(device)  # of 2 rows each, 4 tokens
@@ -444,7 +447,7 @@ def _check(policy: Policy, shared: bool) -> int:
     step = DecodeStep(policy, StepShape(2, 2, 6, 4, False, True, shared), forced.new_zeros(1))
     step.replay = step._step
     lengths = torch.tensor([6, 4], device=device)
-    pairs = list(zip(cache.keys, cache.values, strict=True))
+    pairs = cache.pairs()
     try:
         step.load(pairs, lengths, policy.next_token_logits(hidden), lengths.new_full((2, 2), 4), None)
         for t in range(4):

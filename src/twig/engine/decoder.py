@@ -1,5 +1,4 @@
-"""Calls the layers of a Hugging Face decoder one by one: any range of layers, any attention mask, any
-positions.
+"""Calls the layers of a Hugging Face decoder one by one, with any attention mask at any positions.
 
 Slicing `model.layers` and calling the model is not the same: layer types, rotary embeddings per type,
 embedding scales and sliding windows go wrong in silence. Here each layer is called as the model's own forward
@@ -15,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, NoReturn, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,15 +26,14 @@ from twig.common.errors import UserError
 from twig.engine.kv_cache import KeyValueCache, PrefixKV, StopForward
 from twig.engine.lm_head import Head
 
-PLAIN = "write model.engine=plain to train it with the plain batched forward"
+PLAIN = "Set model.engine=plain to train it with the plain batched forward"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass
 class Context:
-    """What every layer of one pass shares: additive masks by window, rotary embeddings by layer type,
-    positions."""
+    """What the layers of one pass share: masks by window, rotary embeddings by layer type, positions."""
 
     masks: dict[int | None, Tensor | None]
     rotary: dict[str | None, tuple[Tensor, Tensor]]
@@ -42,7 +41,7 @@ class Context:
     cache: KeyValueCache | PrefixKV | None = None
 
     def at(self, columns: Int[Tensor, "B R"], cache: PrefixKV) -> "Context":
-        """The same for some of the columns of each row, with another cache."""
+        """Returns the context of some columns of each row, with another cache."""
         masks = {
             window: None if mask is None else take(mask[:, 0], columns)[:, None]
             for window, mask in self.masks.items()
@@ -52,7 +51,7 @@ class Context:
 
 
 def take(table: Tensor, columns: Int[Tensor, "B R"]) -> Tensor:
-    """The given columns of each row of `table` [B or 1, L, ...]: [B, R, ...]."""
+    """Returns the given columns of each row of `table` [B or 1, L, ...]: [B, R, ...]."""
     table = table.expand(len(columns), *table.shape[1:])
     return table[torch.arange(len(columns), device=columns.device)[:, None], columns]
 
@@ -61,7 +60,7 @@ def take(table: Tensor, columns: Int[Tensor, "B R"]) -> Tensor:
 class Decoder:
     """A causal language model taken apart: embedding, layers, final norm, head.
 
-    Raises UserError, naming the model type, where a layer cannot be called on its own or cannot see a tree.
+    Raises UserError, naming the model type, if a layer cannot be called by itself or cannot see a tree.
     """
 
     model: PreTrainedModel
@@ -69,16 +68,20 @@ class Decoder:
     windows: list[int | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.config = self.model.config.get_text_config()
-        self.core = self.model.get_decoder()
-        self.layers = getattr(self.core, "layers", None)
-        self.norm = getattr(self.core, "norm", None) or getattr(self.core, "final_layernorm", None)
-        self.rotary = getattr(self.core, "rotary_emb", None)
-        self.head = self.model.get_output_embeddings()
-        self.embedding = self.model.get_input_embeddings()
-        parts = {"layers": self.layers, "norm": self.norm, "rotary_emb": self.rotary, "lm_head": self.head}
+        self.config: Any = self.model.config.get_text_config()
+        core = self.model.get_decoder()
+        parts = {
+            "layers": getattr(core, "layers", None),
+            "norm": getattr(core, "norm", None) or getattr(core, "final_layernorm", None),
+            "rotary_emb": getattr(core, "rotary_emb", None),
+            "lm_head": self.model.get_output_embeddings(),
+        }
         if missing := [name for name, part in parts.items() if part is None]:
             self._refuse(f"it has no {missing[0]}")
+        self.layers = cast(nn.ModuleList, parts["layers"])
+        self.norm, self.rotary = cast(nn.Module, parts["norm"]), cast(nn.Module, parts["rotary_emb"])
+        self.head = cast(nn.Linear, parts["lm_head"])  # checked below
+        self.embedding = cast(nn.Embedding, self.model.get_input_embeddings())
         self._refuse_unservable()
         types = getattr(self.config, "layer_types", None) or [None] * len(self.layers)
         window = getattr(self.config, "sliding_window", None)
@@ -87,7 +90,6 @@ class Decoder:
         self.windows = [window if t in (None, "sliding_attention") else None for t in types]
         per_type = "layer_type" in inspect.signature(self.rotary.forward).parameters
         self.rotary_types = [t if per_type else None for t in types]
-        self.eager = self.config._attn_implementation == "eager"
         self.embedding_scale = getattr(self.config, "embedding_multiplier", None) or 1.0
         self.logit_scale = (getattr(self.config, "logit_scale", None) or 1.0) / (
             getattr(self.config, "logits_scaling", None) or 1.0
@@ -102,9 +104,9 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype  # a norm need not have a weight
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         raise UserError(
-            f"model.engine=trie: model type '{self.config.model_type}' cannot be served: {why}; {PLAIN}"
+            "model.engine=trie", f"model type '{self.config.model_type}' cannot be served: {why}", PLAIN
         )
 
     def _refuse_unservable(self) -> None:
@@ -115,7 +117,7 @@ class Decoder:
             self._refuse("its layers share keys and values")
         rope = getattr(self.config, "rope_parameters", None) or {}
         for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
-            if any(word in str(entry.get("rope_type", "")) for word in _LENGTH_DEPENDENT_ROPE):
+            if any(kind in str(entry.get("rope_type", "")) for kind in _LENGTH_DEPENDENT_ROPE):
                 self._refuse(
                     f"its rotary embedding ('{entry['rope_type']}') depends on the length of the text"
                 )
@@ -127,12 +129,12 @@ class Decoder:
                 self._refuse(f"its layers take no {name}")
 
     def embed(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """The input of the first layer, the family's embedding scale applied."""
+        """Returns the input of the first layer, the family's embedding scale applied."""
         hidden = self.embedding(ids)
         return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
     def rotations(self, positions: Int[Tensor, "B L"]) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """Rotary embeddings (cos, sin) at `positions`, for each layer type that has its own."""
+        """Returns rotary embeddings (cos, sin) at `positions`, for each layer type that has its own."""
         like = torch.empty(0, dtype=self.dtype, device=positions.device)
         return {
             t: self.rotary(like, positions) if t is None else self.rotary(like, positions, t)
@@ -145,11 +147,10 @@ class Decoder:
         positions: Int[Tensor, "B L"],
         key_positions: Int[Tensor, "B S"],
     ) -> dict[int | None, Tensor | None]:
-        """Additive masks [B, 1, L, S] (0 or -inf), one per sliding window: `visible` and nearer than the
-        window.
+        """Returns additive masks [B, 1, L, S] (0 or -inf), one per sliding window.
 
-        Additive in the model's dtype for every attention implementation: a boolean mask is added as 0 and 1
-        by eager attention, in silence.
+        A token sees what is `visible` and nearer than the window. Additive in the model's dtype for every
+        attention implementation: eager attention silently adds a boolean mask as 0 and 1.
         """
         masks = {}
         for window in dict.fromkeys(self.windows):
@@ -163,7 +164,7 @@ class Decoder:
     def run(
         self, hidden: Float[Tensor, "B L D"], first: int, last: int, context: Context, recompute: bool = False
     ) -> Float[Tensor, "B L D"]:
-        """`hidden` after layers first .. last - 1.
+        """Returns `hidden` after layers first .. last - 1.
 
         With `recompute`, each layer keeps its input only and runs again in the backward pass. The models' own
         switch would do that to every layer, frozen or not, and send gradients through all of them.
@@ -180,22 +181,23 @@ class Decoder:
         columns: Int[Tensor, "B R"],
         recompute: bool = False,
     ) -> Float[Tensor, "B R D"]:
-        """What `run` gives for one layer, at some columns of each row only.
+        """Returns what `run` gives for one layer, at some columns of each row only.
 
-        Every column's keys and values are computed, and no more than that but at `columns`.
+        Every column's keys and values are computed, the rest of the layer at `columns` only.
         """
         return _maybe_again(partial(self._layer_at, layer, context, columns), hidden, recompute)
 
     def keys_values(
         self, hidden: Float[Tensor, "B L D"], first: int, last: int, context: Context, recompute: bool = False
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys and values of `hidden` in the layers first .. last - 1, each [B, heads, L, head size].
+        """Returns keys and values of `hidden` in layers first .. last - 1, each [B, heads, L, head size].
 
-        The last layer is left as soon as they are known.
+        The last layer runs only until its own are computed.
         """
-        context = replace(context, cache=PrefixKV())
+        cache = PrefixKV()
+        context = replace(context, cache=cache)
         hidden = self.run(hidden, first, last - 1, context, recompute)
-        return context.cache.found | {last - 1: self._own_pair(last - 1, context, hidden)}
+        return cache.computed | {last - 1: self._own_pair(last - 1, context, hidden)}
 
     def _layer(self, number: int, context: Context, hidden: Tensor) -> Tensor:
         return self.layers[number](
@@ -215,16 +217,16 @@ class Decoder:
         return self._layer(number, context, take(hidden, columns))
 
     def _own_pair(self, number: int, context: Context, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values that a layer makes of `hidden`: it is called, and left once they are known."""
-        cache = PrefixKV(leave_at=number)
+        """Runs a layer only until its keys and values are computed; returns these."""
+        cache = PrefixKV(stop_at=number)
         try:
             self._layer(number, replace(context, cache=cache), hidden)
         except StopForward:
-            return cache.found[number]
+            return cache.computed[number]
         raise TypeError("a layer keeps no keys and values in its cache")
 
     def logits(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
-        """Next-token logits of rows of the last layer's output, in float32 or better."""
+        """Returns next-token logits of rows of the last layer's output, in float32 or better."""
         logits = self.head(self.norm(hidden))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.logit_scale != 1.0:
@@ -234,7 +236,7 @@ class Decoder:
         return logits
 
     def open_head(self, temperature: float, suppressed: Tensor, chunk: int) -> Head:
-        """`logits` at a temperature and without the `suppressed` tokens, for rows behind the final norm."""
+        """Returns the head at a temperature and without the `suppressed` tokens, for rows behind the norm."""
         bias = None if self.head.bias is None else self.head.bias.detach()
         return Head(
             self.head.weight.detach(),
@@ -248,7 +250,7 @@ class Decoder:
 
     @property
     def tolerance(self) -> float:
-        """How far logits may be from the model's own forward, relative to the largest."""
+        """How far logits may differ from the model's own forward, relative to the largest."""
         if any(p.dtype is torch.int8 for p in self.layers.parameters()):
             # int8 layers round what goes in, so a last bit may become a step of 1/127; which columns they do
             # not round depends on the largest values of the whole batch
@@ -257,8 +259,7 @@ class Decoder:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Refuses the model if a small tree run layer by layer differs from the model's own forward on its
-        paths."""
+        """Refuses the model if a small tree differs from the model's own forward on its paths."""
         vocab = self.embedding.weight.shape[0]
         draw = torch.Generator().manual_seed(0)
         stem, left, right = (torch.randint(vocab, (n,), generator=draw) for n in (6, 4, 4))
@@ -274,7 +275,7 @@ class Decoder:
         except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            # a layer that needs more than it is given here
+            # a layer that takes more arguments than these
             self._refuse(f"its layers cannot be called one by one ({type(error).__name__}: {error})")
         paths = torch.stack([ours[:8], torch.cat([ours[:4], ours[8:]])])
         gap = float((paths - own[:, 2:]).abs().max() / own.abs().max().clamp(min=1e-6))
@@ -282,17 +283,19 @@ class Decoder:
             self._refuse(f"layer by layer its logits differ by {gap:.1e} of their size from its own forward")
 
     def _in_parts(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """All that an update does differently from the model's own forward: the first two tokens given as
-        keys and values, a tree's mask, and the last layer at chosen columns."""
+        """Runs a tree as an update does and the model's own forward does not.
+
+        The first two tokens are keys and values, the mask is a tree's, and the last layer runs at columns.
+        """
         last, stem = len(self.layers), slice(0, 2)
         rotary = self.rotations(positions[:, stem])
         masks = self.masks(visible[:, stem, stem], positions[:, stem], positions[:, stem])
-        given = self.keys_values(
+        pairs = self.keys_values(
             self.embed(ids[:, stem]), 0, last, Context(masks, rotary, positions[:, stem])
         )
         ids, here = ids[:, 2:], positions[:, 2:]
         context = Context(
-            self.masks(visible[:, 2:], here, positions), self.rotations(here), here, PrefixKV(given)
+            self.masks(visible[:, 2:], here, positions), self.rotations(here), here, PrefixKV(pairs)
         )
         hidden = self.run(self.embed(ids), 0, last - 1, context)
         return self.run_at(hidden, last - 1, context, torch.arange(ids.shape[1], device=self.device)[None])
@@ -305,6 +308,6 @@ def _maybe_again(layer: Callable[[Tensor], Tensor], hidden: Tensor, recompute: b
 
 
 def tree_visible(ends: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:
-    """True where token q (second axis) sees token k (third): k <= q < end(k)."""
+    """Returns a mask, True where token q (second axis) sees token k (third): k <= q < end(k)."""
     at = torch.arange(ends.shape[1], device=ends.device)
     return (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] < ends[:, None, :])

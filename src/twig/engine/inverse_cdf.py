@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def invert(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """The token at which the cumulative distribution first exceeds `uniform`: never one of probability 0.
+    """Returns the token at which the cumulative distribution first exceeds `uniform`.
+
+    It is never one of probability 0.
 
     The last sum stands for 1, so rounding in a large vocabulary cannot fall off the end.
     """
@@ -18,12 +20,14 @@ def invert(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) ->
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1]
     below = torch.minimum(uniform * total, total * (1 - torch.finfo(total.dtype).eps))
-    # Where nothing is a number the search ends behind the last token; `completions` refuses such rows.
+    # If nothing is a number the search ends behind the last token; `completions` refuses such rows.
     return torch.searchsorted(cumulative, below[:, None], right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
 
 
 def invert_in_blocks(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """The token at which the cumulative distribution first exceeds `uniform`: never one of probability 0.
+    """Returns the token at which the cumulative distribution first exceeds `uniform`.
+
+    It is never one of probability 0.
 
     In two levels, blocks and the tokens of one block: on a GPU the running sum of a long row is slow.
     """

@@ -35,14 +35,16 @@ class Head:
     def logps(
         self, rows: Float[Tensor, "R D"], row: Int[Tensor, " N"], token: Int[Tensor, " N"]
     ) -> Float[Tensor, " N"]:
-        """Log-probs of `token` [N] under the distributions of `rows[row]`, in float32 or better;
-        differentiable in `rows`."""
+        """Returns log-probs of `token` [N] under the distributions of `rows[row]`, differentiable in `rows`.
+
+        In float32 or better.
+        """
         return _LogProbs.apply(rows, self, row, token)
 
     def logits(
         self, rows: Float[Tensor, "R D"], start: int, stop: int
     ) -> tuple[Float[Tensor, "R C"], Tensor | float]:
-        """Logits of the tokens start .. stop - 1, and their derivative by W x + bias."""
+        """Returns logits of the tokens start .. stop - 1, and their derivative by W x + bias."""
         bias = None if self.bias is None else self.bias[start:stop]
         logits = torch.nn.functional.linear(rows, self.weight[start:stop], bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -64,12 +66,11 @@ class Head:
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, head: Head, row: Tensor, token: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
         size, wide = len(rows), torch.promote_types(rows.dtype, torch.float32)
         highest = rows.new_full((size,), torch.finfo(wide).min, dtype=wide)
         total = rows.new_zeros(size, dtype=wide)
         # sum over v of exp(logit_v - highest) * slope_v * W_v: divided by `total`, the gradient of log Z
-        expected = rows.new_zeros(size, rows.shape[1], dtype=wide) if wanted else None
+        expected = rows.new_zeros(size, rows.shape[1], dtype=wide) if ctx.needs_input_grad[0] else None
         chosen, slopes = rows.new_empty(len(token), dtype=wide), rows.new_empty(len(token), dtype=wide)
         order = torch.argsort(token)
         vocabulary = len(head.weight)
@@ -87,23 +88,26 @@ class _LogProbs(torch.autograd.Function):
             shrink = torch.exp(highest - higher)
             weights = logits.sub_(higher[:, None]).exp_()
             total = total * shrink + weights.sum(-1)
-            if wanted:
+            if expected is not None:
                 if isinstance(slope, Tensor):
                     weights.mul_(slope)
                 expected.mul_(shrink[:, None])
                 expected += weights.to(head.weight.dtype) @ head.weight[start:stop]
             highest = higher
-        if wanted:
+        if expected is not None:
             ctx.head = head
-            expected.mul_(((1.0 if isinstance(slope, Tensor) else slope) / total)[:, None])
+            # a slope that varies is in `weights` already
+            slope = 1.0 if head.softcap is not None else head.scale / head.temperature
+            expected.mul_((slope / total)[:, None])
             ctx.save_for_backward(expected, row, token, slopes)
         return chosen - (highest + total.log())[row]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = gradients
         expected, row, token, slopes = ctx.saved_tensors
         weight = ctx.head.weight
         by_row = expected.new_zeros(len(expected)).index_add_(0, row, grad)
-        found = expected * -by_row[:, None]
-        found.index_add_(0, row, weight[token].to(found.dtype) * (grad * slopes)[:, None])
-        return found.to(weight.dtype), None, None, None
+        of_rows = expected * -by_row[:, None]
+        of_rows.index_add_(0, row, weight[token].to(of_rows.dtype) * (grad * slopes)[:, None])
+        return of_rows.to(weight.dtype), None, None, None

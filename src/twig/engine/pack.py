@@ -1,4 +1,4 @@
-"""From tries with credit to packs: what one forward and backward pass of the model reads.
+"""Turns tries with credit into packs: what one forward and backward pass of the model reads.
 
 Only the ancestors of nodes with credit are run, each once, however many completions share them. A pack is a
 table of B rows and L columns; a row holds one or more segments, a segment is a prompt followed by part of its
@@ -10,11 +10,12 @@ Numpy only: knows nothing of models. Legend: B rows, L columns, R head rows, N t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from twig.core.algorithms.base import Credit
+from twig.core.credit import Scored
 from twig.core.trie import ROOT, PrefixTrie
 from twig.core.types import Group
 
@@ -41,8 +42,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Stem:
-    """The first S tokens of a group's prompt, which every token of its packs sees. `cells` [S] as in
-    `Pack`."""
+    """The first S tokens of a group's prompt, seen by all of its packs; `cells` [S] as in `Pack`."""
 
     group: int
     ids: np.ndarray
@@ -56,9 +56,9 @@ class Stem:
 class Pack:
     """One pass through the model. `ids`, `positions`, `ends` are [B, L]; unused cells see only themselves.
 
-    `cells` [B, L] are rows of the boundary table (None where sampling recorded none). `rows` [R] are the flat
+    `cells` [B, L] are rows of the boundary table (None if sampling recorded none). `rows` [R] are the flat
     indices b * L + l of the tokens whose next-token distribution is needed. `num_tokens` counts the cells in
-    use. Where the pack has a `stem`, its tokens come before the first column of every row.
+    use. If the pack has a `stem`, its tokens come before the first column of every row.
     """
 
     ids: np.ndarray
@@ -73,8 +73,11 @@ class Pack:
 
 @dataclass(frozen=True)
 class _Segment:
-    """The last `prompt` tokens of a prompt and the trie nodes `nodes` (depth-first, the root first) that
-    follow; `heads` are the nodes among them whose children with credit this segment computes."""
+    """The last `prompt` tokens of a prompt and the trie nodes that follow.
+
+    `nodes` are depth-first, the root first; `heads` are those among them whose weighted children this segment
+    computes.
+    """
 
     group: int
     prompt: int
@@ -87,51 +90,44 @@ class _Segment:
         return self.prompt + len(self.nodes) - 1
 
 
-def build_packs(
-    groups: Sequence[Group],
-    tries: Sequence[PrefixTrie],
-    credits: Sequence[Credit],
-    size: int,
-    share: bool = True,
-) -> list[Pack]:
-    """Packs of at most `size` cells that compute each weighted node of each group exactly once.
+def build_packs(scored: Sequence[Scored], size: int, share: bool = True) -> list[Pack]:
+    """Returns packs of at most `size` cells that compute each weighted node of each group exactly once.
 
-    A pack is never smaller than its longest path, so it may exceed `size` where one path does. The packs of
-    one stem follow each other. With `share=False` every path is a row of its own, prompt included: the plain
-    batch, for models that cannot run a trie. The cut changes the gradient by rounding only. Empty where
-    nothing has credit.
+    A pack is never smaller than its longest path, so it may exceed `size` if one path does. The packs of one
+    stem follow each other. With `share=False` every path is a row of its own, prompt included: the plain
+    batch, for models that cannot run a trie. The cut changes the gradient by rounding only. Empty if nothing
+    has credit.
     """
     whole: list[_Segment] = []
     bins: list[list[list[_Segment]]] = []
-    for index, (group, trie, credit) in enumerate(zip(groups, tries, credits, strict=True)):
-        prompt = len(group.prompt_ids)
-        segments = _cut(index, prompt, trie, credit.weighted, size, share)
+    for index, each in enumerate(scored):
+        prompt = len(each.group.prompt_ids)
+        segments = _cut(index, prompt, each.trie, each.credit.weighted, size, share)
         if any(segment.prompt < prompt for segment in segments):
             bins += _fill(segments, size, share)
         else:
             whole += segments
-    return [_table(rows, groups, tries, credits) for rows in _fill(whole, size, share) + bins]
+    return [_table(rows, scored) for rows in _fill(whole, size, share) + bins]
 
 
-def halves(
-    pack: Pack,
-    groups: Sequence[Group],
-    tries: Sequence[PrefixTrie],
-    credits: Sequence[Credit],
-    share: bool = True,
-) -> list[Pack]:
-    """The same targets in packs of at most half as many cells; one pack where it is a single path already."""
+def halves(pack: Pack, scored: Sequence[Scored], share: bool = True) -> list[Pack]:
+    """Returns the same targets in packs of at most half as many cells; one pack if it is a single path."""
     parts = []
-    for index, credit in enumerate(credits):
-        mine = np.zeros(len(credit.plus), bool)
+    for index, each in enumerate(scored):
+        mine = np.zeros(len(each.trie), bool)
         mine[pack.targets.node[pack.targets.group == index]] = True
-        parts.append(Credit(*(np.where(mine, w, 0.0) for w in (credit.plus, credit.minus, credit.kl))))
-    return build_packs(groups, tries, parts, max(pack.ids.size // 2, 1), share)
+        of = each.credit
+        plus, minus, kl = (np.where(mine, weight, 0.0) for weight in (of.plus, of.minus, of.kl))
+        parts.append(replace(each, credit=Credit(plus, minus, kl)))
+    return build_packs(parts, max(pack.ids.size // 2, 1), share)
 
 
 def head_columns(pack: Pack) -> tuple[np.ndarray, np.ndarray]:
-    """The columns of the pack's head rows as a table [B, at most R], row by row, and where in that table
-    (flattened) each of the R head rows is. Places that are left over repeat column 0."""
+    """Returns the columns of the pack's head rows as a table, and the place of each head row in it.
+
+    The table is [B, at most R], row by row; places are in the flattened table [R]. Left-over cells repeat
+    column 0.
+    """
     row, column = np.divmod(pack.rows, pack.ids.shape[1])
     order = np.argsort(row, kind="stable")
     counts = np.bincount(row, minlength=len(pack.ids))
@@ -145,8 +141,10 @@ def head_columns(pack: Pack) -> tuple[np.ndarray, np.ndarray]:
 def _cut(
     index: int, prompt: int, trie: PrefixTrie, weighted: np.ndarray, size: int, share: bool
 ) -> list[_Segment]:
-    """The needed part of one trie as segments of at most `size` tokens, cut between paths; shared ancestors
-    behind the prompt repeat, and where not even the prompt is shared it does too."""
+    """Returns the needed part of one trie as segments of at most `size` tokens, cut between paths.
+
+    Shared ancestors behind the prompt repeat; without `share` the prompt does too.
+    """
     marked = np.zeros(len(trie), bool)
     marked[trie.parent[weighted]] = True
     if not marked.any():
@@ -184,7 +182,7 @@ def _cut(
 
 
 def _ancestors(trie: PrefixTrie, node: int) -> np.ndarray:
-    """The path from the root to `node`, both included."""
+    """Returns the path from the root to `node`, both included."""
     path = [node]
     while path[-1] != ROOT:
         path.append(int(trie.parent[path[-1]]))
@@ -192,7 +190,7 @@ def _ancestors(trie: PrefixTrie, node: int) -> np.ndarray:
 
 
 def _fill(segments: list[_Segment], size: int, share: bool) -> list[list[list[_Segment]]]:
-    """First-fit decreasing: packs of rows of segments, rows as long as the pack's longest segment."""
+    """Fills packs of rows of segments by first-fit decreasing; a row has its pack's longest segment's length."""
     packs: list[list[list[_Segment]]] = []
     free: list[int] = []  # of each row of the last pack
     width = 0
@@ -211,15 +209,10 @@ def _fill(segments: list[_Segment], size: int, share: bool) -> list[list[list[_S
     return packs
 
 
-def _table(
-    rows: list[list[_Segment]],
-    groups: Sequence[Group],
-    tries: Sequence[PrefixTrie],
-    credits: Sequence[Credit],
-) -> Pack:
+def _table(rows: list[list[_Segment]], scored: Sequence[Scored]) -> Pack:
     width = max(sum(s.length for s in row) for row in rows)
     shape = (len(rows), width)
-    recorded = all(len(groups[s.group].prompt_cells) for row in rows for s in row)
+    recorded = all(len(scored[s.group].group.prompt_cells) for row in rows for s in row)
     ids, positions, cells = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     ends = np.broadcast_to(np.arange(1, width + 1), shape).copy()
     head_rows, targets = [], []
@@ -227,7 +220,8 @@ def _table(
         column = 0
         for segment in row:
             here = slice(column, column + segment.length)
-            group, trie = groups[segment.group], tries[segment.group]
+            source = scored[segment.group]
+            group, trie = source.group, source.trie
             prompt, whole = segment.prompt, len(group.prompt_ids)
             tail = slice(whole - prompt, whole)
             ids[b, here] = np.concatenate([group.prompt_ids[tail], trie.token[segment.nodes[1:]]])
@@ -242,7 +236,7 @@ def _table(
                     [group.prompt_cells[tail], _node_cells(group, trie, segment.nodes[1:])]
                 )
             at = column + prompt - 1 + np.searchsorted(segment.nodes, segment.heads)
-            targets.append(_targets(segment, trie, credits[segment.group], sum(len(r) for r in head_rows)))
+            targets.append(_targets(segment, trie, source.credit, sum(len(r) for r in head_rows)))
             head_rows.append(b * width + at)
             column += segment.length
     used = sum(s.length for row in rows for s in row)
@@ -255,13 +249,12 @@ def _table(
         np.concatenate(head_rows),
         joined,
         used,
-        _stem(rows[0][0], groups, recorded),
+        _stem(rows[0][0], scored[rows[0][0].group].group, recorded),
     )
 
 
-def _stem(segment: _Segment, groups: Sequence[Group], recorded: bool) -> Stem | None:
-    """What of the prompt is not in the segment."""
-    group = groups[segment.group]
+def _stem(segment: _Segment, group: Group, recorded: bool) -> Stem | None:
+    """Returns what of the prompt is not in the segment."""
     left = len(group.prompt_ids) - segment.prompt
     if left == 0:
         return None
@@ -269,13 +262,12 @@ def _stem(segment: _Segment, groups: Sequence[Group], recorded: bool) -> Stem | 
 
 
 def _node_cells(group: Group, trie: PrefixTrie, nodes: np.ndarray) -> np.ndarray:
-    """Boundary rows of trie nodes: those of a completion that goes on after the node, so they were
-    recorded."""
+    """Returns the boundary rows of trie nodes: those of a completion that continues after the node."""
     return np.concatenate([c.cells for c in group.completions])[trie.position(nodes)]
 
 
 def _targets(segment: _Segment, trie: PrefixTrie, credit: Credit, first_row: int) -> tuple[np.ndarray, ...]:
-    """The weighted children of the segment's heads, as the columns of `Targets`."""
+    """Returns the weighted children of the segment's heads, as the columns of `Targets`."""
     is_head = np.zeros(len(trie), bool)
     is_head[segment.heads] = True
     nodes = np.flatnonzero(credit.weighted)

@@ -18,22 +18,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twig.common.errors import UserError
+from twig.common.tokenizer import Tokenizer
+from twig.config.load import Settings
 from twig.core.rng import uniforms
 from twig.core.types import Completion
+from twig.engine.base_policy import BasePolicy
 from twig.engine.decode_graph import DecodeStep, DecodeSteps, NotCaptured, StepShape, prefill
 from twig.engine.decoder import Context
 from twig.engine.inverse_cdf import invert
+from twig.engine.loops import Loop
 from twig.engine.policy import Policy
-from twig.engine.stop_rules import Ending
+from twig.engine.stop_rules import Decode, Ending
 from twig.runtime.memory_use import give_back, out_of_memory
 
 _COMPACT_BELOW = 0.75  # copy the cache once fewer than this share of its rows are unfinished
-_STEPS_AT_ONCE = 8  # captured steps between two looks at whether any row goes on: a look waits for the device
+_STEPS_AT_ONCE = 8  # captured steps between two looks at the unfinished rows: a look waits for the device
 
 
 @dataclass(frozen=True)
 class Request:
-    """Completions wanted for one prompt: `num` of them, each of at most `max_tokens` tokens.
+    """A prompt and the completions to sample for it: `num`, each of at most `max_tokens` tokens.
 
     `slot` is the prompt's place in the step; it names the noise. The last `prefix_length` ids of the prompt
     are the kept part of an earlier completion: they belong to the completion's text. `expected` tokens are
@@ -53,6 +57,46 @@ class Request:
 
 
 @dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are sampled, apart from what belongs to the policy (temperature, suppressed tokens).
+
+    A completion ends with the first of `end_ids`, or with the token that completes one of the texts `stop`;
+    either is part of it. `decode` turns lists of ids into texts. A request made by `request` is cut off at
+    `max_completion_length`. With `greedy` the most probable token is taken and `seed` is not used.
+    `wave_size` completions are sampled at once. `record` keeps the boundary for the update.
+    """
+
+    end_ids: Sequence[int]
+    decode: Decode
+    max_completion_length: int = 256
+    stop: Sequence[str] = ()
+    seed: int = 0
+    greedy: bool = False
+    wave_size: int = 128
+    record: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: Tokenizer, end_ids: Sequence[int]) -> "SamplingParams":
+        """Returns how a run with these settings samples; an open wave size gets the default."""
+        rollout = settings.rollout
+        return cls(
+            end_ids,
+            lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True),
+            max_completion_length=rollout.max_completion_length,
+            stop=rollout.stop,
+            seed=settings.train.seed,
+            wave_size=rollout.wave_size or cls.wave_size,
+        )
+
+    def request(
+        self, prompt_ids: np.ndarray, num: int, slot: int, prefix_length: int = 0, expected: float = 0.0
+    ) -> Request:
+        """Returns a request whose completions, kept prefix included, have the longest length allowed."""
+        left = self.max_completion_length - prefix_length
+        return Request(prompt_ids, num, left, slot, prefix_length, expected)
+
+
+@dataclass(frozen=True)
 class Drawn:
     """Completion `number` of the request at place `request`."""
 
@@ -63,11 +107,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What `sample` returns: per request its completions and the boundary cells of its prompt, and the table
-    they index.
+    """The result of `sample`: per request its completions and the boundary cells of its prompt.
 
-    `boundary` is [C, D], one row per token that went through the trunk; None where none was recorded.
-    `wave_size` is the one asked for, or the smaller one that memory had room for.
+    `boundary` [C, D] is the table that cells index, one row per token that went through the trunk; None if
+    none was recorded. `wave_size` is the one asked for, or a smaller one if memory ran out.
     """
 
     completions: list[list[Completion]]
@@ -78,59 +121,41 @@ class Sampled:
 
 @torch.inference_mode()
 def sample(
-    policy: Policy,
+    policy: BasePolicy,
     requests: Sequence[Request],
+    params: SamplingParams,
     *,
-    end_ids: Sequence[int],
-    decode: Callable[[list[np.ndarray]], list[str]],
-    seed: int = 0,
     step: int = 0,
-    wave_size: int = 128,
-    greedy: bool = False,
-    record: bool = True,
-    stop: Sequence[str] = (),
-    on_tokens: Callable[[int], None] | None = None,
+    on_finished: Callable[[int], None] | None = None,
     on_wave: Callable[[list[Drawn]], None] | None = None,
 ) -> Sampled:
-    """Samples all requests, `wave_size` completions at a time. `record` keeps the boundary for the update.
+    """Samples all requests, `params.wave_size` completions at a time.
 
-    A completion ends with the first of `end_ids`, or with the token that completes one of the texts `stop`;
-    either is part of it. Else it is cut off at its length limit. `decode` turns lists of ids into texts. With
-    `greedy`, the most probable token is taken and no noise is used. `on_tokens` hears of progress: the tokens
-    sampled since the last call. `on_wave` gets the completions of each wave as soon as it is done.
-
-    Where there are several waves, the requests that are expected to be long come first: a wave takes as many
-    steps as its longest row.
+    `on_finished` gets the number of completions that finished since the last call; the numbers sum to the
+    completions requested. `on_wave` gets the completions of each wave once it is done. If there are several
+    waves, the requests expected to be long come first: a wave takes as many steps as its longest row.
     """
-    order = range(len(requests))
+    order, wave_size = range(len(requests)), params.wave_size
     if sum(request.num for request in requests) > wave_size:
         order = sorted(order, key=lambda r: (-requests[r].expected, -len(requests[r].prompt_ids)))
-    rows = [(r, c) for r in order for c in range(requests[r].num)]
+    rows = [_Row(requests[r], r, c) for r in order for c in range(requests[r].num)]
     completions: list[list[Completion]] = [[] for _ in requests]
-    # with adapters in the lowest layer there is no trunk to record
-    recorded = record and not policy.plain and policy.cut > 0
-    table = _Table.empty(policy, requests) if recorded else None
-    start = 0
-    while start < len(rows):
-        wave = [(requests[r], c) for r, c in rows[start : start + wave_size]]
-        ending = Ending(end_ids, stop, decode, [request.prefix for request, _ in wave])
-        noise = None
-        if not greedy:
-            noise = [uniforms(seed, step, request.slot, c, request.max_tokens) for request, c in wave]
-        recorder = _Recorder(policy, [request.max_tokens for request, _ in wave], noise, ending)
-        size = _draw(policy, wave, recorder, table, stop, on_tokens)
-        if size is not None:  # again, with the same noise
-            recorder, wave_size = None, min(wave_size, size)
+    table = _Table.empty(policy, requests) if params.record and policy.records_boundary else None
+    finished = _Finished(on_finished)
+    while finished.rows < len(rows):
+        wave = rows[finished.rows : finished.rows + wave_size]
+        result = _draw(policy, _Wave(wave, params, step, table), finished)
+        if isinstance(result, int):  # again, with the same noise
+            wave_size = min(wave_size, result)
             policy.release()
             give_back()
             continue
-        found = zip(rows[start:], recorder.completions(wave, decode, table), strict=False)
-        drawn = [Drawn(*row, completion) for row, completion in found]
+        drawn = [Drawn(row.place, row.number, each) for row, each in zip(wave, result, strict=True)]
         for each in drawn:
             completions[each.request].append(each.completion)
         if on_wave is not None:
             on_wave(drawn)
-        start += len(wave)
+        finished.end_wave(len(wave))
     if table is None:
         return Sampled(completions, [np.empty(0, np.int64) for _ in requests], None, wave_size)
     cells = [table.prompt_cells(request) for request in requests]
@@ -138,50 +163,103 @@ def sample(
 
 
 @dataclass(frozen=True)
-class _Table:
-    """The boundary of a whole call: first the cells of each prompt, then those of each completion, by slot.
+class _Row:
+    """Completion `number` of `request`, which is at `place` among the requests."""
 
-    Made before the first wave, so that where a cell lies does not depend on waves and nothing is copied.
+    request: Request
+    place: int
+    number: int
+
+
+class _Finished:
+    """Counts finished rows: `rows` of whole waves, and those that a wave under way has reported.
+
+    A wave that is repeated reports some rows again; they are counted once.
+    """
+
+    def __init__(self, report: Callable[[int], None] | None) -> None:
+        self.rows, self._reported, self._report = 0, 0, report
+
+    def in_wave(self, count: int) -> None:
+        """Takes the number of rows of the wave under way that have finished."""
+        new = self.rows + count - self._reported
+        if new > 0:
+            self._reported += new
+            if self._report is not None:
+                self._report(new)
+
+    def end_wave(self, size: int) -> None:
+        """Takes a wave of `size` rows as done."""
+        self.in_wave(size)
+        self.rows += size
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The boundary of a whole call: by slot the cells of each prompt, then those of its completions.
+
+    Made before the first wave, so that the place of a cell does not depend on waves and nothing is copied.
     """
 
     rows: Float[Tensor, "C D"]
     first: dict[int, int]
 
     @classmethod
-    def empty(cls, policy: Policy, requests: Sequence[Request]) -> "_Table":
+    def empty(cls, policy: BasePolicy, requests: Sequence[Request]) -> "_Table":
         sizes = [len(request.prompt_ids) + request.num * request.max_tokens for request in requests]
         first = {r.slot: sum(sizes[:i]) for i, r in enumerate(requests)}
         assert len(first) == len(requests), "slots name the requests"
-        embedding = policy.decoder.embedding.weight
-        return cls(embedding.new_zeros(sum(sizes), embedding.shape[1], dtype=policy.decoder.dtype), first)
+        embeddings = policy.embeddings
+        return cls(embeddings.new_zeros(sum(sizes), embeddings.shape[1]), first)
 
     def prompt_cells(self, request: Request) -> np.ndarray:
         return self.first[request.slot] + np.arange(len(request.prompt_ids))
 
-    def first_cell(self, request: Request, completion: int) -> int:
-        """The cell of the completion's first token."""
-        return self.first[request.slot] + len(request.prompt_ids) + completion * request.max_tokens
+    def first_cell(self, row: _Row) -> int:
+        """Returns the cell of the first token of a row's completion."""
+        request = row.request
+        return self.first[request.slot] + len(request.prompt_ids) + row.number * request.max_tokens
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """Rows that are sampled together, and how."""
+
+    rows: Sequence[_Row]
+    params: SamplingParams
+    step: int
+    table: _Table | None
+
+    def prompts(self) -> dict[int, Request]:
+        """Returns one request per prompt, by slot, in the order of their first rows."""
+        return {row.request.slot: row.request for row in self.rows}
+
+    def places(self) -> np.ndarray:
+        """Returns the place of each row's prompt in `prompts`."""
+        place = {slot: i for i, slot in enumerate(self.prompts())}
+        return np.array([place[row.request.slot] for row in self.rows])
 
 
 class _Recorder:
-    """Chooses each step's tokens and keeps what is known of them. Rows are those of the wave, before
-    compaction."""
+    """Chooses each step's tokens and records them. Rows are those of the wave, before compaction."""
 
-    def __init__(
-        self, policy: Policy, limits: list[int], noise: list[np.ndarray] | None, ending: Ending
-    ) -> None:
-        size, longest = len(limits), max(limits)
+    def __init__(self, policy: BasePolicy, wave: _Wave) -> None:
+        limits = [row.request.max_tokens for row in wave.rows]
+        size, longest, params = len(limits), max(limits), wave.params
         device = policy.device
-        wide = torch.promote_types(policy.model.dtype, torch.float32)
+        wide = torch.promote_types(policy.dtype, torch.float32)
         self.noise = None
-        if noise is not None:
+        if not params.greedy:
             table = np.zeros((size, longest))
-            for row, numbers in zip(table, noise, strict=True):
-                row[: len(numbers)] = numbers
+            for noise, row in zip(table, wave.rows, strict=True):
+                limit = row.request.max_tokens
+                noise[:limit] = uniforms(params.seed, wave.step, row.request.slot, row.number, limit)
             self.noise = torch.from_numpy(table).to(wide).to(device)
         self.limits = torch.tensor(limits, device=device)
-        self.ending = ending
-        self.end_ids = torch.tensor(ending.end_ids, dtype=torch.long, device=device)
+        self.ending = Ending(
+            params.end_ids, params.stop, params.decode, [row.request.prefix for row in wave.rows]
+        )
+        self.end_ids = torch.tensor(self.ending.end_ids, dtype=torch.long, device=device)
         self.ids = torch.zeros(size, longest, dtype=torch.long, device=device)
         self.logps = torch.zeros(size, longest, dtype=wide, device=device)
         self.entropies = torch.zeros(size, longest, dtype=wide, device=device)
@@ -190,7 +268,7 @@ class _Recorder:
         self.going = torch.ones(size, dtype=torch.bool, device=device)
 
     def choose(self, logits: Float[Tensor, "B V"], alive: Int[Tensor, " B"], t: int) -> tuple[Tensor, Tensor]:
-        """The tokens [B] of position t for the wave's rows `alive`, and which of them go on (True)."""
+        """Returns the tokens [B] of position t for the wave's rows `alive`, and which are unfinished."""
         logps = torch.log_softmax(logits, -1)
         probabilities = logps.exp()
         if self.noise is None:
@@ -211,64 +289,90 @@ class _Recorder:
         return tokens, going
 
     def take(self, step: DecodeStep, rows: Int[Tensor, " B"]) -> None:
-        """Takes over what a decode step recorded for its `rows`, which are the wave's."""
+        """Copies what a decode step recorded for its `rows`, which are the wave's."""
         longest = self.ids.shape[1]
         self.lengths, self.finished = step.lengths[rows], step.finished[rows]
         inside = torch.arange(longest, device=rows.device) < self.lengths[:, None]
         self.ids = step.ids[rows, :longest]
-        # what a row that ended ran along with is not looked at, and need not be finite
+        # values behind the end of a row are not used, and need not be finite
         self.logps, self.entropies = (
             torch.where(inside, values[rows, :longest], 0.0) for values in (step.logps, step.entropies)
         )
 
-    def completions(
-        self,
-        wave: list[tuple[Request, int]],
-        decode: Callable[[list[np.ndarray]], list[str]],
-        table: _Table | None,
-    ) -> list[Completion]:
-        """The finished rows, with their texts and cells. Raises UserError where probabilities are no
-        numbers."""
+    def completions(self, wave: _Wave) -> list[Completion]:
+        """Returns the rows with texts and cells; raises UserError if a probability is not finite."""
         if not bool(torch.isfinite(self.logps).all()):
             raise UserError(
-                "model.dtype: the model's probabilities are not finite, so there is nothing to sample from; "
-                "write model.dtype=float32, or a smaller train.learning_rate from an earlier adapter on"
+                "model.dtype",
+                "the model's probabilities are not finite, so there is nothing to sample from",
+                "Set model.dtype=float32, or a smaller train.learning_rate from an earlier adapter on",
             )
         ids, logps, entropies, lengths, finished = (
             x.cpu().numpy() for x in (self.ids, self.logps, self.entropies, self.lengths, self.finished)
         )
         kept = [row[:length].copy() for row, length in zip(ids, lengths, strict=True)]
-        texts = decode([np.concatenate([r.prefix, own]) for (r, _), own in zip(wave, kept, strict=True)])
-        found = []
-        for row, ((request, c), length) in enumerate(zip(wave, lengths, strict=True)):
+        texts = wave.params.decode(
+            [np.concatenate([row.request.prefix, own]) for row, own in zip(wave.rows, kept, strict=True)]
+        )
+        completions = []
+        for i, (row, length) in enumerate(zip(wave.rows, lengths, strict=True)):
             cells = np.empty(0, np.int64)
-            if table is not None:
-                cells = table.first_cell(request, c) + np.arange(length)
-            values = (kept[row], logps[row, :length].copy(), entropies[row, :length].copy())
-            found.append(Completion(*values, bool(finished[row]), texts[row], cells))
-        return found
+            if wave.table is not None:
+                cells = wave.table.first_cell(row) + np.arange(length)
+            values = (kept[i], logps[i, :length].copy(), entropies[i, :length].copy())
+            completions.append(Completion(*values, bool(finished[i]), texts[i], cells))
+        return completions
 
 
-def _sample_wave(
-    policy: Policy,
-    wave: list[tuple[Request, int]],
-    recorder: _Recorder,
-    table: _Table | None,
-    on_tokens: Callable[[int], None] | None,
-) -> None:
+def _draw(policy: BasePolicy, wave: _Wave, finished: _Finished) -> list[Completion] | int:
+    """Samples a wave; returns how many rows to try at once if memory ran out or a step was not captured.
+
+    It returns before anybody tries again, as the frames of an error hold the tensors that are in the way.
+    """
+    loop = _open_loop(policy, wave.params.stop)
+    try:
+        recorder = _Recorder(policy, wave)
+        with policy.attention():
+            _LOOPS[loop](policy, wave, recorder, finished)
+        return recorder.completions(wave)
+    except NotCaptured as error:
+        policy.fall_back(str(error))
+        return len(wave.rows)
+    except Exception as error:
+        if not out_of_memory(error) or (len(wave.rows) == 1 and loop != "steps"):
+            raise
+        if len(wave.rows) == 1:
+            policy.fall_back("memory ran out")
+        return max(len(wave.rows) // 2, 1)
+
+
+def _open_loop(policy: BasePolicy, stop: Sequence[str]) -> Loop:
+    """Returns the policy's loop, its decode steps open if it needs them and they can be opened."""
+    if isinstance(policy, Policy) and policy.decode != "plain" and policy.decode_steps is None:
+        try:
+            policy.decode_steps = DecodeSteps(policy)
+        except ValueError as error:
+            policy.fall_back(str(error))
+    return policy.loop(stop)
+
+
+def take_fallback(policy: BasePolicy) -> str | None:
+    """Returns a line that says why sampling fell back to a slower loop, once; None if it did not."""
+    why, policy.decode_refusal = policy.decode_refusal, None
+    return None if why is None else f"sampling falls back to rollout.decode={policy.decode}: {why}"
+
+
+def _sample_layers(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _Finished) -> None:
+    """Samples a wave by calling the layers one by one, finished rows compacted away."""
     decoder, device = policy.decoder, policy.device
-    asked = list({request.slot: request for request, _ in wave}.values())
-    place = {request.slot: i for i, request in enumerate(asked)}
-    prompts = [request.prompt_ids for request in asked]
+    prompts = [request.prompt_ids for request in wave.prompts().values()]
     width, longest = max(map(len, prompts)), recorder.ids.shape[1]
     hidden, trunk, cache = prefill(policy, prompts, width)
-    rows = torch.tensor([place[request.slot] for request, _ in wave], device=device)
+    rows = torch.from_numpy(wave.places()).to(device)
     logits = policy.next_token_logits(hidden)[rows]
     cache = cache.select(rows, width + longest)
     lengths = torch.tensor([len(p) for p in prompts], device=device)[rows]
-    if table is not None:
-        _record_prompts(table, asked, trunk)
-        first_cell = torch.tensor([table.first_cell(request, c) for request, c in wave], device=device)
+    cells = _record_prompts(wave, trunk)
     del hidden, trunk
 
     # Slot s of the cache holds prompt position s below `width`, and completion position s - width from there
@@ -282,12 +386,11 @@ def _sample_wave(
         w is not None and w < width + longest for w in decoder.windows
     )
 
-    current = torch.arange(len(wave), device=device)  # the wave's row of each row of the cache
+    current = torch.arange(len(wave.rows), device=device)  # the wave's row of each row of the cache
     for t in range(longest):
         tokens, going = recorder.choose(logits, current, t)
         left = int(going.sum())
-        if on_tokens is not None:
-            on_tokens(left)
+        finished.in_wave(len(wave.rows) - left)
         if left == 0:
             break
         if left < _COMPACT_BELOW * len(current):
@@ -297,92 +400,37 @@ def _sample_wave(
             filled, slot_positions, positions = filled[keep], slot_positions[keep], positions[keep]
             rotary = {kind: (cos[keep], sin[keep]) for kind, (cos, sin) in rotary.items()}
         now = positions[:, t : t + 1]
-        masks = {w: None for w in decoder.windows}
+        masks: dict[int | None, Tensor | None] = {w: None for w in decoder.windows}
         if masked:
             stop = width + t + 1
             masks = decoder.masks(filled[:, None, :stop], now, slot_positions[:, :stop])
         here = {kind: (cos[:, t : t + 1], sin[:, t : t + 1]) for kind, (cos, sin) in rotary.items()}
         context = Context(masks, here, now, cache)
         hidden = decoder.run(decoder.embed(tokens[:, None]), 0, policy.cut, context)
-        if table is not None:
+        if wave.table is not None:
             # rows that ended run along until the next compaction, and have no cells behind their limit
-            table.rows[(first_cell[current] + t)[going]] = hidden[:, 0][going]
+            wave.table.rows[(cells[current] + t)[going]] = hidden[:, 0][going]
         hidden = decoder.run(hidden, policy.cut, policy.num_layers, context)
         cache.filled += 1
         logits = policy.next_token_logits(hidden[:, 0])
 
 
-def _draw(
-    policy: Policy,
-    wave: list[tuple[Request, int]],
-    recorder: _Recorder,
-    table: _Table | None,
-    stop: Sequence[str],
-    on_tokens: Callable[[int], None] | None,
-) -> int | None:
-    """Samples a wave; returns how many rows to try at once if memory ran out or a step was not captured.
-
-    It returns before anybody tries again, as the frames of an error hold the tensors that are in the way.
-    """
-    draw = _way(policy, stop)
-    try:
-        with policy.attention():
-            draw(policy, wave, recorder, table, on_tokens)
-        return None
-    except NotCaptured as error:
-        _fall_back(policy, str(error))
-        return len(wave)
-    except Exception as error:
-        if not out_of_memory(error) or (len(wave) == 1 and draw is not _sample_steps):
-            raise
-        if len(wave) == 1:
-            _fall_back(policy, "memory ran out")
-        return max(len(wave) // 2, 1)
-
-
-def _way(policy: Policy, stop: Sequence[str]) -> Callable[..., None]:
-    """How a wave of the policy is sampled: whole texts, the plain loop, or steps that are replayed."""
-    if policy.plain:
-        return _sample_plain
-    if policy.decode != "plain" and policy.decode_steps is None:
-        try:
-            policy.decode_steps = DecodeSteps(policy)
-        except ValueError as error:
-            _fall_back(policy, str(error))
-    # a stop text is looked for after each token
-    return _sample_wave if stop or policy.decode == "plain" else _sample_steps
-
-
-def _fall_back(policy: Policy, why: str) -> None:
-    """Goes on without a compiler, or in the plain loop, and keeps why in `policy.decode_refusal`."""
-    policy.decode_refusal = why
-    policy.decode = "graph" if policy.decode == "compiled" else "plain"
-
-
-def _sample_steps(
-    policy: Policy,
-    wave: list[tuple[Request, int]],
-    recorder: _Recorder,
-    table: _Table | None,
-    on_tokens: Callable[[int], None] | None,
-) -> None:
-    """The same as `_sample_wave` in steps that are captured once and replayed.
+def _sample_steps(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _Finished) -> None:
+    """Samples a wave in steps that are captured once and replayed.
 
     Rows that ended run along to the end of the wave: on a GPU a step takes the same time for few rows.
     """
-    asked = list({request.slot: request for request, _ in wave}.values())
-    place = {request.slot: i for i, request in enumerate(asked)}
-    prompts, longest = [request.prompt_ids for request in asked], recorder.ids.shape[1]
-    group = np.array([place[request.slot] for request, _ in wave])
+    prompts, longest = [request.prompt_ids for request in wave.prompts().values()], recorder.ids.shape[1]
+    group = wave.places()
     number = np.array([int((group[:i] == g).sum()) for i, g in enumerate(group)])
     each, width = int(number.max()) + 1, max(map(len, prompts))
-    shape = StepShape(len(asked), each, width, longest, table is not None, recorder.noise is None)
+    shape = StepShape(len(prompts), each, width, longest, wave.table is not None, recorder.noise is None)
+    assert isinstance(policy.decode_steps, DecodeSteps)
     step = policy.decode_steps.get(shape, recorder.end_ids)
     hidden, trunk, cache = prefill(policy, prompts, width)
-    if table is not None:
-        _record_prompts(table, asked, trunk)
+    cells = _record_prompts(wave, trunk)
     step.load(
-        list(zip(cache.keys, cache.values, strict=True)),
+        cache.pairs(),
         torch.tensor([len(p) for p in prompts], device=policy.device),
         policy.next_token_logits(hidden),
         _by_prompt(recorder.limits, group, number),
@@ -390,59 +438,60 @@ def _sample_steps(
     )
     del hidden, trunk, cache
     rows = torch.from_numpy(group * each + number).to(policy.device)
-    sampled = 0
     for t in range(longest):
         step()
         if (t + 1) % _STEPS_AT_ONCE and t + 1 < longest:
             continue
-        if on_tokens is not None:
-            sampled, before = int(step.lengths.sum()), sampled
-            on_tokens(sampled - before)
-        if not bool(step.going.any()):
+        left = int(step.going.sum())
+        finished.in_wave(len(wave.rows) - left)
+        if left == 0:
             break
     recorder.take(step, rows)
-    if table is not None:
-        first = torch.tensor([table.first_cell(request, c) for request, c in wave], device=policy.device)
+    if wave.table is not None:
         # the last token of a completion is only predicted, never run
         slots = torch.arange(longest, device=policy.device)
         there = slots < recorder.lengths[:, None] - 1
-        table.rows[(first[:, None] + slots)[there]] = step.trunk[rows, :longest][there]
+        assert step.trunk is not None
+        wave.table.rows[(cells[:, None] + slots)[there]] = step.trunk[rows, :longest][there]
 
 
-def _record_prompts(table: _Table, asked: list[Request], trunk: Float[Tensor, "P W D"]) -> None:
-    for request, output in zip(asked, trunk, strict=True):
-        cells = table.prompt_cells(request)
-        table.rows[cells[0] : cells[-1] + 1] = output[: len(cells)]
+def _record_prompts(wave: _Wave, trunk: Float[Tensor, "P W D"]) -> Int[Tensor, " B"]:
+    """Records the prompts' boundary; returns each row's first cell (0 if nothing is recorded)."""
+    if wave.table is None:
+        return torch.zeros(len(wave.rows), dtype=torch.long, device=trunk.device)
+    for request, output in zip(wave.prompts().values(), trunk, strict=True):
+        cells = wave.table.prompt_cells(request)
+        wave.table.rows[cells[0] : cells[-1] + 1] = output[: len(cells)]
+    return torch.tensor([wave.table.first_cell(row) for row in wave.rows], device=trunk.device)
 
 
 def _by_prompt(values: Tensor, group: np.ndarray, number: np.ndarray) -> Tensor:
-    """Values of the wave's rows as a table of prompts and their rows, 0 where there is no row."""
+    """Returns values of the wave's rows as a table of prompts and their rows, 0 if there is no row."""
     table = values.new_zeros(int(group.max()) + 1, int(number.max()) + 1, *values.shape[1:])
     table[torch.from_numpy(group), torch.from_numpy(number)] = values
     return table
 
 
-def _sample_plain(
-    policy: Policy,
-    wave: list[tuple[Request, int]],
-    recorder: _Recorder,
-    table: None,
-    on_tokens: Callable[[int], None] | None,
-) -> None:
-    """The same with the model's own forward and cache, one prompt at a time, for any architecture."""
-    slots = np.array([request.slot for request, _ in wave])
-    prompts = {request.slot: request.prompt_ids for request, _ in wave}
-    for slot, prompt in prompts.items():
-        alive = torch.from_numpy(np.flatnonzero(slots == slot)).to(policy.device)
-        ids = torch.from_numpy(prompt).to(policy.device).expand(len(alive), -1)
+def _sample_model(policy: BasePolicy, wave: _Wave, recorder: _Recorder, finished: _Finished) -> None:
+    """Samples a wave with the model's own forward and cache, one prompt at a time, for any architecture."""
+    group = wave.places()
+    for place, request in enumerate(wave.prompts().values()):
+        alive = torch.from_numpy(np.flatnonzero(group == place)).to(policy.device)
+        ids = torch.from_numpy(request.prompt_ids).to(policy.device).expand(len(alive), -1)
         cache = None
         for t in range(recorder.ids.shape[1]):
             out = policy.model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = getattr(out, "past_key_values", None)
             tokens, going = recorder.choose(policy.sampled_logits(out.logits[:, -1]), alive, t)
-            if on_tokens is not None:
-                on_tokens(int(going.sum()))
+            finished.in_wave(int((~recorder.going).sum()))
             if not going.any():
                 break
             # without a cache of the usual name, the whole text is run again
             ids = tokens[:, None] if cache is not None else torch.cat([ids, tokens[:, None]], 1)
+
+
+_LOOPS: dict[Loop, Callable[..., None]] = {
+    "model": _sample_model,
+    "layers": _sample_layers,
+    "steps": _sample_steps,
+}

@@ -1,4 +1,4 @@
-"""A batch's packs through the policy, one after another, and smaller ones where memory runs out.
+"""Runs a batch's packs through the policy, retrying with smaller ones on out-of-memory.
 
 A pass that fails leaves nothing behind, so it can be repeated in parts: the gradient is a sum over nodes, and
 the cut changes it by rounding only. Knows nothing of prompts, rewards or optimizers.
@@ -6,7 +6,7 @@ the cut changes it by rounding only. Knows nothing of prompts, rewards or optimi
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,59 +16,70 @@ from torch import Tensor
 from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.config.sizes import Sizes
-from twig.core.algorithms.base import Credit
-from twig.core.objective import Surrogate
-from twig.core.trie import PrefixTrie
-from twig.core.types import Group
+from twig.core.algorithms.base import Objective
+from twig.core.credit import Scored
+from twig.core.objective import SequenceWeights, sequence_weights
+from twig.engine.base_policy import BasePolicy, OpenStem
 from twig.engine.pack import Pack, build_packs, halves
-from twig.engine.policy import OpenStem, Policy
 from twig.runtime.memory_use import give_back, out_of_memory
 
 _SMALLEST_HEAD_CHUNK = 2**16
 
 
 class NodeValues:
-    """One number per weighted node of a batch, whatever packs it came from and goes to."""
+    """One number per weighted node of a batch, whatever packs it comes from and goes to."""
 
-    def __init__(self, tries: Sequence[PrefixTrie]) -> None:
-        self.first = np.cumsum([0, *(len(trie) for trie in tries)])
+    def __init__(self, scored: Sequence[Scored]) -> None:
+        self.first = np.cumsum([0, *(len(each.trie) for each in scored)])
         self.values: Tensor | None = None
 
     def put(self, pack: Pack, values: Tensor) -> None:
         """Keeps `values`, one per target of the pack."""
         if self.values is None:
             self.values = values.new_full((int(self.first[-1]),), math.nan)
-        self.values[self._at(pack)] = values
+        self.values[self._at(pack, self.values)] = values
 
     def of(self, pack: Pack) -> Tensor:
-        """The values of the pack's targets."""
-        return self.values[self._at(pack)]
+        """Returns the values of the pack's targets."""
+        assert self.values is not None, "put before it is read"
+        return self.values[self._at(pack, self.values)]
 
-    def of_trie(self, index: int) -> np.ndarray:
-        """The values of one trie's nodes, NaN where there is none."""
+    def of_group(self, index: int) -> np.ndarray:
+        """Returns the values of one group's nodes, NaN if there is none."""
+        assert self.values is not None, "put before it is read"
         return self.values[int(self.first[index]) : int(self.first[index + 1])].cpu().numpy()
 
-    def _at(self, pack: Pack) -> Tensor:
+    def _at(self, pack: Pack, values: Tensor) -> Tensor:
         at = self.first[pack.targets.group] + pack.targets.node
-        return torch.from_numpy(at).to(self.values.device)
+        return torch.from_numpy(at).to(values.device)
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Log-probs of weighted nodes that an objective needs before its backward pass (None: not needed).
+
+    `old`: of the policy that sampled; `ref`: of the base model; `current`: of the policy as it stands.
+    """
+
+    old: NodeValues | None = None
+    ref: NodeValues | None = None
+    current: NodeValues | None = None
 
 
 class Passes:
-    """The packs of one batch. `sizes` become smaller, and the policy's, where memory asks for it."""
+    """The packs of one batch. On out-of-memory `sizes`, and the policy's, become smaller."""
 
     def __init__(
         self,
-        policy: Policy,
+        policy: BasePolicy,
         sizes: Sizes,
         progress: Progress,
-        groups: Sequence[Group],
-        tries: Sequence[PrefixTrie],
-        credits: Sequence[Credit],
+        scored: Sequence[Scored],
         boundary: Tensor | None,
     ) -> None:
         self.policy, self.sizes, self.progress, self.boundary = policy, sizes, progress, boundary
-        self.parts = (groups, tries, credits)
-        self.packs = build_packs(*self.parts, sizes.pack_size, share=not policy.plain)
+        self.scored = scored
+        self.packs = build_packs(scored, sizes.pack_size, share=policy.shares_prefixes)
 
     @property
     def num_tokens(self) -> int:
@@ -82,32 +93,44 @@ class Passes:
         return sum(len(pack.rows) for pack in self.packs)
 
     def logps(self) -> NodeValues:
-        """The log-probs of all weighted nodes as the policy stands, without gradient."""
-        found = NodeValues(self.parts[1])
+        """Returns the log-probs of all weighted nodes as the policy stands, without gradient."""
+        values = NodeValues(self.scored)
 
         def run(pack: Pack, opened: OpenStem | None) -> Tensor:
             return self.policy.logps(pack, self.boundary, opened)
 
-        self._each(run, found.put, gradient=False)
-        return found
+        self._each(run, values.put, gradient=False)
+        return values
 
-    def backward(
-        self, surrogate: Surrogate, old: NodeValues | None = None, ref: NodeValues | None = None
-    ) -> tuple[NodeValues, float]:
+    def backward(self, objective: Objective, given: LogProbs = LogProbs()) -> tuple[NodeValues, float]:
         """Adds the gradient of the batch's loss to the adapter; returns all log-probs and the loss."""
-        logps, losses = NodeValues(self.parts[1]), []
+        logps, losses, old, weights = NodeValues(self.scored), [], given.old, None
+        if objective.kind == "sequence ratio":
+            weights, old = self._sequence_weights(objective, given), None
+            losses.append(-sum(each.constant for each in weights))
 
         def run(pack: Pack, opened: OpenStem | None) -> tuple[Tensor, float]:
-            known = [None if values is None else values.of(pack) for values in (old, ref)]
-            return self.policy.backward(pack, surrogate, self.boundary, *known, opened)
+            old_logp, ref_logp = (values and values.of(pack) for values in (old, given.ref))
+            weighted = pack if weights is None else _with_weights(pack, weights)
+            return self.policy.backward(weighted, objective, self.boundary, old_logp, ref_logp, opened)
 
-        def keep(pack: Pack, found: tuple[Tensor, float]) -> None:
-            logps.put(pack, found[0])
-            losses.append(found[1])
+        def keep(pack: Pack, result: tuple[Tensor, float]) -> None:
+            logps.put(pack, result[0])
+            losses.append(result[1])
             self.progress.advance()
 
         self._each(run, keep, gradient=True)
         return logps, float(sum(losses))
+
+    def _sequence_weights(self, objective: Objective, given: LogProbs) -> list[SequenceWeights]:
+        """Returns the weights of each group under a ratio per completion."""
+        weights = []
+        for index, each in enumerate(self.scored):
+            pair = (None, None)
+            if given.current is not None and given.old is not None:
+                pair = given.current.of_group(index), given.old.of_group(index)
+            weights.append(sequence_weights(objective, each.trie, each.credit, *pair))
+        return weights
 
     def _each(
         self,
@@ -115,7 +138,7 @@ class Passes:
         keep: Callable[[Pack, Any], None],
         gradient: bool,
     ) -> None:
-        """`keep(pack, run(pack))` for each pack; where memory runs out, for its parts.
+        """Calls `keep(pack, run(pack))` for each pack; on out-of-memory for its parts.
 
         Packs of one stem follow each other, so one stem at a time is open.
         """
@@ -130,31 +153,30 @@ class Passes:
     ) -> list[Pack]:
         waiting, done, opened = self.packs[::-1], [], None
         while waiting:
-            pack, found = waiting.pop(), None
+            pack, result = waiting.pop(), None
             if opened and (pack.stem is None or pack.stem.group != opened.stem.group):
                 self._close(opened, gradient)
                 opened = None
             try:
                 if pack.stem and not opened:
                     opened = self.policy.open_stem(pack.stem, self.boundary, gradient)
-                found = run(pack, opened)
+                result = run(pack, opened)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-            if found is None:
+            if result is None:
                 released = self.policy.release()
                 give_back()
                 # what sampling keeps for its next wave goes first
                 waiting += [pack] if released else self._smaller(pack)[::-1]
             else:
-                keep(pack, found)
+                keep(pack, result)
                 done.append(pack)
         self._close(opened, gradient)
         return done
 
     def _close(self, opened: OpenStem | None, gradient: bool) -> None:
-        """Sends what a stem's packs left in it through the stem, with checkpointed layers where memory asks
-        for it."""
+        """Sends a stem's gradients through the stem, with checkpointed layers on out-of-memory."""
         while opened and gradient:
             try:
                 self.policy.close_stem(opened, self.boundary)
@@ -168,7 +190,7 @@ class Passes:
                 self._checkpoint(len(opened.stem))
 
     def _checkpoint(self, tokens: int) -> None:
-        """Checkpoints layers from here on; refuses `tokens` where that was done already."""
+        """Checkpoints layers from here on; raises UserError for `tokens` if that is done already."""
         if self.sizes.checkpoint_layers:
             self._refuse(tokens)
         self.sizes = replace(self.sizes, checkpoint_layers=True)
@@ -176,14 +198,14 @@ class Passes:
         self._say("train.checkpoint_layers=true")
 
     def _smaller(self, pack: Pack) -> list[Pack]:
-        """What to run in place of a pack that memory had no room for; remembered for the packs to come."""
+        """Returns smaller packs for one that did not fit in memory; the size is kept for later packs."""
         policy, sizes = self.policy, self.sizes
-        parts = halves(pack, *self.parts, share=not policy.plain)
+        parts = halves(pack, self.scored, share=policy.shares_prefixes)
         if len(parts) > 1:
             size = min(sizes.pack_size, max(part.ids.size for part in parts))
             self.sizes = replace(sizes, pack_size=size)
             self._say(f"train.pack_size={size}")
-        elif policy.plain:
+        elif not policy.can_checkpoint:
             self._refuse(pack.num_tokens)
         elif not sizes.checkpoint_layers:
             self._checkpoint(pack.num_tokens)
@@ -195,11 +217,20 @@ class Passes:
             self._refuse(pack.num_tokens)
         return parts
 
-    def _say(self, what: str) -> None:
-        self.progress.message(f"memory ran out in an update: going on with {what}; results stay the same")
+    def _say(self, setting: str) -> None:
+        self.progress.message(f"out of memory in an update: continuing with {setting}; results stay the same")
 
     def _refuse(self, tokens: int) -> NoReturn:
         raise UserError(
-            f"memory: {tokens} tokens, prompt and completion, do not fit; write a smaller "
-            "rollout.max_completion_length, fewer lora.layers, or a smaller model"
+            "memory",
+            f"{tokens} tokens, prompt and completion, do not fit",
+            "Set a smaller rollout.max_completion_length, fewer lora.layers, or a smaller model",
         )
+
+
+def _with_weights(pack: Pack, weights: Sequence[SequenceWeights]) -> Pack:
+    """Returns the pack with other policy weights on its targets."""
+    places = list(zip(pack.targets.group.tolist(), pack.targets.node.tolist(), strict=True))
+    plus = np.array([weights[group].plus[node] for group, node in places], np.float64)
+    minus = np.array([weights[group].minus[node] for group, node in places], np.float64)
+    return replace(pack, targets=replace(pack.targets, plus=plus, minus=minus))

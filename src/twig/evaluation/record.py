@@ -1,4 +1,4 @@
-"""Evaluations on disk: evaluation.json with the figures, completions.jsonl with what they were made from.
+"""Writes and reads evaluations: evaluation.json has the figures, completions.jsonl a row per completion.
 
 Needs no torch. Knows nothing of how answers are made.
 """
@@ -20,8 +20,7 @@ RESULT, COMPLETIONS = "evaluation.json", "completions.jsonl"
 
 @dataclass(frozen=True)
 class Written:
-    """An evaluation that was read back: its figures, the checksum of its problems, and `right` [problems] of
-    the greedy answers."""
+    """An evaluation read from disk: figures, checksum of the problems, `right` [problems] of the greedy."""
 
     folder: Path
     greedy: dict[str, Any]
@@ -30,11 +29,12 @@ class Written:
 
 
 def refuse_other_content(folder: Path) -> None:
-    """Raises UserError where `folder` is a file, or holds anything but an evaluation."""
+    """Raises UserError if `folder` is a file, or holds anything but an evaluation."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output: {folder} is a file; write the name of a folder")
+        raise UserError("--output", f"{folder} is a file", "Name a folder")
     if folder.is_dir() and (other := sorted({p.name for p in folder.iterdir()} - {RESULT, COMPLETIONS})):
-        raise UserError(f"--output: {folder} holds {other[0]} and is not an evaluation; write another folder")
+        problem = f"{folder} holds {other[0]} and is not an evaluation"
+        raise UserError("--output", problem, "Name another folder")
 
 
 def write_evaluation(folder: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -47,7 +47,7 @@ def write_evaluation(folder: Path, record: dict[str, Any], rows: list[dict[str, 
 
 
 def read_evaluation(folder: Path) -> Written:
-    """The evaluation in `folder`; raises UserError where there is none that can be read."""
+    """Reads the evaluation in `folder`; raises UserError if there is none that can be read."""
     try:
         record = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         lines = (folder / COMPLETIONS).read_text(encoding="utf-8").splitlines()
@@ -55,10 +55,8 @@ def read_evaluation(folder: Path) -> Written:
         right = np.array([row["right"] for row in rows], bool)
         return Written(folder, record["greedy"], record["problems"], right)
     except FileNotFoundError:
-        raise UserError(
-            f"--against: {folder} holds no {RESULT}; make one: twig eval MODEL --output {folder}"
-        ) from None
+        fix = f"Make one: twig eval MODEL --output {folder}"
+        raise UserError("--against", f"{folder} holds no {RESULT}", fix) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--against: {folder} cannot be read as an evaluation ({error}); make it anew"
-        ) from None
+        problem = f"{folder} cannot be read as an evaluation ({error})"
+        raise UserError("--against", problem, "Evaluate again") from None

@@ -1,4 +1,4 @@
-"""What evaluations are summed up with: intervals, pass@k, the majority's answer, McNemar's test.
+"""Statistics of evaluations: intervals, pass@k, the majority's answer, McNemar's test.
 
 Numpy and plain Python: knows nothing of models or tasks.
 """
@@ -17,7 +17,7 @@ _RESAMPLES = 2000
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of `right` successes in `n` trials.
+    """Returns the 95 % Wilson score interval of `right` successes in `n` trials.
 
     >>> [round(x, 4) for x in wilson(8, 10)]
     [0.4902, 0.9433]
@@ -31,7 +31,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:
-    """The chance that one of `k` answers is right, from `n` answers of which `right` are: unbiased.
+    """Estimates the chance that one of `k` answers is right, without bias, from `right` of `n` answers.
 
     1 - C(n - right, k) / C(n, k), as a product. https://arxiv.org/abs/2107.03374, section 2.1.
 
@@ -46,7 +46,7 @@ def pass_at_k(right: int, n: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer; of equally frequent ones the first; None does not vote.
+    """Returns the most frequent answer; of equally frequent ones the first; None does not vote.
 
     >>> majority(["7", None, "12", "12", "7"])
     '7'
@@ -56,33 +56,35 @@ def majority(answers: Sequence[str | None]) -> str | None:
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of `values` [problems], by resampling problems, always the same."""
+    """Returns the 95 % interval of the mean of `values` [problems], by resampling problems."""
     draw = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
     low, high = np.quantile(values[draw].mean(1), [0.025, 0.975])
     return float(low), float(high)
 
 
 def bootstrap_runs(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of `values` [runs, problems], by resampling runs and problems both."""
+    """Returns the 95 % interval of the mean of `values` [runs, problems], by resampling runs and problems."""
     return _interval(_resampled([values], seed)[0])
 
 
 def bootstrap_gap(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of `first` minus that of `second`, each [runs, problems] on the same
-    problems: these are resampled for both at once, the runs of each for itself."""
+    """Returns the 95 % interval of the mean of `first` minus that of `second`, each [runs, problems].
+
+    The problems are the same and are resampled for both together, the runs of each separately.
+    """
     ours, theirs = _resampled([first, second], seed)
     return _interval(ours - theirs)
 
 
 def _resampled(samples: list[np.ndarray], seed: int) -> list[np.ndarray]:
-    """The mean of each sample [runs, problems] in every resample; the problems drawn are the same for all."""
+    """Returns the mean of each sample [runs, problems] in every resample; all share the problems drawn."""
     rng, problems = np.random.default_rng(seed), samples[0].shape[1]
     drawn = rng.multinomial(problems, np.full(problems, 1 / problems), _RESAMPLES)
-    found = []
+    means = []
     for sample in samples:
         runs = rng.multinomial(len(sample), np.full(len(sample), 1 / len(sample)), _RESAMPLES)
-        found.append(((runs @ sample) * drawn).sum(1) / sample.size)
-    return found
+        means.append(((runs @ sample) * drawn).sum(1) / sample.size)
+    return means
 
 
 def _interval(means: np.ndarray) -> tuple[float, float]:
@@ -91,9 +93,10 @@ def _interval(means: np.ndarray) -> tuple[float, float]:
 
 
 def permutation(first: Sequence[float], second: Sequence[float]) -> float:
-    """The exact two-sided p value of the difference of two means if it made no difference which value is of
-    which sample: the share of all ways to divide the values whose difference is at least as large. None of 5
-    against 5 is below 2 / 252.
+    """Returns the exact two-sided p value of the difference of two means, by permutation.
+
+    It is the share of all ways to divide the values between the samples whose difference is at least as
+    large. With 5 values against 5 it is at least 2 / 252.
 
     >>> permutation([1.0, 2.0], [3.0, 4.0])
     0.3333333333333333
@@ -111,9 +114,13 @@ def permutation(first: Sequence[float], second: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations on the same `n` problems: `difference` in accuracy (first minus second) with its 95 %
-    interval by resampling problems, the problems that only one got right, and the exact two-sided p value of
-    McNemar's test: how likely so uneven a split of these problems is if both are equally good."""
+    """Two evaluations on the same `n` problems.
+
+    `difference` is in accuracy (first minus second), with its 95 % interval by resampling problems;
+    `only_first` and `only_second` count the problems that only one got right. `p_value` is the exact
+    two-sided one of McNemar's test: how likely so uneven a split of these problems is if both are equally
+    good.
+    """
 
     n: int
     difference: float
@@ -137,6 +144,6 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> Comparison:
     apart = only_first + only_second
     tail = sum(math.comb(apart, i) for i in range(min(only_first, only_second) + 1))
     gaps = first.astype(float) - second.astype(float)
-    # the two tails of the binomial with 1/2; where they meet, they hold more than everything
+    # the two tails of the binomial with 1/2; if they overlap, their sum exceeds 1
     p_value = min(1.0, 2 * tail / 2**apart)
     return Comparison(len(first), float(gaps.mean()), *bootstrap(gaps), only_first, only_second, p_value)

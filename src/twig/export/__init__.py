@@ -1,4 +1,4 @@
-"""A finished run as a folder to share: the adapter or a merged model, its card, and the upload.
+"""Turns a finished run into a folder to share: the adapter or a merged model, its card, and the upload.
 
 Knows nothing of training.
 """

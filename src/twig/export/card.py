@@ -1,9 +1,13 @@
-"""The model card of a run: results, settings, versions, limits, in Markdown."""
+"""Writes the model card of a run: results, settings, versions, limits, in Markdown.
+
+The template in assets/ has the text. Every value in it is escaped as Markdown, or shown as code.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from twig import __version__
 from twig.common.redact import code, fenced, last_part, public, shown
 from twig.common.text import percent
 from twig.config.load import Settings
-from twig.core.algorithms.citations import METHODS, PAPER, PAPERS
+from twig.core.algorithms.base import PAPER, Algorithm
 from twig.tasks.load import TASKS
 
 SOFTWARE = """@software{twig,
@@ -24,13 +28,15 @@ SOFTWARE = """@software{twig,
 }"""
 
 # Settings that name files: only the last part of the name is shown.
-_FILES = ("model.adapter", "task.path", "task.reward_file")
+_FILES = ("model.adapter", "task.path", "task.reward_file", "algorithm.file")
 _LONGEST_PROMPT = 120  # characters in the example; a longer one is shown below it
+# What Markdown could take for more than a letter: anywhere in a line, and at the beginning of one.
+_MARKUP = re.compile(r"[\\`*_\[\]<>&|~$]|^(?:[-+#=]|\d+[.)](?!\S))")
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base model as others find it: its name, and its id on the Hub where it has one that is known."""
+    """The base model as others find it: its name, and its id on the Hub if that is recorded."""
 
     name: str
     hub_id: str | None = None
@@ -39,13 +45,21 @@ class Base:
 
 @dataclass(frozen=True)
 class Merge:
-    """How a merged model differs from base and adapter: `difference` is the largest one between their logits
-    on `tokens` tokens, `largest` the largest logit there; `dtype` is that of the weights."""
+    """How a merged model differs from base and adapter.
+
+    `difference` is the largest one between their logits on `tokens` tokens, `largest` the largest logit
+    there; `dtype` is that of the weights.
+    """
 
     dtype: str
     difference: float
     largest: float
     tokens: int
+
+    @property
+    def sum_dtype(self) -> str:
+        """The dtype in which weights were added up."""
+        return "float64" if self.dtype == "float64" else "float32"
 
 
 @dataclass(frozen=True)
@@ -70,15 +84,102 @@ class Subject:
     license: str | None = None
     merge: Merge | None = None
 
+    @property
+    def measured(self) -> Mapping[str, Any] | None:
+        """The evaluation of what is exported."""
+        return self.summary.get("accuracy_best" if self.best else "accuracy_after")
+
+    @property
+    def passed(self) -> str:
+        """What was passed from Python, with commas."""
+        return self.environment.get("passed") or ""
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The training data in a few words, and its id on the Hub if it was read from there."""
+
+    text: str
+    hub_id: str | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row in the table of results."""
+
+    label: str
+    accuracy: Mapping[str, Any]
+
 
 def model_card(subject: Subject) -> str:
-    """The card's text: YAML metadata and Markdown."""
+    """Returns the card's text: YAML metadata and Markdown."""
     from huggingface_hub import ModelCard
 
-    parts = [_title(subject), _use(subject), _results(subject), _training(subject), _merging(subject)]
-    parts += [_limits(subject), _citing(subject)]
-    body = "\n\n".join(part for part in parts if part)
-    return str(ModelCard(f"---\n{_metadata(subject)}\n---\n\n{body}\n"))
+    settings, base, environment = subject.settings, subject.base, subject.environment
+    algorithm = settings.algorithm
+    prompt = str(public(subject.prompt))
+    parts = vars(subject) | {
+        "metadata": _metadata(subject),
+        "version": __version__,
+        "title": algorithm.title or algorithm.name,
+        "algorithm": algorithm.summary,
+        "base_name": base.hub_id or base.name,
+        "model_id": shown(subject.name),
+        "base_folder": f"FOLDER/{shown(base.name)}",
+        "prompt": prompt,
+        "example": "..." if len(prompt) > _LONGEST_PROMPT else prompt,
+        "stop": public(settings.rollout.stop),
+        "results": _results(subject),
+        "measured": subject.measured,
+        "may_be_chance": _may_be_chance(subject.summary.get("accuracy_before"), subject.measured),
+        "data": _data(subject).text,
+        "adapter": _adapter(subject.adapter),
+        "versions": environment.get("versions") or {},
+        "quantization": environment.get("quantization"),
+        "changed_settings": _yaml(_settings(subject)),
+        "passed": subject.passed,
+        "citations": _citations(algorithm),
+    }
+    return str(ModelCard(_renderer()(parts)))
+
+
+def _renderer() -> Callable[[dict[str, Any]], str]:
+    """Returns the template as a function of its values."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    # Jinja2 escapes HTML, and leaves Markup alone: here that is Markdown, in which every value ends up.
+    def filter_of(function: Callable[..., str]) -> Callable[..., Markup]:
+        return lambda *values: Markup(function(*values))
+
+    def finalize(value: Any) -> Markup:
+        return value if isinstance(value, Markup) else Markup(_markdown(value))
+
+    environment = Environment(
+        loader=FunctionLoader(_asset),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": filter_of(code), "fenced": filter_of(fenced), "python": filter_of(repr)}
+    environment.filters["percent"] = percent
+    return environment.get_template("card.md.jinja").render
+
+
+def _asset(name: str) -> str:
+    return (files("twig.export") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _markdown(value: Any) -> str:
+    """Returns a value as text within a line of Markdown.
+
+    >>> _markdown("*a* | <b>"), _markdown("# a"), _markdown("T-SPMO, 3.5 %")
+    ('\\\\*a\\\\* \\\\| \\\\<b\\\\>', '\\\\# a', 'T-SPMO, 3.5 %')
+    """
+    return _MARKUP.sub(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", shown(value))
 
 
 # ---- metadata --------------------------------------------------------------------------------------------
@@ -87,28 +188,28 @@ def model_card(subject: Subject) -> str:
 def _metadata(subject: Subject) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    algorithm, merged = subject.settings.algorithm.name, subject.merge is not None
-    data, dataset = _data(subject)
-    result = _measured(subject)
+    merged = subject.merge is not None
+    data, measured = _data(subject), subject.measured
     results = None
-    if result is not None:
+    if measured is not None:
         results = [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=dataset or subject.settings.task.name,
-                dataset_name=shown(dataset or data),
+                dataset_type=data.hub_id or subject.settings.task.name,
+                dataset_name=shown(data.hub_id or data.text),
                 metric_type="accuracy",
-                metric_value=round(float(result["value"]), 4),
-                metric_name=f"accuracy, greedy, {int(result['n'])} problems",
+                metric_value=round(float(measured["value"]), 4),
+                metric_name=f"accuracy, greedy, {int(measured['n'])} problems",
             )
         ]
-    tags = ["twig", "reinforcement-learning", algorithm, *([] if merged else ["lora"]), "arxiv:2504.20834"]
+    tags = ["twig", "reinforcement-learning", shown(subject.settings.algorithm.name)]
+    tags += [*([] if merged else ["lora"]), "arxiv:2504.20834"]
     card = ModelCardData(
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
         base_model=subject.base.hub_id and shown(subject.base.hub_id),
         license=subject.license,
-        datasets=[dataset] if dataset else None,
+        datasets=[data.hub_id] if data.hub_id else None,
         tags=tags,
         model_name=shown(subject.name),
         eval_results=results,
@@ -116,29 +217,23 @@ def _metadata(subject: Subject) -> str:
     return card.to_yaml()
 
 
-def _measured(subject: Subject) -> Mapping[str, Any] | None:
-    """The evaluation of what is exported."""
-    return subject.summary.get("accuracy_best" if subject.best else "accuracy_after")
-
-
-def _data(subject: Subject) -> tuple[str, str | None]:
-    """The data in words, and its id on the Hub where it was read from there."""
+def _data(subject: Subject) -> _Data:
     task = subject.settings.task
     own = getattr(import_module(TASKS[task.name]), "HUB_NAME", None)
-    if "train_dataset" in _passed(subject):
-        return f"{task.name}, data passed from Python", None
+    if "train_dataset" in subject.passed.split(", "):
+        return _Data(f"{task.name}, data passed from Python")
     if task.path is None and own is not None:
-        return f"{task.name}: {own}", own
+        return _Data(f"{task.name}: {own}", own)
     if task.path is None:
         digits = " by ".join(map(str, task.digits))
-        return f"{task.name}, made by a generator, factors of {digits} digits", None
+        return _Data(f"{task.name}, made by a generator, factors of {digits} digits")
     if _is_on_the_hub(task.path):
-        return f"{task.name}: {task.path}", task.path
-    return f"{task.name}: {last_part(task.path)}, a file of its own", None
+        return _Data(f"{task.name}: {task.path}", task.path)
+    return _Data(f"{task.name}: {last_part(task.path)}, a file of its own")
 
 
 def _is_on_the_hub(path: str) -> bool:
-    """Whether a data set was fetched from the Hub under this name: a folder may have such a name too."""
+    # Whether a data set was fetched from the Hub under this name: a folder may have such a name too.
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -147,238 +242,73 @@ def _is_on_the_hub(path: str) -> bool:
     return (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=path, repo_type="dataset")).is_dir()
 
 
-def _passed(subject: Subject) -> list[str]:
-    return (subject.environment.get("passed") or "").split(", ")
+# ---- parts of the page -----------------------------------------------------------------------------------
 
 
-# ---- the page --------------------------------------------------------------------------------------------
-
-
-def _title(subject: Subject) -> str:
-    method, words = METHODS[subject.settings.algorithm.name]
-    what = "A LoRA adapter on" if subject.merge is None else "A LoRA adapter merged into"
-    base, name = subject.base, code(subject.name)
-    text = (
-        f"# {name}\n\n{what} {code(base.hub_id or base.name)}, trained by reinforcement learning with "
-        f"{method} on the task {code(subject.settings.task.name)} with Twig {__version__}. {method}: {words}."
-    )
-    if base.embedded:
-        text += (
-            f"\n\nThe base, {code(base.name)}, is a model of a million parameters that ships with Twig (the "
-            f'Python package `twig-rl`) and is on no Hub: `twig.load_model("{base.name}")` gives it.'
-        )
-        if subject.merge is not None:
-            text += " The files here hold all that is needed; they need neither the base nor Twig."
-    elif base.hub_id is None:
-        text += (
-            f"\n\nThe base is a model that was on the trainer's machine, in a folder called "
-            f"{code(base.name)}. Its id on the Hub was not given (`twig export RUN --base-model ID` writes "
-            "it here)."
-        )
-    return text
-
-
-def _use(subject: Subject) -> str:
-    settings, base, name = subject.settings, subject.base, repr(shown(subject.name))
-    remote = ", trust_remote_code=True" if settings.model.trust_remote_code else ""
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name}{remote})"
-    if subject.merge is not None:
-        lines = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f"model = AutoModelForCausalLM.from_pretrained({name}{remote})",
-            tokenizer,
-        ]
-    elif base.embedded:
-        lines = [
-            "import twig",
-            "from peft import PeftModel",
-            f'model, tokenizer = twig.load_model("{base.name}")',
-            f"model = PeftModel.from_pretrained(model, {name})",
-        ]
-    elif base.hub_id is not None:
-        lines = [
-            "from peft import AutoPeftModelForCausalLM",
-            "from transformers import AutoTokenizer",
-            f"model = AutoPeftModelForCausalLM.from_pretrained({name}{remote})",
-            tokenizer,
-        ]
-    else:
-        folder = repr(f"FOLDER/{shown(base.name)}")
-        lines = [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f"model = AutoModelForCausalLM.from_pretrained({folder}{remote})",
-            f"model = PeftModel.from_pretrained(model, {name}); {tokenizer}",
-        ]
-    prompt = str(public(subject.prompt))
-    long = len(prompt) > _LONGEST_PROMPT
-    words = [repr("..." if long else prompt), 'return_tensors="pt"']
-    words += ["add_special_tokens=False"] if subject.chat else []
-    options = [f"max_new_tokens={settings.rollout.max_completion_length}", "do_sample=False"]
-    if settings.rollout.stop:
-        options += [f"stop_strings={public(settings.rollout.stop)!r}", "tokenizer=tokenizer"]
-    lines += [
-        f"inputs = tokenizer({', '.join(words)}).to(model.device)",
-        f"print(tokenizer.decode(model.generate(**inputs, {', '.join(options)})[0], "
-        "skip_special_tokens=True))",
-    ]
-    text = f"## Use\n\n{fenced(chr(10).join(lines), 'python')}"
-    if long or subject.chat:
-        text += f"\n\nPrompts have this form, in training and below:\n\n{fenced(prompt, 'text')}"
-    return text
-
-
-def _results(subject: Subject) -> str:
-    summary, steps = subject.summary, int(subject.summary["steps"])
-    best, after = summary.get("accuracy_best"), summary.get("accuracy_after")
-    here = " (this model)"
-    rows = {"before training": summary.get("accuracy_before")}
+def _results(subject: Subject) -> list[_Row]:
+    summary, mark = subject.summary, " (this model)"
+    rows = [("before training", summary.get("accuracy_before"))]
+    best = summary.get("accuracy_best")
     if subject.best and best is not None:
-        rows[f"after step {int(best['step'])}, the best{here}"] = best
-    rows[f"after step {steps}{'' if subject.best else here}"] = after
-    rows = {label: row for label, row in rows.items() if row is not None}
-    if not rows:
-        return "## Results\n\nAccuracy was not measured."
-    lines = [
-        "| | right | 95 % interval | problems | answer found | last number right |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label, row in rows.items():
-        cells = [
-            _percent_or_dash(row["value"]),
-            f"{100 * row['low']:.1f} to {_percent_or_dash(row['high'])}",
-            f"{int(row['n']):,}",
-        ]
-        cells += [_percent_or_dash(row.get("found")), _percent_or_dash(row.get("right_lenient"))]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return (
-        "## Results\n\nGreedy answers to the task's evaluation problems. The interval is Wilson's; *last "
-        "number right* also counts right numbers that are not marked as the answer.\n\n" + "\n".join(lines)
-    )
+        rows.append((f"after step {int(best['step'])}, the best{mark}", best))
+    after = f"after step {int(summary['steps'])}{'' if subject.best else mark}"
+    rows.append((after, summary.get("accuracy_after")))
+    return [_Row(label, accuracy) for label, accuracy in rows if accuracy is not None]
 
 
-def _training(subject: Subject) -> str:
-    summary, environment, adapter = subject.summary, subject.environment, subject.adapter
-    sampled, selected = int(summary["tokens_sampled"]), int(summary["tokens_selected"])
-    share = f" ({_percent_or_dash(selected / sampled)})" if sampled else ""
-    modules, layers = adapter.get("target_modules"), adapter.get("layers_to_transform")
+def _may_be_chance(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> bool:
+    return bool(before and after and before["low"] <= after["high"] and after["low"] <= before["high"])
+
+
+def _adapter(config: Mapping[str, Any]) -> str:
+    modules, layers = config.get("target_modules"), config.get("layers_to_transform")
     modules = ", ".join(sorted(modules)) if isinstance(modules, list) else modules
-    alpha = f"{adapter.get('lora_alpha')}".removesuffix(".0")
+    alpha = f"{config.get('lora_alpha')}".removesuffix(".0")
     layers = "all layers" if layers is None else f"layers {', '.join(map(str, layers))}"
-    versions = environment.get("versions") or {}
-    commit, held = environment.get("model_revision"), environment.get("quantization")
-    facts = {
-        "method": METHODS[subject.settings.algorithm.name][0],
-        "base": code(subject.base.hub_id or subject.base.name)
-        + (f", commit {code(commit)}" if commit else ""),
-        "data": code(_data(subject)[0]) + f", checksum {code(environment.get('data_revision'))}",
-        "adapter": code(f"rank {adapter.get('r')}, alpha {alpha}, {modules} of {layers}"),
-        "steps": f"{int(summary['steps']):,}, in {float(summary['seconds']):,.0f} seconds",
-        "tokens": f"{sampled:,} sampled, {selected:,} of them with credit{share}",
-        "numbers": f"base in {code(environment.get('dtype'))}"
-        + (f", layers quantised to {code(held)}" if held else "")
-        + ", adapter and loss in float32 or wider",
-        "device": code(environment.get("device_name") or environment.get("device")),
-        "versions": ", ".join(
-            f"{name} {code(versions.get(name))}" for name in ("twig-rl", "torch", "transformers", "peft")
-        ),
-    }
-    lines = [f"- {name}: {words}" for name, words in facts.items()]
-    settings = yaml.safe_dump(_settings(subject), sort_keys=False, width=10_000, allow_unicode=True).strip()
-    return (
-        "## Training\n\n"
-        + "\n".join(lines)
-        + "\n\nSettings that are not Twig's defaults (of names of files, the "
-        f"last part):\n\n{fenced(settings, 'yaml')}"
-    )
+    return f"rank {config.get('r')}, alpha {alpha}, {modules} of {layers}"
 
 
-def _settings(subject: Subject) -> dict[str, dict[str, Any]]:
-    """The settings that differ from the defaults, and the three that name the run, in their groups."""
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, width=10_000, allow_unicode=True).strip()
+
+
+def _settings(subject: Subject) -> dict[str, Any]:
+    # Those that differ from the defaults, and those that name the run, in their groups.
     settings = subject.settings
-    named = {"model.name": settings.model.name, "task.name": settings.task.name}
-    named["algorithm.name"] = settings.algorithm.name
+    named = {
+        "model.name": settings.model.name,
+        "task.name": settings.task.name,
+        "algorithm.name": settings.algorithm.name,
+    }
+    if settings.algorithm.file is not None:
+        named["algorithm.file"] = settings.algorithm.file
     default = Settings.from_dict(_grouped(named)).flat()
     chosen = {
         key: last_part(str(value)) if key in _FILES else public(value)
         for key, value in settings.flat().items()
-        if key in named or (value != default[key] and not key.startswith("log."))
+        if key in named or (value != default.get(key) and not key.startswith("log."))
     }
     chosen["model.name"] = public(subject.base.hub_id or subject.base.name)
-    if "task.path" in chosen and _data(subject)[1] == settings.task.path:
+    if "task.path" in chosen and _data(subject).hub_id == settings.task.path:
         chosen["task.path"] = settings.task.path
     return _grouped(chosen)
 
 
 def _grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
     for key, value in flat.items():
-        *groups, last = key.split(".")
-        inner = found
-        for group in groups:
-            inner = inner.setdefault(group, {})
+        *names, last = key.split(".")
+        inner = groups
+        for name in names:
+            inner = inner.setdefault(name, {})
         inner[last] = value
-    return found
+    return groups
 
 
-def _merging(subject: Subject) -> str:
-    merge = subject.merge
-    if merge is None:
-        return ""
-    wide = "float64" if merge.dtype == "float64" else "float32"
-    rounded = "" if merge.dtype == wide else f" and rounded once to {merge.dtype}"
-    held = subject.environment.get("quantization")
-    other = (
-        f" In training, the base had its layers quantised to {code(held)}; here they are not, so answers may "
-        "differ from those of the evaluations."
-    )
-    return (
-        f"## Merging\n\nEach adapted weight was added up in {wide}{rounded}. Between these files and base + "
-        f"adapter, both in {merge.dtype}, the logits differ by at most {merge.difference:.2g} on one text "
-        f"({merge.tokens} tokens; the largest logit there is {merge.largest:.3g}).{other if held else ''}"
-    )
+def _papers(algorithm: Algorithm) -> list[str]:
+    # The paper that Twig grew out of, and the algorithm's own.
+    return list(dict.fromkeys([PAPER, algorithm.citation or PAPER]))
 
 
-def _limits(subject: Subject) -> str:
-    settings, summary = subject.settings, subject.summary
-    before, result = summary.get("accuracy_before"), _measured(subject)
-    lines = [
-        f"One run with one seed ({settings.train.seed}): another seed gives another model.",
-        "Trained and measured on one task, with prompts of one form. Nothing else was measured: no "
-        "other task or prompt, nor safety or bias. What the base gets wrong elsewhere, this model does too.",
-    ]
-    if before and result and before["low"] <= result["high"] and result["low"] <= before["high"]:
-        lines.append("The intervals before and after training overlap: the difference may be chance.")
-    if result is None:
-        lines.append("The accuracy of this model was not measured.")
-    if subject.best:
-        lines.append(
-            "Chosen as the best of several evaluations on the same problems, so its accuracy is on average "
-            "too high."
-        )
-    if subject.base.embedded:
-        lines.append("The base knows multiplication of small numbers and nothing else: a model to try out.")
-    passed = [name for name in _passed(subject) if name]
-    if passed:
-        lines.append(f"Passed from Python, so that no card can say what it was: {code(', '.join(passed))}.")
-    if settings.model.adapter is not None:
-        lines.append("Training went on from an earlier adapter; the numbers above are of the last run alone.")
-    licence = (
-        f"Licence: that of the base, `{subject.license}`."
-        if subject.license
-        else "The licence is not set here; the base's licence holds for what is made from it."
-    )
-    return "## Limits\n\n" + "\n".join(f"- {line}" for line in [*lines, licence])
-
-
-def _citing(subject: Subject) -> str:
-    papers = dict.fromkeys([PAPER, PAPERS.get(subject.settings.algorithm.name, PAPER)])
-    entries = "\n\n".join([*papers, SOFTWARE.replace("VERSION", __version__)])
-    return (
-        "## Citing\n\nS-GRPO and T-SPMO are of [arXiv 2504.20834](https://arxiv.org/abs/2504.20834); Twig is "
-        f"an independent implementation.\n\n{fenced(entries, 'bibtex')}"
-    )
-
-
-def _percent_or_dash(share: float | None) -> str:
-    return "-" if share is None else percent(share)
+def _citations(algorithm: Algorithm) -> str:
+    return "\n\n".join([*_papers(algorithm), SOFTWARE.replace("VERSION", __version__)])

@@ -1,6 +1,6 @@
-"""How much a run computes at once: what its settings leave open is chosen by the plan, before it begins.
+"""Chooses how much a run computes at once: the plan decides the sizes that the settings leave open.
 
-Knows the settings, the model's config, the prompts and the bytes that are free. No torch until a run begins.
+Knows the settings, the model's config, the prompts and the free memory. Imports torch only when a run begins.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,19 @@ from twig.tasks.prompts import longest_prompt
 
 
 @dataclass(frozen=True)
-class Sized:
-    """`settings` without an open size, the plan that they came from (None: there is none), and a warning.
+class Machine:
+    """Where a run computes: `memory` measures its device, which `processes` share, this one included."""
 
-    `peak` is what `PeakMemory` will have measured in the end if the plan is right: every byte of the process
-    on a CPU, torch's own on a CUDA device. `longest_prompt` is in tokens.
+    memory: PeakMemory
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Settings with every size set, the plan behind them (None: there is none), and a warning.
+
+    `peak` is the peak that `PeakMemory` will measure if the plan is right: every byte of the process on a
+    CPU, torch's own on a CUDA device. `longest_prompt` is in tokens.
     """
 
     settings: Settings
@@ -40,65 +48,87 @@ def size_run(
     task: Task,
     tokenizer: Any,
     model: Any,
-    memory: PeakMemory,
+    machine: Machine,
     *,
-    begins: bool,
-    beside: int = 1,
+    strict: bool,
     samples: int = 1,
 ) -> Sized:
-    """The sizes of a run on the device of `memory`, before its model is loaded, or with one that is passed.
+    """Chooses the sizes of a run, before its model is loaded or for the `model` that was passed.
 
-    Looks at the true prompts, and has freed memory returned where the plan needs that. On a CUDA device, a
-    `memory.budget` that somebody wrote is made the limit of `memory`. `begins`: as `choose_sizes`, whose
-    errors are raised. `beside`: how many processes share
-    the machine's memory, this one included. `samples`: how many answers an evaluation asks of each problem.
+    Counts the tokens of the task's own prompts, and has freed memory returned if the plan needs that. On a
+    CUDA device, an explicit `memory.budget` becomes the limit of `machine.memory`. `strict` is that of
+    `choose_sizes`. `samples` is the number of answers that an evaluation asks of each problem.
     """
     import torch
 
-    from twig.engine.load import load_config
-
-    asked, questions, held = settings, task.eval[: settings.eval.limit], 0
-    kind, free = memory.device.partition(":")[0], free_memory(memory.device, torch)
+    memory, kind = machine.memory, machine.memory.device.partition(":")[0]
+    questions = task.eval[: settings.eval.limit]
+    free = free_memory(memory.device, torch)
     if kind != "cuda" and settings.rollout.decode in ("graph", "compiled"):
         raise UserError(
-            f"rollout.decode: {settings.rollout.decode} needs a CUDA device, and this run is on {kind}; "
-            "write rollout.decode=auto"
+            "rollout.decode",
+            f"{settings.rollout.decode} needs a CUDA device, and this run is on {kind}",
+            "Set rollout.decode=auto",
         )
-    # the plan counts the context of a CUDA device, which asking has made
-    free = free + memory.context() if kind == "cuda" else free // beside
-    if model is None:
-        config = load_config(settings.model).to_dict()
-    else:  # its weights are in the plan, and there already
-        config = model.config.to_dict()
-        held = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        free += held
-        its = {"dtype": str(model.dtype).removeprefix("torch."), "device": memory.device}
-        its["attn_implementation"] = model.config._attn_implementation
-        asked = with_values(settings, {f"model.{name}": value for name, value in its.items()})
-    prompt = longest_prompt(task, [*task.train, *questions], tokenizer, settings.task)
-    options = {"prompt_tokens": prompt, "questions": samples * len(questions), "begins": begins}
-    found = choose_sizes(asked, config, kind, free, **options)
-    there = memory.now() - held  # and not the run's
+    # The plan counts the context of a CUDA device, which exists once free memory was asked for.
+    free = free + memory.context() if kind == "cuda" else free // machine.processes
+    given = _given_model(settings, model, memory.device)
+    free += given.weights
+    prompt = longest_prompt(task, [*task.train, *questions], tokenizer)
+    sized = choose_sizes(
+        given.settings,
+        given.config,
+        kind,
+        free,
+        prompt_tokens=prompt,
+        questions=samples * len(questions),
+        strict=strict,
+    )
+    before = memory.now() - given.weights
     if kind == "cuda" and settings.memory.budget != "auto":
-        memory.limit(there + _for_torch(settings.memory.budget, free))
-    if found.plan is None:
-        peak = None
-    else:
-        peak = there + (found.plan.tensors_peak if kind == "cuda" else found.plan.peak)
-        if kind == "cpu" and found.plan.tight:
+        memory.limit(before + _torch_share(settings.memory.budget, free))
+    peak = None
+    if sized.plan is not None:
+        peak = before + (sized.plan.tensors_peak if kind == "cuda" else sized.plan.peak)
+        if kind == "cpu" and sized.plan.tight:
             return_freed_memory()
-    chosen = with_sizes(settings, found.settings.flat())
-    chosen = with_values(chosen, {"rollout.decode": found.settings.rollout.decode})
-    return replace(found, settings=chosen, peak=peak, longest_prompt=prompt)
+    chosen = with_sizes(settings, sized.settings.flat())
+    chosen = with_values(chosen, {"rollout.decode": sized.settings.rollout.decode})
+    return replace(sized, settings=chosen, peak=peak, longest_prompt=prompt)
 
 
-def _for_torch(budget: str | float, free: int) -> int:
-    """The bytes of `memory.budget` that are left for torch on a CUDA device; raises UserError if none are."""
+@dataclass(frozen=True)
+class _Given:
+    """What the plan reads: settings and config of the model, and the bytes of weights already in memory."""
+
+    settings: Settings
+    config: Mapping[str, Any]
+    weights: int = 0
+
+
+def _given_model(settings: Settings, model: Any, device: str) -> _Given:
+    """Describes the model to plan for; one that was passed has its own dtype, device and attention."""
+    if model is None:
+        from twig.engine.load import load_config
+
+        return _Given(settings, load_config(settings.model).to_dict())
+    values = {
+        "model.dtype": str(model.dtype).removeprefix("torch."),
+        "model.device": device,
+        "model.attn_implementation": model.config._attn_implementation,
+    }
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return _Given(with_values(settings, values), model.config.to_dict(), weights)
+
+
+def _torch_share(budget: str | float, free: int) -> int:
+    """Returns the bytes of `memory.budget` left for torch on a CUDA device; raises UserError if none are."""
     left = budget_bytes(budget, free) - CUDA_OUTSIDE
     if left <= 0:
         raise UserError(
-            f"memory.budget: {budget} is less than CUDA itself takes, {format_size(CUDA_OUTSIDE)}; "
-            "write for example memory.budget=6GiB"
+            "memory.budget",
+            f"{budget} is less than CUDA itself takes, {format_size(CUDA_OUTSIDE)}",
+            "Set for example memory.budget=6GiB",
         )
     return left
 
@@ -111,18 +141,19 @@ def choose_sizes(
     *,
     prompt_tokens: int,
     questions: int | None = None,
-    begins: bool = True,
+    strict: bool = True,
 ) -> Sized:
-    """The settings with their open sizes chosen, so that the run fits `memory.budget` of `free` bytes.
+    """Chooses the open sizes so that the run fits `memory.budget` of `free` bytes.
 
-    `config` is the model's config.json, the other arguments are those of `plan.plan`. Where nothing fits, a
-    budget that somebody wrote is kept: UserError, one line, says what to change, the cheapest first. With
-    `auto`, or for a run that goes on (`begins` False), the same words are a warning. A model whose memory
-    cannot be planned gets `config.sizes.DEFAULT_SIZES`, and a warning too.
+    `config` is the model's config.json, the other arguments are those of `plan.plan`. If nothing fits an
+    explicit budget, raises UserError with the changes that help, the cheapest first. With `auto`, or not
+    `strict` (a resumed run, an evaluation), that is only a warning. A model whose memory cannot be planned
+    gets `config.sizes.DEFAULT_SIZES` and a warning.
     """
     budget = settings.memory.budget
+    refuses = strict and budget != "auto"
     try:
-        found = plan(
+        planned = plan(
             config,
             settings,
             budget_bytes(budget, free),
@@ -131,29 +162,33 @@ def choose_sizes(
             questions=questions,
         )
     except Unplannable as error:
-        if budget != "auto" and begins:
-            raise UserError(f"memory.budget: {budget} cannot be promised; leave it out ({error})") from None
+        if refuses:
+            problem = f"{budget} cannot be guaranteed ({error.problem})"
+            raise UserError("memory.budget", problem, "Leave memory.budget out") from None
         chosen = with_sizes(settings, DEFAULT_SIZES.by_key())
-        taken = " ".join(f"{key}={DEFAULT_SIZES.by_key()[key]}".lower() for key in open_sizes(settings))
-        return Sized(chosen, None, f"{error} (now {taken})" if taken else None)
+        defaults = " ".join(f"{key}={DEFAULT_SIZES.by_key()[key]}".lower() for key in open_sizes(settings))
+        return Sized(chosen, None, f"{error} Now {defaults}." if defaults else None)
     warning = None
-    if not found.fits:
-        if budget != "auto" and begins:
-            raise UserError(f"memory.budget: {budget} is too little: {too_little(found)}")
-        warning = f"memory may run out: {too_little(found)}"
-    chosen = with_sizes(settings, found.sizes.by_key())
-    if found.decode is not None:
-        chosen = with_values(chosen, {"rollout.decode": found.decode})
-    return Sized(chosen, found, warning)
+    if not planned.fits:
+        if refuses:
+            problem = f"{budget} is too little: {_shortage(planned)}"
+            raise UserError("memory.budget", problem, _remedy(planned))
+        warning = f"memory may run out: {_shortage(planned)}. {_remedy(planned)}."
+    chosen = with_sizes(settings, planned.sizes.by_key())
+    if planned.decode is not None:
+        chosen = with_values(chosen, {"rollout.decode": planned.decode})
+    return Sized(chosen, planned, warning)
 
 
-def too_little(found: Plan) -> str:
-    """What a plan that does not fit lacks, and what to change, on one line."""
-    words = (
-        f"the run takes up to {format_size(found.peak)}, and {format_size(found.usable)} can be planned with"
-    )
-    steps = [f"{each.changes} ({format_size(each.peak)})" for each in found.advice]
+def _shortage(planned: Plan) -> str:
+    peak, usable = format_size(planned.peak), format_size(planned.usable)
+    return f"the run takes up to {peak}, and {usable} can be planned with"
+
+
+def _remedy(planned: Plan) -> str:
+    """Returns the changes that make a plan fit, the cheapest first."""
+    steps = [f"{each.changes} ({format_size(each.peak)})" for each in planned.advice]
     if not steps:
-        return f"{words}; choose a smaller model"
-    enough = "" if found.advice[-1].fits else ", and a smaller model"
-    return f"{words}; change, the cheapest first: {', then '.join(steps)}{enough}"
+        return "Choose a smaller model"
+    smaller = "" if planned.advice[-1].fits else ", and choose a smaller model"
+    return f"Set, the cheapest first: {', then '.join(steps)}{smaller}"

@@ -1,7 +1,7 @@
-"""The shape of a language model, read from its config.json alone: layers, widths, numbers of weights.
+"""Reads the shape of a language model from its config.json alone: layers, widths, numbers of weights.
 
-What a family adds (biases, norms, tied embeddings) is a row of a table, because a config leaves out what its
-class has by default. Needs no torch and no weights.
+What a family adds (biases, norms, tied embeddings) is a row of a table, because a config leaves out the
+defaults of its class. Needs no torch and no weights.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from twig.common.errors import UserError
 from twig.common.hub import reachable
 
-# What the classes have beyond the plain Llama layer: two norms, no biases, an untied head.
+# What the families have beyond the plain Llama layer: two norms, no biases, an untied head.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"windowed": True},
@@ -36,15 +36,28 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_interme
 
 
 class Unplannable(UserError):
-    """A model whose memory cannot be told from its config."""
+    """A model whose memory cannot be predicted from its config."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The size of one linear module: numbers that go in and come out."""
+
+    inputs: int
+    outputs: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers in its matrix."""
+        return self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of equal layers. Widths in numbers; `windows` has the sliding window of each layer or None.
+    """A decoder of equal layers. Widths are counts; `windows` has the sliding window of each layer or None.
 
-    `norms` are those of a layer that are as wide as the hidden state; with `qk_norm` queries and keys have
-    one of a head's width each. `stored` is the dtype of the weights on disk, where the config says it.
+    `norms` counts the norms of a layer that are as wide as the hidden state; with `qk_norm` queries and keys
+    also have one of a head's width each. `stored` is the dtype of the weights on disk, if the config has it.
     """
 
     family: str
@@ -71,7 +84,7 @@ class Shape:
 
     @property
     def known(self) -> bool:
-        """Whether the family is one that was compared with the real model; others are taken for a Llama."""
+        """Whether the family was compared with its real model; any other counts as a Llama."""
         return self.family in _FAMILIES
 
     @property
@@ -84,22 +97,25 @@ class Shape:
         """Width of all keys, and of all values."""
         return self.kv_heads * self.head_dim
 
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """Name to (inputs, outputs) of the linear modules of a layer."""
+    def linear(self) -> dict[str, Linear]:
+        """Returns the linear modules of a layer by name."""
         return {
-            "q_proj": (self.hidden, self.query),
-            "k_proj": (self.hidden, self.key),
-            "v_proj": (self.hidden, self.key),
-            "o_proj": (self.query, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
+            "q_proj": Linear(self.hidden, self.query),
+            "k_proj": Linear(self.hidden, self.key),
+            "v_proj": Linear(self.hidden, self.key),
+            "o_proj": Linear(self.query, self.hidden),
+            "gate_proj": Linear(self.hidden, self.intermediate),
+            "up_proj": Linear(self.hidden, self.intermediate),
+            "down_proj": Linear(self.intermediate, self.hidden),
         }
 
     def parameters(self) -> dict[str, int]:
-        """Numbers of weights: `linear` (the matrices of the layers), `embedding`, `head` (0 where it is the
-        embedding) and `other` (norms and biases)."""
-        layer = sum(inputs * outputs for inputs, outputs in self.linear().values())
+        """Counts the weights by kind.
+
+        `linear` are the matrices of the layers, `head` is 0 if it is the embedding, `other` are norms and
+        biases.
+        """
+        layer = sum(linear.weights for linear in self.linear().values())
         other = self.norms * self.hidden
         other += 2 * self.head_dim if self.qk_norm else 0
         other += self.query + 2 * self.key if self.qkv_bias else 0
@@ -114,7 +130,7 @@ class Shape:
         }
 
     def weight_bytes(self, element: int, quantised: str | None = None) -> int:
-        """Bytes of the base at `element` bytes a number; `quantised` (nf4, int8) is about the layers.
+        """Counts the bytes of the base at `element` bytes a number, its layers `quantised` (nf4 or int8).
 
         nf4: half a byte a weight, and a float32 scale for each 64 of them, itself stored in 8 bits with one
         float32 for each 256. int8: a byte a weight and a float32 for each output.
@@ -123,7 +139,7 @@ class Shape:
         rest = (counts["embedding"] + counts["head"] + counts["other"]) * element
         if quantised is None:
             return rest + counts["linear"] * element
-        outputs = self.layers * sum(outputs for _, outputs in self.linear().values())
+        outputs = self.layers * sum(linear.outputs for linear in self.linear().values())
         if quantised == "int8":
             return rest + counts["linear"] + 4 * outputs
         assert quantised == "nf4", quantised
@@ -131,18 +147,19 @@ class Shape:
         return round(rest + counts["linear"] / 2 + blocks + 4 * blocks / 256)
 
     def adapter_parameters(self, rank: int, modules: frozenset[str], adapted: int) -> int:
-        """Numbers in the adapters of `adapted` layers: two matrices a module."""
-        return adapted * sum(rank * sum(self.linear()[name]) for name in modules)
+        """Counts the numbers in the adapters of `adapted` layers: two matrices a module."""
+        linear = self.linear()
+        return adapted * sum(rank * (linear[name].inputs + linear[name].outputs) for name in modules)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Shape":
-        """The shape that a config.json describes; raises Unplannable for any but decoders of equal layers."""
+        """Reads a shape from a config.json; raises Unplannable unless it is a decoder of equal layers."""
         config = {**config, **config.get("text_config", {})}
         family = str(config.get("model_type", "?"))
-        if wrong := [key for key in _DENSE if not isinstance(config.get(key), int) or config[key] < 1]:
-            _refuse(family, f"its config has no {wrong[0]} of at least 1")
+        if missing := [key for key in _DENSE if not isinstance(config.get(key), int) or config[key] < 1]:
+            raise _unplannable(family, f"its config has no {missing[0]} of at least 1")
         if any(config.get(key) for key in _EXPERTS):
-            _refuse(family, "it has experts, of which each token uses some")
+            raise _unplannable(family, "it has experts, and each token uses only some of them")
         traits = _FAMILIES.get(family, {})
         heads = config["num_attention_heads"]
         per_head = config.get("head_dim") or traits.get("head_dim") or config["hidden_size"] // heads
@@ -188,17 +205,18 @@ def _windows(config: Mapping[str, Any], traits: Mapping[str, Any]) -> tuple[int 
     return (window if traits.get("windowed") else None,) * layers
 
 
-def _refuse(family: str, why: str) -> None:
-    raise Unplannable(
-        f"model.name: the memory of model type '{family}' cannot be planned: {why}; "
-        "write rollout.wave_size, train.pack_size and train.head_chunk yourself"
+def _unplannable(family: str, reason: str) -> Unplannable:
+    return Unplannable(
+        "model.name",
+        f"the memory of model type '{family}' cannot be planned: {reason}",
+        "Set rollout.wave_size, train.pack_size and train.head_chunk yourself",
     )
 
 
 def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
-    """A file of the embedded model, of a folder, or of a Hub model's copy on this machine; None without one.
+    """Returns a file of the embedded model, of a folder, or of a Hub model in this machine's cache.
 
-    `name` may be the path of a config.json: then the file beside it.
+    `name` may be the path of a config.json: then the file beside it. None if there is no such file.
     """
     for place in (Path(str(files("twig") / "assets" / name)), Path(name).expanduser()):
         if place.is_file():
@@ -209,20 +227,22 @@ def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    cached = try_to_load_from_cache(name, file, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
-    """The config.json of the embedded model, a folder, a file, or a repository on the Hub.
+    """Reads the config.json of the embedded model, a folder, a file, or a repository on the Hub.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     path = Path(name).expanduser()
-    found = path if path.is_file() else find_file(name, "config.json", revision)
-    if found is None and (path.is_dir() or _is_path(name)):
-        raise UserError(f"model.name: {name} has no config.json; write the folder of a model, or a Hub id")
-    return _parse(found or _download(name, revision))
+    local = path if path.is_file() else find_file(name, "config.json", revision)
+    if local is None and (path.is_dir() or _is_path(name)):
+        raise UserError(
+            "model.name", f"{name} has no config.json", "Use the folder of a saved model, or a Hub id"
+        )
+    return _parse(local or _download(name, revision))
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -234,13 +254,14 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.name: the config.json of {name} is neither here nor reachable on the Hub; check the "
-            "name and the network, or write the path of a folder or a config.json"
+            "model.name",
+            f"the config.json of {name} is neither on this machine nor reachable on the Hub",
+            "Check the name and the network, or use the path of a folder or a config.json",
         ) from error
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name cannot be one on the Hub."""
+    """Tells whether a name cannot be one on the Hub."""
     return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
@@ -248,7 +269,9 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); write a model's config.json") from None
+        raise UserError(
+            str(path), f"not readable as JSON ({error})", "Use the config.json of a model"
+        ) from None
     if not isinstance(config, dict):
-        raise UserError(f"{path}: not a mapping; write a model's config.json")
+        raise UserError(str(path), "not a mapping", "Use the config.json of a model")
     return config

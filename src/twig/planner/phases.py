@@ -1,10 +1,10 @@
-"""The memory of each phase of a run, item by item: what the code holds, walked through in its order.
+"""Predicts the memory of each phase of a run, item by item, in the order in which the code takes it.
 
-A phase is a `Ledger`: what is taken is added, what is given back is subtracted, and the peak is the largest
-sum at any one time, with the items that were alive then. Lengths are the longest that the settings allow and
-completions share nothing, so a prediction is a bound, reached where nothing ends early.
+A phase is a `Ledger`: memory that is taken is added, memory that is given back is subtracted, and the peak is
+the largest sum at any one time, with the items that were alive then. Lengths are the longest that the
+settings allow and completions share nothing, so a prediction is a bound, reached if nothing ends early.
 
-On a CUDA device a phase has what its tensors take and, in items named in `OUTSIDE`, what no tensor takes.
+On a CUDA device a phase counts its tensors and, in the items named in `OUTSIDE`, everything else.
 
 No torch.
 """
@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from twig.config.sizes import Sizes
 from twig.planner.layer_costs import (
     DecodeTable,
+    Halves,
     Table,
+    Wave,
     Workload,
     backward_moment,
     decode_buffers,
@@ -28,28 +30,28 @@ from twig.planner.layer_costs import (
 from twig.planner.ledger import Ledger, Phase
 from twig.runtime.memory_use import CUDA_CONTEXT, MIB
 
-MEASURED = ("cpu", "cuda")  # the kinds of device whose constants below were: see docs/performance.md
-# What the first calls of the libraries take and keep, beside all tensors: code that is mapped when it is
-# first used, thread pools, workspaces; the backward pass adds its own.
+MEASURED = ("cpu", "cuda")  # the kinds of device whose constants were measured: see docs/performance.md
+# Memory that the first calls of the libraries take and keep, beside all tensors: code that is mapped when it
+# is first used, thread pools, workspaces; the backward pass adds more.
 LIBRARIES = {"cpu": 45 * MIB, "mps": 300 * MIB}
 BACKWARD_LIBRARIES = {"cpu": 15 * MIB, "mps": 0}
 
 CUDA_GRAPH = 48 * MIB  # outside torch: the nodes of a captured decode step
 CUDA_WORKSPACE = 32 * MIB  # cuBLAS's, allocated by torch for each thread and stream; 8 MiB before Hopper
-CUDA_RESERVE = 0.04  # of what tensors take: holes in the segments that torch's allocator cuts them from
-# What a process takes on a CUDA device outside torch's allocator, whose limit therefore has to be lower.
+CUDA_RESERVE = 0.04  # of the tensors: holes in the segments that torch's allocator cuts them from
+# Memory that a process takes on a CUDA device outside torch's allocator, whose limit has to be lower by it.
 CUDA_OUTSIDE = CUDA_CONTEXT + CUDA_GRAPH
-# The items that torch does not count as allocated. A graph's memory is not, between two replays.
+# The items that torch does not count as allocated; a graph's memory is not allocated between two replays.
 OUTSIDE = ("context", "captured graph", "allocator's reserve")
-# The check of a model's layers when it is opened: rows of logits alive at once (`Decoder.check`).
+# Rows of logits alive at once while a model's layers are checked at loading (`Decoder.check`).
 _CHECK_ROWS = 94
-_COMPACTED = 0.75  # of a wave's rows, at most, when the finished ones are left out
+_COMPACTED = 0.75  # the largest share of a wave's rows that is left once finished ones are dropped
 _INT, _BOOL = 8, 1
 
 
 def _largest_matrix(work: Workload) -> int:
-    """Bytes of a layer's largest matrix that is not quantised."""
-    return work.element * max(inputs * outputs for inputs, outputs in work.shape.linear().values())
+    """Returns the bytes of a layer's largest matrix, not quantised."""
+    return work.element * max(linear.weights for linear in work.shape.linear().values())
 
 
 # ---- phases ----------------------------------------------------------------------------------------------
@@ -57,7 +59,7 @@ def _largest_matrix(work: Workload) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The phases of `work` done in pieces of `sizes`; with `tensors`, without what is `OUTSIDE`."""
+    """The phases of `work` in pieces of `sizes`; with `tensors`, without the items in `OUTSIDE`."""
 
     work: Workload
     sizes: Sizes
@@ -78,20 +80,23 @@ class Footprint:
         return {name: size for name, size in items.items() if not (self.tensors and name in OUTSIDE)}
 
     def _phase(self, ledger: Ledger, name: str) -> Phase:
-        """The phase at its peak, with the allocator's reserve."""
+        """Returns the phase at its peak, with the allocator's reserve."""
         if self.work.kind == "cuda" and not self.tensors:
             own = sum(size for item, size in ledger.highest.items() if item not in OUTSIDE)
             ledger.highest["allocator's reserve"] = CUDA_RESERVE * own
         return ledger.phase(name)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Loading, sampling, update and evaluation."""
+        """Returns the phases in their order: loading, sampling, update and evaluation."""
         return self.loading(), self.sampling(), self.update(), self.evaluation()
 
     def loading(self) -> Phase:
-        """Files are mapped, not read: weights that keep their dtype stay pages of the file, others are a copy
-        beside it. What goes to a GPU is read into the machine's own memory first, which is not counted; a
-        matrix that is quantised there is whole beside what it becomes."""
+        """Predicts loading the weights.
+
+        Files are mapped, not read: weights that keep their dtype stay pages of the file, others are a copy
+        beside it. Weights for a GPU are read into the machine's memory first, which is not counted; a matrix
+        to quantise is alive beside its quantised form.
+        """
         work = self.work
         ledger = Ledger(self.base)
         if work.kind == "cuda" and work.quantised is not None:
@@ -103,7 +108,7 @@ class Footprint:
         return self._phase(ledger, "loading")
 
     def _trained(self) -> Ledger:
-        """What is alive from the first step on."""
+        """Returns the memory that is alive from the first step on."""
         work = self.work
         ledger = Ledger(self.base)
         if work.kind == "cuda":
@@ -123,7 +128,7 @@ class Footprint:
             ledger.take("trunk's output, recorded", tokens * work.shape.hidden * work.element)
 
     def sampling(self) -> Phase:
-        """A wave from its prompts to its last token."""
+        """Predicts sampling: a wave from its prompts to its last token."""
         work = self.work
         ledger = self._trained()
         self._boundary(ledger)
@@ -134,15 +139,15 @@ class Footprint:
         if work.plain:
             self._plain_wave(ledger, min(rows, work.generations))
         elif work.static_decode:
-            prompts = waves_of(work.prompts, work.generations, self.sizes.wave_size)[0][0]
-            self._decode_wave(ledger, self._decode_tables(), prompts, width)
+            largest = waves_of(work.prompts, work.generations, self.sizes.wave_size)[0]
+            self._decode_wave(ledger, self._decode_tables(), largest.prompts, width)
         else:
             exact, rest = divmod(rows, work.generations)
             self._wave(ledger, rows, min(work.prompts, exact + 2 * (rest > 0) - (exact == 0)), width)
         return self._phase(ledger, "sampling")
 
     def evaluation(self) -> Phase:
-        """One greedy answer a problem, after training; between steps the last batch is still there."""
+        """Predicts one greedy answer a problem; between training steps the last batch is still alive."""
         work = self.work
         ledger = self._trained()
         if work.evaluated_between:
@@ -151,22 +156,22 @@ class Footprint:
         if work.plain:
             self._plain_wave(ledger, min(rows, 1))
         elif work.static_decode:
-            table = DecodeTable.of(rows, 1, work.prompt, work.length, False)
+            table = DecodeTable.of(Wave(rows, 1), work.prompt, work.length, False)
             self._decode_wave(ledger, [table], rows, work.prompt)
         else:
             self._wave(ledger, rows, rows, work.prompt)
         return self._phase(ledger, "evaluation")
 
     def _decode_tables(self) -> list[DecodeTable]:
-        """What is kept for the waves of a step, the largest first: two shapes at most."""
+        """Returns the tables kept for the waves of a step, the largest first: two shapes at most."""
         work = self.work
         width = work.path if work.restarts else work.prompt
         waves = waves_of(work.prompts, work.generations, self.sizes.wave_size)
-        tables = [DecodeTable.of(prompts, each, width, work.length, True) for prompts, each in waves]
+        tables = [DecodeTable.of(wave, width, work.length, True) for wave in waves]
         return list(dict.fromkeys(tables))[:2]
 
     def _keep_steps(self, ledger: Ledger, tables: list[DecodeTable]) -> None:
-        """What captured decode steps hold, from the first wave on: buffers, and each graph its own memory."""
+        """Takes what captured decode steps hold from the first wave on: buffers, and memory of each graph."""
         work = self.work
         ledger.take("decode buffers", sum(decode_buffers(work, table) for table in tables))
         ledger.take("workspaces", CUDA_WORKSPACE)  # of the stream that captures
@@ -175,18 +180,18 @@ class Footprint:
             ledger.take("captured graph", graphs)
 
     def _decode_wave(self, ledger: Ledger, tables: list[DecodeTable], prompts: int, width: int) -> None:
-        """A wave by captured steps: prompts of up to `width` tokens, then steps over buffers that stay.
+        """Predicts a wave by captured steps: prompts of `width` tokens, then steps over permanent buffers.
 
-        In the first wave of its shape a step runs as it is beside the prompts, and is captured.
+        In the first wave of its shape a step runs uncaptured beside the prompts and is then captured.
         """
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         table, hidden, prompt_tokens = tables[0], shape.hidden * e, prompts * width
         self._keep_steps(ledger, tables)
-        # The noise is there once more, as it was drawn.
+        # The noise is alive twice: as drawn and as copied.
         ledger.take("sampled tokens", table.rows * work.length * (2 * table.sampled + 2) * wide)
         masks = self._masks(ledger, prompts, width, set(shape.windows))
         ledger.take("key-value cache", prompt_tokens * shape.layers * 2 * shape.key * e)
-        ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and what goes on
+        ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and the top's
         ledger.moment("activations", layer_moment(work, prompts, width))
         ledger.drop("masks", masks)
         ledger.take("logits", prompts * shape.vocabulary * wide)
@@ -194,11 +199,11 @@ class Footprint:
         ledger.moment("logits", max(spread, decode_moment(work, table)) if self.tensors else spread)
         for name in ("logits", "activations", "key-value cache"):
             ledger.drop(name)
-        if table.sampled and work.recorded:  # what was recorded, by row, then what of it is there
+        if table.sampled and work.recorded:  # recorded rows, and then those in use
             ledger.moment("activations", 2 * table.rows * work.length * hidden)
 
     def _wave(self, ledger: Ledger, rows: int, prompts: int, width: int) -> None:
-        """`rows` completions of `prompts` prompts of up to `width` tokens."""
+        """Predicts a wave of `rows` completions of `prompts` prompts of up to `width` tokens."""
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         slots = width + work.length
         row = shape.layers * 2 * shape.key * e  # keys and values of a token
@@ -207,12 +212,12 @@ class Footprint:
 
         masks = self._masks(ledger, prompts, width, set(shape.windows))
         ledger.take("key-value cache", prompt_tokens * row)
-        ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and what goes on
+        ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and the top's
         ledger.moment("activations", layer_moment(work, prompts, width))
         ledger.drop("masks", masks)
         ledger.take("logits", (2 * prompts + rows) * shape.vocabulary * wide)
         ledger.drop("logits", 2 * prompts * shape.vocabulary * wide)
-        # The buffers of the whole wave are made at once; a CPU gives their pages as they are written to.
+        # The buffers of the whole wave are allocated at once; on a CPU, pages count once they are written to.
         first = width if work.kind == "cpu" else slots
         ledger.take("key-value cache", rows * first * row)
         ledger.drop("key-value cache", prompt_tokens * row)
@@ -223,7 +228,7 @@ class Footprint:
         ledger.take("masks", rows * (slots * (_INT + _BOOL) + work.length * 2 * kinds * shape.head_dim * e))
         # Choosing a token: logits, log-probs, probabilities, and their sums or entropies.
         ledger.moment("logits", 3 * rows * shape.vocabulary * wide)
-        # Rows that ended are left out, and the others copied, one layer after another.
+        # Finished rows are dropped by copying the others, one layer after another.
         ledger.moment("key-value cache", _COMPACTED * rows * slots * row / shape.layers)
         ledger.take("activations", rows * hidden)
         ledger.moment("activations", layer_moment(work, rows, 1, slots))
@@ -244,7 +249,7 @@ class Footprint:
         return size
 
     def update(self) -> Phase:
-        """The packs of one batch, forward and backward, and the optimizer's step."""
+        """Predicts an update: the packs of one batch, forward and backward, and the optimizer's step."""
         work, shape = self.work, self.work.shape
         ledger = self._trained()
         self._boundary(ledger)
@@ -282,7 +287,7 @@ class Footprint:
             for i in range(work.cut, shape.layers)
         }
         padded = cells * e if work.kind == "cuda" and not work.eager and table.keys % 8 else 0
-        own = 2 * tokens * shape.key * e * (table.stem > 0)  # keys and values before the stem's join them
+        own = 2 * tokens * shape.key * e * (table.stem > 0)  # keys and values before joining the stem's
         for i, halves in kept.items():
             run = tokens if i < top or queries is None else rows * queries
             inner = layer_moment(work, 1, run, table.keys)
@@ -291,7 +296,7 @@ class Footprint:
                 ledger.moment("activations", inner)
                 ledger.take("kept for backward", tokens * hidden * (i > work.cut))
             else:
-                ledger.take("kept for backward", sum(halves))
+                ledger.take("kept for backward", halves.both)
                 ledger.take("masks", padded)
                 ledger.moment("activations", run * (3 * hidden + shape.intermediate * e))
         ledger.drop("activations", own * len(kept))
@@ -301,41 +306,40 @@ class Footprint:
 
         self._head(ledger, table.head, table.targets)
         ledger.take("activations", tokens * hidden)  # the gradient that comes down
-        numbers = [top] if queries is None or top == work.cut else [top, top - 1]
-        for i in numbers:  # the last layer may run at few columns; the one below it then needs more
+        layers = [top] if queries is None or top == work.cut else [top, top - 1]
+        for i in layers:  # the last layer may run at few columns; the one below it then needs more
             at = queries if i == top else None
             self._layer_backward(ledger, table, kept[i], at, padded)
         for name in ("activations", "masks", "kept for backward"):
             ledger.drop(name)
 
     def _layer_backward(
-        self, ledger: Ledger, table: Table, kept: tuple[float, float], queries: int | None, padded: float
+        self, ledger: Ledger, table: Table, kept: Halves, queries: int | None, padded: float
     ) -> None:
         work = self.work
-        attention, mlp = backward_moment(work, table, queries)
+        gradients = backward_moment(work, table, queries)
         if self.sizes.checkpoint_layers:
             run = table.tokens if queries is None else table.rows * queries
             ledger.moment("activations", layer_moment(work, 1, run, table.keys))
-            ledger.take("kept for backward", sum(kept))
+            ledger.take("kept for backward", kept.both)
             ledger.take("masks", padded)
-        ledger.moment("activations", mlp)
-        ledger.drop("kept for backward", kept[1])
-        ledger.moment("activations", attention)
-        ledger.drop("kept for backward", kept[0])
+        ledger.moment("activations", gradients.mlp)
+        ledger.drop("kept for backward", kept.mlp)
+        ledger.moment("activations", gradients.attention)
+        ledger.drop("kept for backward", kept.attention)
         if self.sizes.checkpoint_layers:
             ledger.drop("masks", padded)
 
     def _stem(self, ledger: Ledger, table: Table) -> None:
-        """A prompt is run again once its packs are done, and their gradients are sent through it."""
+        """Predicts the backward pass of a prompt, which runs again once its packs are done."""
         work, shape, e = self.work, self.work.shape, self.work.element
         inputs, below = table.tokens * shape.hidden * e, range(work.cut, shape.layers - 1)
         self._masks(ledger, table.rows, table.columns, set(shape.windows))
         ledger.take("activations", inputs)
         kept = {i: kept_by_layer(work, table, i > work.cut) for i in below}
         for i, halves in kept.items():
-            ledger.take(
-                "kept for backward", inputs * (i > work.cut) if self.sizes.checkpoint_layers else sum(halves)
-            )
+            size = inputs * (i > work.cut) if self.sizes.checkpoint_layers else halves.both
+            ledger.take("kept for backward", size)
         ledger.moment("activations", layer_moment(work, table.rows, table.columns))
         if kept:
             self._layer_backward(ledger, table, kept[max(kept)], None, 0)
@@ -343,7 +347,7 @@ class Footprint:
             ledger.drop(name)
 
     def _head(self, ledger: Ledger, rows: int, targets: int) -> None:
-        """From the last layer's output at `rows` to its gradient."""
+        """Predicts the head: from the last layer's output at `rows` to its gradient."""
         shape, e, wide = self.work.shape, self.work.element, self.work.wide
         width = shape.hidden
         chunk = min(max(self.sizes.head_chunk // rows, 1), shape.vocabulary) * rows
@@ -351,7 +355,7 @@ class Footprint:
         ledger.take(
             "head", rows * width * (e + 4 + e + wide)
         )  # rows, the norm's input and output, log Z's gradient
-        # One chunk is computed while the one before is still there.
+        # One chunk is computed while the one before it is still alive.
         size = wide * several + e + wide * (e != wide) + 2 * wide * shape.logit_softcap
         ledger.moment("head chunk", chunk * size)
         ledger.moment("head", targets * width * (e + wide + wide * (e != wide)) + rows * width * wide)
@@ -360,8 +364,10 @@ class Footprint:
     # ---- the plain engine ------------------------------------------------------------------------------
 
     def _plain_wave(self, ledger: Ledger, rows: int) -> None:
-        """A prompt's completions by the model's own forward: the logits of the whole prompt, a cache that is
-        copied as it grows."""
+        """Predicts the completions of a prompt by the model's own forward.
+
+        It computes the logits of the whole prompt and copies its cache as that grows.
+        """
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         row = shape.layers * 2 * shape.key * e
         ledger.take("key-value cache", rows * work.prompt * row)
@@ -376,15 +382,16 @@ class Footprint:
         ledger.moment("logits", rows * shape.vocabulary * (4 * wide + e))
 
     def _plain_pack(self, ledger: Ledger, table: Table) -> None:
-        """Whole rows through the whole model, logits of every token among them."""
+        """Predicts whole rows through the whole model, with the logits of every token."""
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         tokens, head = table.tokens, table.head
         ledger.take("masks", tokens * table.columns * _BOOL)
         ledger.take("activations", tokens * shape.hidden * e)
         for i in range(work.cut, shape.layers):
-            ledger.take("kept for backward", sum(kept_by_layer(work, table, i > work.cut)))
+            ledger.take("kept for backward", kept_by_layer(work, table, i > work.cut).both)
         ledger.take("logits", tokens * shape.vocabulary * e)
         ledger.take("logits", head * shape.vocabulary * wide * (1 + (e != wide)))
         ledger.moment("logits", (head * wide + tokens * e) * shape.vocabulary)
         ledger.drop("logits")
-        ledger.moment("activations", max(backward_moment(work, table)))
+        gradients = backward_moment(work, table)
+        ledger.moment("activations", max(gradients.attention, gradients.mlp))

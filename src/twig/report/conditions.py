@@ -1,6 +1,6 @@
-"""What can be seen in a run's numbers: the conditions that `diagnosis.py` gives a meaning.
+"""Checks a run's numbers for the conditions that `diagnosis.py` gives a meaning.
 
-A condition returns what it saw, in words, or None. Knows the names of metrics; no torch.
+A condition returns a description of what it saw, or None. Knows the names of metrics; no torch.
 """
 
 import numpy as np
@@ -103,9 +103,9 @@ def skipped(run: History) -> str | None:
 
 
 def no_replay(run: History) -> str | None:
-    asked = run.settings.algorithm.replay.probability
-    if asked > 0 and len(run) >= _ENOUGH and not run.column("replay/groups").any():
-        return f"no group restarted, with a probability of {asked:g}"
+    probability = run.settings.algorithm.restarts.probability
+    if probability > 0 and len(run) >= _ENOUGH and not run.column("replay/groups").any():
+        return f"no group restarted, with a probability of {probability:g}"
     return None
 
 
@@ -113,9 +113,10 @@ def no_replay(run: History) -> str | None:
 
 
 def flat(run: History) -> str | None:
-    rise, error = run.rise("reward")
+    rise = run.rise("reward")
     silent = _without_signal(run) >= _HIGH  # which says it better
-    if len(run) < _ENOUGH or silent or run.last("answers/right") >= _HIGH or not abs(rise) <= 2 * error:
+    within_noise = abs(rise.difference) <= 2 * rise.error
+    if len(run) < _ENOUGH or silent or run.last("answers/right") >= _HIGH or not within_noise:
         return None
     return (
         f"the mean reward went from {run.first('reward'):.3f} to {run.last('reward'):.3f}: within its noise"
@@ -142,8 +143,9 @@ def entropy_gone(run: History) -> str | None:
 
 
 def entropy_up(run: History) -> str | None:
-    first, last, (rise, error) = run.first("entropy"), run.last("entropy"), run.rise("reward")
-    if len(run) >= _ENOUGH and last > 1.5 * first and last - first > 0.3 and rise < 2 * error:
+    first, last, rise = run.first("entropy"), run.last("entropy"), run.rise("reward")
+    rises = last > 1.5 * first and last - first > 0.3
+    if len(run) >= _ENOUGH and rises and rise.difference < 2 * rise.error:
         return f"the entropy rose from {first:.3g} to {last:.3g} nats a token, and the reward did not"
     return None
 
@@ -179,7 +181,7 @@ def best_before(run: History) -> str | None:
     return None
 
 
-def by_heart(run: History) -> str | None:
+def overfitting(run: History) -> str | None:
     after, right = run.summary.get("accuracy_after"), run.last("answers/right")
     if after and right > after["high"] + 0.1:
         return f"{_share(right)} right in training, {_share(after['value'])} on problems never trained on"
@@ -205,7 +207,7 @@ def gap(run: History) -> str | None:
 
 
 def _dtype(run: History) -> str:
-    # Of the base model: what the run says, else what its settings say.
+    # That of the base model as the run recorded it, else as its settings say.
     return (run.dtype or run.settings.model.dtype).removeprefix("torch.")
 
 

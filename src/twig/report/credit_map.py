@@ -1,78 +1,85 @@
 """Credit maps: groups of saved completions as tries, with the credit that each algorithm gives them.
 
-Reads `completions/step-N.parquet`, builds the trie again and asks `core/algorithms/assign.py` again, with the
-run's settings and the same random numbers, so the run's own algorithm shows the very weights that were
-trained. No torch.
+Reads `completions/step-N.parquet` and builds the tries again. The run's own algorithm shows the very weights
+that were trained, which are in the file; the others are computed with the same random numbers. No code of the
+user's is run. No torch.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from twig.config.load import Settings
-from twig.config.schema import Algorithm
-from twig.core.algorithms.assign import assign, entropy_at_quantile
-from twig.core.algorithms.base import Credit
+from twig.core.algorithms.base import Algorithm, Credit
+from twig.core.algorithms.registry import Unloaded, shipped
+from twig.core.credit import assign
 from twig.core.rng import CREDIT, generator
 from twig.core.trie import PrefixTrie
 from twig.runs.reader import COMPLETIONS
 
-COMPARED = ("grpo", "s-grpo", "t-spmo")
 SHOWN = 16  # completions of a group, at most
 _COLUMNS = ("prompt_index", "completion_index", "prompt", "prefix_length", "token_ids", "tokens", "finished")
-_COLUMNS += ("reward", "right", "entropies")
+_COLUMNS += ("reward", "right", "entropies", "plus", "minus")
 
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """A group as its step saved it: `slot` is its place among the step's `num_groups`; `rows` are those of
-    its completions that have a reward; `entropy_floor` is that of the whole step."""
+    """A group as its step saved it.
+
+    `slot` is its place among the groups of the step; `rows` are those of its completions that have a reward;
+    `credit` is that of each algorithm that a map compares, by name.
+    """
 
     step: int
     slot: int
-    num_groups: int
     rows: list[dict[str, Any]]
-    entropy_floor: float | None = None
+    mask_truncated: bool
+    credit: dict[str, Credit] = field(default_factory=dict)
 
     @property
     def rewards(self) -> np.ndarray:
         return np.array([row["reward"] for row in self.rows], np.float64)
 
+    @cached_property
     def trie(self) -> PrefixTrie:
+        """The trie of the completions that have a reward."""
         ids = [row["token_ids"] for row in self.rows]
         entropies = [np.array(row.get("entropies") or np.zeros(len(row["token_ids"]))) for row in self.rows]
-        return PrefixTrie.build(ids, self.rewards, entropies)
+        finished = np.array([row["finished"] for row in self.rows], bool)
+        return PrefixTrie.build(ids, self.rewards, entropies, finished if self.mask_truncated else None)
 
-    def trained(self, options: Algorithm) -> np.ndarray:
-        """[completions] of bool: those that training with these options gives credit."""
-        if options.mask_truncated_completions:
-            return np.array([row["finished"] for row in self.rows])
-        return np.ones(len(self.rows), bool)
+    def saved_credit(self) -> Credit | None:
+        """Returns the policy weights that were trained, None if an older file has only their sums.
 
-    def credit(self, trie: PrefixTrie, options: Algorithm, seed: int) -> Credit:
-        """The credit that training with these options gives the group in this step."""
-        rng = generator(seed, CREDIT, self.slot, self.step)
-        return assign(trie, options, rng, self.num_groups, self.trained(options), self.entropy_floor)
+        KL weights are not saved; a map does not show them.
+        """
+        if any(row.get("plus") is None for row in self.rows):
+            return None
+        plus, minus = np.zeros(len(self.trie)), np.zeros(len(self.trie))
+        for row, path in zip(self.rows, self.trie.paths, strict=True):
+            plus[path], minus[path] = row["plus"], row["minus"]
+        return Credit(plus, minus, np.zeros(len(plus)))
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:
-    """Step to file, for the steps of a run folder whose completions were saved, in order."""
-    found = {}
+    """Returns step to file, for the steps of a run folder whose completions were saved, in order."""
+    files = {}
     for path in (folder / COMPLETIONS).glob("step-*.parquet"):
         number = path.stem.removeprefix("step-")
         if number.isdigit():
-            found[int(number)] = path
-    return dict(sorted(found.items()))
+            files[int(number)] = path
+    return dict(sorted(files.items()))
 
 
-def read_groups(step: int, path: Path, options: Algorithm) -> list[SavedGroup]:
-    """The groups of a step's file in which a completion has a reward, the most instructive first.
+def read_groups(step: int, path: Path, settings: Settings) -> list[SavedGroup]:
+    """Returns the groups of a step's file in which a completion has a reward, the most instructive first.
 
-    Those are the groups that are split most evenly into high and low rewards. `options` are the run's.
+    Those are the groups that are split most evenly into high and low rewards. `settings` are the run's.
     """
     from pyarrow import parquet
 
@@ -82,32 +89,56 @@ def read_groups(step: int, path: Path, options: Algorithm) -> list[SavedGroup]:
         if row["completion_index"] == 0 or not slots:
             slots.append([])
         slots[-1].append(row)
+    mask = settings.algorithm.mask_truncated_completions
     groups = [
-        SavedGroup(step, slot, len(slots), rewarded)
+        SavedGroup(step, slot, rewarded, mask)
         for slot, rows in enumerate(slots)
         if (rewarded := [row for row in rows if row["reward"] is not None])
     ]
-    if groups and options.top_entropy_quantile < 1:
-        trained = [group.trained(options) for group in groups]
-        floor = entropy_at_quantile([g.trie() for g in groups], trained, options.top_entropy_quantile)
-        groups = [replace(group, entropy_floor=floor) for group in groups]
+    credits = _credits(groups, settings, len(slots))
+    groups = [replace(group, credit=credit) for group, credit in zip(groups, credits, strict=True)]
     return sorted(groups, key=lambda group: -float(group.rewards.var()))
 
 
+def _credits(groups: list[SavedGroup], settings: Settings, num_prompts: int) -> list[dict[str, Credit]]:
+    """Returns the credit of each group by algorithm: as it was trained, and as the others would give it."""
+    credits: list[dict[str, Credit]] = [{} for _ in groups]
+    saved = [credit for group in groups if (credit := group.saved_credit()) is not None]
+    for name, algorithm in compared(settings).items():
+        if name == settings.algorithm.name and len(saved) == len(groups):
+            each = saved
+        elif isinstance(algorithm, Unloaded):
+            continue
+        else:
+            rngs = [generator(settings.train.seed, CREDIT, group.slot, group.step) for group in groups]
+            each, _ = assign(algorithm, [group.trie for group in groups], rngs, num_prompts)
+        for credit, by_name in zip(each, credits, strict=True):
+            by_name[name] = credit
+    return credits
+
+
 def compared(settings: Settings) -> dict[str, Algorithm]:
-    """Options by algorithm: the run's own as it was set, the others with their defaults."""
+    """Returns the algorithms of a map by name: the run's own as it was set, the others with their defaults.
+
+    What the run's algorithm and another one both have, and what decides which completions count, is as it was
+    set.
+    """
     own = settings.algorithm
-    found = {}
-    for name in dict.fromkeys((*COMPARED, own.name)):
-        options: dict[str, Any] = {"mask_truncated_completions": own.mask_truncated_completions}
-        if {name, own.name} <= {"grpo", "s-grpo"}:
-            options["scale_rewards"] = own.scale_rewards
-        found[name] = own if name == own.name else Algorithm.model_validate({"name": name, **options})
-    return found
+    algorithms: dict[str, Algorithm] = {}
+    for name, kind in shipped().items():
+        if name == own.name:
+            algorithms[name] = own
+        elif kind.in_credit_map:
+            shared = [key for key in _SHARED if key in kind.model_fields and hasattr(own, key)]
+            algorithms[name] = kind.model_validate({key: getattr(own, key) for key in shared})
+    return {**algorithms, own.name: own}
+
+
+_SHARED = ("mask_truncated_completions", "scale_rewards")
 
 
 class Strings:
-    """A list of different texts, and where each is in it."""
+    """A list of different texts, and the place of each in it."""
 
     def __init__(self) -> None:
         self.places: dict[str, int] = {}
@@ -120,16 +151,16 @@ class Strings:
         return list(self.places)
 
 
-def group_map(group: SavedGroup, settings: Settings, strings: Strings) -> dict[str, Any]:
+def group_map(group: SavedGroup, strings: Strings) -> dict[str, Any]:
     """A group as the page draws it: plain values only.
 
     `segments`, depth first: [parent segment or -1, depth of its first token, completions through it, their
     mean reward, token texts (places in `strings`), completions that end with it]. A segment is a stretch of
     tokens without a fork. `credit` has, by algorithm, `pairs` of (plus, minus) and per segment `runs`: how
-    many tokens and which pair, in turns. Counts, values and credit are those of the whole group, also where
+    many tokens and which pair, in turns. Counts, values and credit are those of the whole group, also if
     it has more than SHOWN completions and only some of them are drawn.
     """
-    trie = group.trie()
+    trie = group.trie
     shown = _shown(trie, [row["right"] for row in group.rows])
     segments = _segments(trie, shown)
     texts = _node_texts(trie, group.rows, shown)
@@ -137,9 +168,7 @@ def group_map(group: SavedGroup, settings: Settings, strings: Strings) -> dict[s
     ends: dict[int, list[int]] = {}
     for number, row in enumerate(shown):
         ends.setdefault(int(trie.paths[row][-1]) if len(trie.paths[row]) else 0, []).append(number)
-    credit = {}
-    for name, options in compared(settings).items():
-        credit[name] = _runs(group.credit(trie, options, settings.train.seed), segments)
+    credit = {name: _runs(each, segments) for name, each in group.credit.items()}
     first = group.rows[0]
     return {
         "step": group.step,
@@ -176,17 +205,17 @@ def _shown(trie: PrefixTrie, right: list[bool]) -> list[int]:
     if len(order) <= SHOWN:
         return order
     parts = [[i for i in order if right[i] == kind] for kind in (True, False)]
-    wanted = round(SHOWN * len(parts[0]) / len(order))
-    wanted = min(max(wanted, min(1, len(parts[0]))), SHOWN - min(1, len(parts[1])))
+    most = round(SHOWN * len(parts[0]) / len(order))
+    most = min(max(most, min(1, len(parts[0]))), SHOWN - min(1, len(parts[1])))
     chosen = set()
-    for part, number in zip(parts, (wanted, SHOWN - wanted), strict=True):
+    for part, number in zip(parts, (most, SHOWN - most), strict=True):
         places = np.linspace(0, len(part) - 1, min(number, len(part))).round().astype(int)
         chosen |= {part[place] for place in places}
     return [i for i in order if i in chosen]
 
 
 def _segments(trie: PrefixTrie, shown: list[int]) -> list[np.ndarray]:
-    # The nodes of the drawn completions in stretches: a node goes on from its parent where all go on.
+    # The nodes of the drawn completions in stretches: a node belongs to its parent's if all continue there.
     nodes = np.unique(np.concatenate([trie.paths[i] for i in shown]))
     if not len(nodes):
         return []
@@ -199,8 +228,8 @@ def _node_texts(trie: PrefixTrie, rows: list[dict[str, Any]], shown: list[int]) 
     # Without texts (files of other programs) a token is its number.
     texts: dict[int, str] = {}
     for i in shown:
-        found = rows[i].get("tokens") or [f"[{number}]" for number in rows[i]["token_ids"]]
-        texts.update(zip(trie.paths[i].tolist(), found, strict=True))
+        tokens = rows[i].get("tokens") or [f"[{number}]" for number in rows[i]["token_ids"]]
+        texts.update(zip(trie.paths[i].tolist(), tokens, strict=True))
     return texts
 
 
@@ -208,14 +237,14 @@ def _runs(credit: Credit, segments: list[np.ndarray]) -> dict[str, Any]:
     pairs: dict[tuple[float, float], int] = {(0.0, 0.0): 0}
     runs = []
     for nodes in segments:
-        found: list[int] = []
+        run: list[int] = []
         for plus, minus in zip(credit.plus[nodes].tolist(), credit.minus[nodes].tolist(), strict=True):
             pair = pairs.setdefault((plus, minus), len(pairs))
-            if found and found[-1] == pair:
-                found[-2] += 1
+            if run and run[-1] == pair:
+                run[-2] += 1
             else:
-                found += [1, pair]
-        runs.append(found)
+                run += [1, pair]
+        runs.append(run)
     trained = int(((credit.plus != 0) | (credit.minus != 0)).sum())
     return {"trained": trained, "pairs": [list(pair) for pair in pairs], "runs": runs}
 
@@ -229,16 +258,16 @@ def choose(runs: Sequence[tuple[Path, Settings]], strings: Strings, budget: int)
     The most instructive group of every saved step comes before the second of any; steps are taken from
     coarse to fine, so that what has room is spread over the run.
     """
-    found, size, known = [], 0, 0
+    chosen, size, num_texts = [], 0, 0
     for number, group in _by_worth(runs):
-        drawn = {"run": number, **group_map(group, runs[number][1], strings)}
+        drawn = {"run": number, **group_map(group, strings)}
         size += len(json.dumps(drawn, separators=(",", ":")))
-        size += sum(len(json.dumps(text)) + 1 for text in strings.texts[known:])
-        known = len(strings.places)
-        if size > budget and found:
+        size += sum(len(json.dumps(text)) + 1 for text in strings.texts[num_texts:])
+        num_texts = len(strings.places)
+        if size > budget and chosen:
             break
-        found.append(drawn)
-    return sorted(found, key=lambda each: (each["run"], each["step"]))
+        chosen.append(drawn)
+    return sorted(chosen, key=lambda each: (each["run"], each["step"]))
 
 
 def _by_worth(runs: Sequence[tuple[Path, Settings]]) -> Iterator[tuple[int, SavedGroup]]:
@@ -254,7 +283,7 @@ def _by_worth(runs: Sequence[tuple[Path, Settings]]) -> Iterator[tuple[int, Save
                     key = number, order[place]
                     if key not in groups:
                         path = files[number][order[place]]
-                        groups[key] = read_groups(order[place], path, runs[number][1].algorithm)
+                        groups[key] = read_groups(order[place], path, runs[number][1])
                     if rank < len(groups[key]):
                         left = True
                         yield number, groups[key][rank]

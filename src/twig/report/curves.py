@@ -1,28 +1,27 @@
-"""What a report draws of runs: arms (runs that differ only by seed), curves of bounded length.
+"""Computes what a report draws of runs: arms (runs that differ only by seed), curves of bounded length.
 
 To draw another metric, add a row to `CHARTS`. Knows the names of metrics and settings; no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from twig.config.load import Settings
-from twig.config.schema import ALGORITHMS_WITH
+from twig.config.load import Settings, affects
 from twig.evaluation.statistics import wilson
 from twig.report.history import RunData
 
 _POINTS = 240  # of a curve, at most
 _NUMBERS = 250_000  # of all curves, about
-# Settings in which the runs of an arm may differ: they name a run or say what is written.
-_NOT_COMPARED = ("train.seed", "log.", "train.save_", "model.num_threads", "model.device")
+# The runs of an arm may differ in these, and in settings that affect speed or display only.
+_NOT_COMPARED = ("train.seed", "model.device")
 
 
 @dataclass
 class Arm:
-    """Runs whose settings are equal but for the seed; `label` says how they differ from the other arms."""
+    """Runs whose settings are equal except for the seed; `label` says how they differ from the other arms."""
 
     runs: list[RunData]
     label: str = ""
@@ -34,8 +33,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Chart:
-    """A curve that a report shows. `unit` is share, tokens, bytes, seconds, nats or empty; a curve that is
-    `noisy` is also drawn smoothed."""
+    """A curve that a report shows.
+
+    `unit` is share, tokens, bytes, seconds, nats or empty; a curve that is `noisy` is also drawn smoothed.
+    """
 
     metric: str
     title: str
@@ -72,48 +73,47 @@ PHASES = ("sample", "reward", "credit", "update")
 
 
 def arms_of(runs: Sequence[RunData]) -> list[Arm]:
-    """The runs by arm, labelled, in the order in which they were given."""
-    arms: dict[str, Arm] = {}
+    """Returns the runs by arm, labelled, in the order in which they were given."""
+    by_settings: dict[str, Arm] = {}
     for run in runs:
-        compared = {k: v for k, v in run.settings.flat().items() if not k.startswith(_NOT_COMPARED)}
-        arms.setdefault(repr(compared), Arm([])).runs.append(run)
-    found = list(arms.values())
-    for arm in found:
-        arm.label = _label(arm, found)
-    return found
+        compared = {key: value for key, value in run.settings.flat().items() if _is_compared(key)}
+        by_settings.setdefault(repr(compared), Arm([])).runs.append(run)
+    arms = list(by_settings.values())
+    for arm in arms:
+        arm.label = _label(arm, arms)
+    return arms
 
 
 def differing(arms: Sequence[Arm]) -> dict[str, list[Any]]:
-    """Dotted key to its value in each arm, for the settings that differ between arms.
+    """Returns dotted key to its value in each arm, for the settings that differ between arms.
 
-    A setting that an arm's algorithm is without is None there.
+    A setting that an arm's algorithm does not have is None there.
     """
-    flat = [_applicable(arm) for arm in arms]
-    found = {}
-    for key in arms[0].settings.flat():
-        values = [each.get(key) for each in flat]
-        if not key.startswith(_NOT_COMPARED) and len(set(map(repr, values))) > 1:
-            found[key] = values
-    return found
+    flats = [arm.settings.flat() for arm in arms]
+    keys = list(dict.fromkeys(key for flat in flats for key in flat))
+    groups = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+    table = {}
+    for key in sorted(keys, key=lambda key: groups.index(key.partition(".")[0])):
+        values = [flat.get(key) for flat in flats]
+        if _is_compared(key) and len(set(map(repr, values))) > 1:
+            table[key] = values
+    return table
 
 
-def _applicable(arm: Arm) -> dict[str, Any]:
-    name, flat = arm.settings.algorithm.name, arm.settings.flat()
-    others = {f"algorithm.{key}" for key, users in ALGORITHMS_WITH.items() if name not in users}
-    return {k: v for k, v in flat.items() if k not in others and ".".join(k.split(".")[:2]) not in others}
+def _is_compared(key: str) -> bool:
+    return key not in _NOT_COMPARED and affects(key) not in ("speed", "display")
 
 
 def _label(arm: Arm, arms: list[Arm]) -> str:
+    name = arm.settings.algorithm.name
     if len(arms) == 1:
-        return arm.settings.algorithm.name
-    words = []
-    if len({each.settings.algorithm.name for each in arms}) > 1:
-        words.append(arm.settings.algorithm.name)
-    alike = [each for each in arms if each.settings.algorithm.name == arm.settings.algorithm.name]
+        return name
+    parts = [name] if len({each.settings.algorithm.name for each in arms}) > 1 else []
+    alike = [each for each in arms if each.settings.algorithm.name == name]
     if len(alike) > 1:
         flat = arm.settings.flat()
-        words += [f"{key.partition('.')[2]}={_label_value(flat[key])}" for key in differing(alike)]
-    return ", ".join(words) or arm.settings.algorithm.name
+        parts += [f"{key.partition('.')[2]}={_label_value(flat.get(key))}" for key in differing(alike)]
+    return ", ".join(parts) or name
 
 
 def _label_value(value: Any) -> str:
@@ -125,7 +125,7 @@ def _label_value(value: Any) -> str:
 
 
 def arm_series(arm: Arm, num_runs: int = 1) -> dict[str, Any]:
-    """An arm's curves as plain values.
+    """Returns an arm's curves as plain values.
 
     `x` has, by axis (step, tokens, seconds), where each point lies; `series`, by metric, `mean`, `low` and
     `high` over the arm's runs. A point stands for as many steps as keep the curves of `num_runs` runs short:
@@ -164,17 +164,17 @@ def arm_series(arm: Arm, num_runs: int = 1) -> dict[str, Any]:
 def _binned(column: np.ndarray, edges: np.ndarray, length: int) -> np.ndarray:
     full = np.full(length, np.nan)
     full[: len(column)] = column
-    known = ~np.isnan(full)
-    number = np.add.reduceat(known.astype(float), edges)
-    total = np.add.reduceat(np.where(known, full, 0.0), edges)
+    measured = ~np.isnan(full)
+    number = np.add.reduceat(measured.astype(float), edges)
+    total = np.add.reduceat(np.where(measured, full, 0.0), edges)
     return np.divide(total, number, out=np.full(len(edges), np.nan), where=number > 0)
 
 
-def _ignoring_nan(how: Any, table: np.ndarray) -> np.ndarray:
-    found = np.full(table.shape[1], np.nan)
+def _ignoring_nan(reduce: Callable[..., np.ndarray], table: np.ndarray) -> np.ndarray:
+    values = np.full(table.shape[1], np.nan)
     some = ~np.isnan(table).all(0)
-    found[some] = how(table[:, some], 0)
-    return found
+    values[some] = reduce(table[:, some], 0)
+    return values
 
 
 def _at(columns: list[np.ndarray], ends: np.ndarray) -> np.ndarray:
@@ -183,22 +183,22 @@ def _at(columns: list[np.ndarray], ends: np.ndarray) -> np.ndarray:
 
 
 def _numbers(values: np.ndarray, digits: int = 4) -> list[float | int | None]:
-    found: list[float | int | None] = []
+    numbers: list[float | int | None] = []
     for value in values.tolist():
         short = None if np.isnan(value) else float(f"{value:.{digits}g}")
-        found.append(int(short) if short is not None and short.is_integer() else short)
-    return found
+        numbers.append(int(short) if short is not None and short.is_integer() else short)
+    return numbers
 
 
-def _evals(arm: Arm) -> list[list[float]]:
+def _evals(arm: Arm) -> list[list[float | int | None]]:
     points: dict[int, list[tuple[float, int]]] = {}
     for run in arm.runs:
         before, after = run.summary.get("accuracy_before"), run.summary.get("accuracy_after")
         n = (after or before or {}).get("n", 0)
-        found = {row["step"]: row["eval/accuracy"] for row in run.evals}
-        found |= {0: before["value"]} if before else {}
-        found |= {run.summary["steps"]: after["value"]} if after else {}
-        for step, value in found.items():
+        by_step = {row["step"]: row["eval/accuracy"] for row in run.evals}
+        by_step |= {0: before["value"]} if before else {}
+        by_step |= {run.summary["steps"]: after["value"]} if after else {}
+        for step, value in by_step.items():
             if value is not None:
                 points.setdefault(step, []).append((value, n))
     rows = []
@@ -212,8 +212,8 @@ def _evals(arm: Arm) -> list[list[float]]:
 
 
 def _predicted(arm: Arm) -> float | None:
-    known = [run.history.last("memory/predicted_peak_bytes") for run in arm.runs]
-    return max([value for value in known if not np.isnan(value)], default=None)
+    peaks = [run.history.last("memory/predicted_peak_bytes") for run in arm.runs]
+    return max([peak for peak in peaks if not np.isnan(peak)], default=None)
 
 
 def _until(arm: Arm, metric: str, step: int) -> float:

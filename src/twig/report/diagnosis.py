@@ -1,4 +1,4 @@
-"""What a run's numbers say is wrong with it, in words, and which setting to change.
+"""Diagnoses a run from its numbers: what is wrong, and which setting to change.
 
 `SYMPTOMS` is a table: a name, a condition on a run's history, what it means, what to change. The report shows
 the rows that hold, and training prints them at its end. `LiveWarnings` looks at the rows of a run that is
@@ -15,7 +15,7 @@ from twig.report.history import History
 
 @dataclass(frozen=True)
 class Symptom:
-    """A row of the table. `condition` returns what was seen, in words, or None where nothing was."""
+    """A row of the table; `condition` returns a description of what was seen, or None."""
 
     name: str
     condition: Callable[[History], str | None]
@@ -36,15 +36,16 @@ class Finding:
 
 
 def findings(history: History) -> list[Finding]:
-    """The symptoms that a run has, problems first, in the order of the table."""
+    """Returns the symptoms that a run has, problems first, in the order of the table."""
     if not len(history):
         return []
-    found = []
-    for symptom in SYMPTOMS:
-        seen = symptom.condition(history)
-        if seen is not None:
-            found.append(Finding(symptom.name, seen, symptom.meaning, symptom.change, symptom.is_problem))
-    return sorted(found, key=lambda finding: not finding.is_problem)
+    seen = [(symptom, symptom.condition(history)) for symptom in SYMPTOMS]
+    present = [
+        Finding(symptom.name, text, symptom.meaning, symptom.change, symptom.is_problem)
+        for symptom, text in seen
+        if text is not None
+    ]
+    return sorted(present, key=lambda finding: not finding.is_problem)
 
 
 # ---- the table --------------------------------------------------------------------------------------------
@@ -59,21 +60,21 @@ SYMPTOMS = (
     Symptom(
         "Many completions are cut off",
         conditions.often_truncated,
-        "They are wrong for their length, whatever they would have said.",
+        "They count as wrong because of their length, whatever they would have said.",
         "a larger rollout.max_completion_length, or algorithm.mask_truncated_completions=true",
         is_problem=False,
     ),
     Symptom(
         "No answer is found",
         conditions.no_answer,
-        "The reward cannot see an answer, right or wrong: the model does not write the form that is read.",
+        "The reward sees no answer, right or wrong: the model does not write the form that the task reads.",
         "task.prompt_template or task.system_prompt, to show the form that the task reads",
     ),
     Symptom(
         "Right, but not marked as the answer",
         conditions.not_marked,
-        "The model knows more than its answers show: what it would learn now is the form.",
-        "task.prompt_template or task.system_prompt; tell form from skill when you report a gain",
+        "The model knows more than its answers show; what it learns now is the form of an answer.",
+        "task.prompt_template or task.system_prompt; when you report a gain, say how much of it is form",
         is_problem=False,
     ),
     Symptom(
@@ -85,20 +86,20 @@ SYMPTOMS = (
     Symptom(
         "Rewards cancel each other",
         conditions.cancel,
-        "What one reward function gives the other takes away: their sum asks for nothing.",
+        "What one reward function gives, the other takes away: their sum rewards nothing.",
         "task.reward_weights, so that what matters more weighs more, or leave one function out",
     ),
     Symptom(
         "A reward function that always says the same",
         conditions.constant_function,
         "A constant adds nothing to any advantage.",
-        "task.reward_file: leave it out, or see whether it reads the completions as you meant",
+        "task.reward_file: leave the function out, or check that it reads the completions as you meant",
         is_problem=False,
     ),
     Symptom(
         "Groups without signal: all right",
         conditions.all_right,
-        "Where every completion of a group is right nothing is left to learn; the problems are too easy now.",
+        "If every completion of a group is right, nothing is left to learn: the problems are too easy now.",
         "harder problems (task.path, task.digits), or stop earlier (train.max_steps)",
         is_problem=False,
     ),
@@ -111,7 +112,7 @@ SYMPTOMS = (
     Symptom(
         "Groups without signal: all alike",
         conditions.all_alike,
-        "The completions of a group share one fate: sampling explores too little.",
+        "The completions of a group all succeed or all fail: sampling explores too little.",
         "a higher rollout.temperature, or more rollout.num_generations",
     ),
     Symptom(
@@ -130,9 +131,9 @@ SYMPTOMS = (
     Symptom(
         "The reward stays flat",
         conditions.flat,
-        "There is signal in the groups, but what is learned from it does not add up.",
+        "The groups have signal, but the steps do not add up to progress.",
         "a larger train.learning_rate (three times, then ten), more train.max_steps, or more "
-        "rollout.prompts_per_step where the reward is noisy",
+        "rollout.prompts_per_step if the reward is noisy",
     ),
     Symptom(
         "What was learned is lost again",
@@ -156,20 +157,20 @@ SYMPTOMS = (
     Symptom(
         "Far from the base model",
         conditions.far_from_base,
-        "The policy has left the base: rewards may be gamed, and other skills forgotten.",
+        "The policy has moved far from the base: it may game the reward, and forget other skills.",
         "a larger algorithm.beta, or a smaller train.learning_rate",
     ),
     Symptom(
         "The gradient is clipped most of the time",
         conditions.clipped,
-        "Steps have one length whatever the batch says. With Adam that is mild.",
+        "All steps have the same length, whatever the batch says. With Adam that does little harm.",
         "a larger train.max_grad_norm, or a smaller train.learning_rate",
         is_problem=False,
     ),
     Symptom(
         "The learning rate ran out",
         conditions.no_rate,
-        "A third of the samples was paid for and hardly learned from.",
+        "The last third of the samples cost time, and hardly anything was learned from them.",
         "train.lr_scheduler_type=constant, or fewer train.max_steps",
     ),
     Symptom(
@@ -179,9 +180,9 @@ SYMPTOMS = (
         "fewer train.max_steps, or a smaller train.learning_rate; the folder adapter-best has the best",
     ),
     Symptom(
-        "Learned by heart",
-        conditions.by_heart,
-        "The training problems are known; others are not.",
+        "Overfitting to the training problems",
+        conditions.overfitting,
+        "The model solves the training problems, and not others.",
         "more training problems (task.path), or fewer train.max_steps",
     ),
     Symptom(
@@ -194,7 +195,7 @@ SYMPTOMS = (
     Symptom(
         "Sampling and update disagree",
         conditions.gap,
-        "The update trains on probabilities that were not those of sampling.",
+        "The update uses other probabilities than those that the tokens were sampled with.",
         "model.dtype=float32, or model.attn_implementation=eager; in float32 please report it",
     ),
     Symptom(
@@ -216,18 +217,20 @@ class LiveWarnings:
         self._lasting = {"cut off": 0, "no signal": 0}
 
     def warnings(self, row: Mapping[str, Any]) -> list[str]:
-        """What there is to say after a step with the metrics `row`, mostly nothing."""
+        """Returns the warnings after a step with the metrics `row`, usually none."""
         cut_off = row.get("completions/clipped_ratio") == 1
-        found = []
+        warnings = []
         if self._lasts("cut off", cut_off):
-            found.append(
+            warnings.append(
                 f"all completions of the last {PATIENCE} steps were cut off at their length limit, so their "
-                "answers may be missing; write a larger rollout.max_completion_length"
+                "answers may be missing; set a larger rollout.max_completion_length"
             )
-        # Where all are cut off that is the cause, and has been said.
+        # If all are cut off, that is the cause, and the warning above says so.
         if self._lasts("no signal", row.get("frac_reward_zero_std") == 1) and not cut_off:
-            found.append(f"no group of the last {PATIENCE} steps had anything to learn from: {_cause(row)}")
-        return found
+            warnings.append(
+                f"no group of the last {PATIENCE} steps had anything to learn from: {_cause(row)}"
+            )
+        return warnings
 
     def _lasts(self, name: str, here: bool) -> bool:
         self._lasting[name] = self._lasting[name] + 1 if here else 0
@@ -237,13 +240,13 @@ class LiveWarnings:
 def _cause(row: Mapping[str, Any]) -> str:
     if row.get("reward") is None:
         return (
-            "every reward function answered None; see task.reward_file, which should give a number for what "
-            "it can judge"
+            "every reward function answered None; a function in task.reward_file should return a number for "
+            "each completion that it can judge"
         )
     if row.get("answers/found") == 0:
         return (
-            "no answer is found in any completion; show the form that the task reads in "
-            "task.prompt_template or task.system_prompt"
+            "no completion has an answer; show the form that the task reads in task.prompt_template or "
+            "task.system_prompt"
         )
     if row["answers/right"] == 1:
         return "all completions are right; choose harder problems (task.path), or stop here"
@@ -252,4 +255,4 @@ def _cause(row: Mapping[str, Any]) -> str:
             "no completion is right; choose easier problems, more rollout.num_generations, or a reward that "
             "gives part of the points"
         )
-    return "the completions of each group all have the same reward; write a higher rollout.temperature"
+    return "the completions of each group all have the same reward; set a higher rollout.temperature"

@@ -1,6 +1,5 @@
-"""A run's numbers, read from its folder: settings, metrics by step, results. No torch."""
+"""Reads a run's numbers from its folder: settings, metrics by step, results. No torch."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,19 @@ import numpy as np
 
 from twig.common.errors import UserError
 from twig.config.load import RUN_CONFIG, Settings, load
-from twig.runs.reader import ENVIRONMENT, METRICS, is_run, read_metrics, read_summary
+from twig.runs.reader import ENVIRONMENT, METRICS, is_run, read_json, read_metrics, read_summary
+
+
+@dataclass(frozen=True)
+class Rise:
+    """A difference of two means and its standard error; NaN if there are too few values."""
+
+    difference: float
+    error: float
 
 
 class History:
-    """A run's numbers: the rows of metrics.jsonl, its settings and, where there are, summary and dtype."""
+    """A run's numbers: the rows of metrics.jsonl, its settings and, if there are, summary and dtype."""
 
     def __init__(
         self,
@@ -27,30 +34,30 @@ class History:
         self.settings, self.summary, self.dtype = settings, summary or {}, dtype
 
     def __len__(self) -> int:
-        """Training steps."""
+        """Returns the number of training steps."""
         return len(self.rows)
 
     def column(self, name: str) -> np.ndarray:
-        """A metric [steps]; NaN where a step is without it."""
-        found = [row.get(name) for row in self.rows]
-        return np.array([np.nan if value is None else value for value in found], np.float64)
+        """Returns a metric [steps]; NaN where a step is without it."""
+        values = [row.get(name) for row in self.rows]
+        return np.array([np.nan if value is None else value for value in values], np.float64)
 
     def first(self, name: str) -> float:
-        """The metric's mean over the first third of the steps; NaN where they are without it."""
+        """Returns the metric's mean over the first third of the steps; NaN if they are without it."""
         return _mean(self.column(name)[: self._third])
 
     def last(self, name: str) -> float:
-        """The metric's mean over the last third of the steps; NaN where they are without it."""
+        """Returns the metric's mean over the last third of the steps; NaN if they are without it."""
         return _mean(self.column(name)[-self._third :])
 
-    def rise(self, name: str) -> tuple[float, float]:
-        """How much higher the last third is than the first, and the standard error of that difference."""
+    def rise(self, name: str) -> Rise:
+        """Returns how much higher the metric's last third is than its first."""
         column = self.column(name)
         parts = [part[~np.isnan(part)] for part in (column[: self._third], column[-self._third :])]
         if min(map(len, parts)) < 2:
-            return np.nan, np.nan
+            return Rise(np.nan, np.nan)
         error = np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
-        return float(parts[1].mean() - parts[0].mean()), float(error)
+        return Rise(float(parts[1].mean() - parts[0].mean()), float(error))
 
     @property
     def _third(self) -> int:
@@ -79,25 +86,16 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """A run folder's settings, metrics and results; raises UserError where none can be read."""
+    """Reads a run folder's settings, metrics and results; raises UserError if it holds no run."""
     if not is_run(folder):
-        raise UserError(f"report: {folder} holds no run; write the folder of one, such as runs/quickstart")
+        raise UserError(str(folder), "it holds no run", "Pass the folder of one, such as runs/quickstart")
     settings = load(str(folder))
-    try:
-        rows = read_metrics(folder) if (folder / METRICS).exists() else []
-    except ValueError as error:
-        raise UserError(
-            f"report: {folder / METRICS} is damaged ({error}); leave {folder} out, or restore it"
-        ) from error
-    summary = read_summary(folder) or {}
-    try:
-        environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        environment = {}
+    rows = read_metrics(folder) if (folder / METRICS).exists() else []
+    summary, environment = read_summary(folder) or {}, read_json(folder / ENVIRONMENT) or {}
     history = History(rows, settings, summary, environment.get("dtype"))
     return RunData(folder, settings, history, [r for r in rows if "eval/accuracy" in r], summary, environment)
 
 
 def settings_text(run: RunData) -> str:
-    """The text of a run's config.yaml."""
+    """Returns the text of a run's config.yaml."""
     return (run.folder / RUN_CONFIG).read_text(encoding="utf-8", errors="replace")

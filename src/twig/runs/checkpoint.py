@@ -1,4 +1,4 @@
-"""Checkpoints and adapters: written whole or not at all; checkpoints are verified before they are read.
+"""Writes checkpoints and adapters whole or not at all, and verifies checkpoints before it reads them.
 
 A checkpoint is a folder `step-N` of safetensors and JSON (nothing is ever unpickled) with a manifest of sizes
 and checksums. Knows nothing of what the state means.
@@ -10,11 +10,11 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -30,12 +30,12 @@ def save(
     state: Mapping[str, Any],
     keep: int | None,
 ) -> Path:
-    """Writes checkpoint `step` below `folder` and returns its path; the newest `keep` are kept (None: all).
+    """Writes checkpoint `step` below `folder`, keeps the newest `keep` (None: all) and returns its path.
 
     `tensors` maps file names (without suffix) to named tensors, `state` is anything JSON can hold. Everything
     goes to a temporary folder first, is flushed to disk and renamed, so a crash leaves either the whole
-    checkpoint or none; and the older ones go when this one is on disk. Raises OSError where it cannot be
-    written: the older ones are all there then.
+    checkpoint or none. Older ones are removed when this one is on disk. Raises OSError if it cannot be
+    written; then no older one is removed.
     """
     target, draft = folder / f"step-{step}", folder / f".step-{step}.tmp"
     if not folder.exists():
@@ -49,10 +49,10 @@ def save(
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    # A later step's is damaged: had it been valid, the run would have gone on from there.
-    found = checkpoints(folder)
-    later = [path for path in found if _step(path) > step]
-    old = [] if keep is None else [path for path in found if path not in later][:-keep]
+    # A later step's is damaged: from a valid one the run would have resumed.
+    paths = checkpoints(folder)
+    later = [path for path in paths if _step(path) > step]
+    old = [] if keep is None else [path for path in paths if path not in later][:-keep]
     for path in later + old:
         with suppress(OSError):  # what cannot be removed costs space and nothing else
             remove_folder(path)
@@ -60,7 +60,7 @@ def save(
 
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:
-    """Writes the adapter to `folder` in PEFT's format, in place of one that was there; raises OSError."""
+    """Writes the adapter to `folder` in PEFT's format, replacing an older one; raises OSError."""
     config = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -77,30 +77,47 @@ def save_adapter(peft_model: PeftModel, folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, oldest step first, whether valid or not."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=_step)
+    """Returns the checkpoints below `folder`, oldest step first, valid or not."""
+    paths = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    return sorted(paths, key=_step)
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint whose manifest holds (None if there is none), and the newer ones that were
-    skipped."""
-    skipped = []
+class Newest(NamedTuple):
+    """The newest checkpoint that is whole (None: there is none), and the newer ones that are damaged."""
+
+    path: Path | None
+    damaged: list[Path]
+
+
+def newest_valid(folder: Path) -> Newest:
+    """Returns the newest checkpoint below `folder` whose files are those of its manifest."""
+    damaged = []
     for path in reversed(checkpoints(folder)):
         if _valid(path):
-            return path, skipped
-        skipped.append(path)
-    return None, skipped
+            return Newest(path, damaged)
+        damaged.append(path)
+    return Newest(None, damaged)
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors, by file name, and the state of the checkpoint at `path`."""
+    """Returns the tensors, by file name, and the state of the checkpoint at `path`."""
+    files, state = read(path)
+    return tensors_of(files), state
+
+
+def read(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Returns the contents of the files of tensors, and the state of the checkpoint at `path`."""
     names = sorted(name for name in _manifest(path) if name.endswith(_TENSORS))
-    return {name.removesuffix(_TENSORS): load_file(path / name) for name in names}, load_state(path)
+    return {name.removesuffix(_TENSORS): (path / name).read_bytes() for name in names}, load_state(path)
+
+
+def tensors_of(files: Mapping[str, bytes]) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors, by file name, in what `read` returned."""
+    return {name: from_bytes(data) for name, data in files.items()}
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The state alone of the checkpoint at `path`."""
+    """Returns only the state of the checkpoint at `path`."""
     return json.loads((path / _STATE).read_text(encoding="utf-8"))
 
 
@@ -120,14 +137,14 @@ def _write(draft: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
         manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     for name, named in tensors.items():
-        # As bytes: where the disk is full, the library's own writing raises nothing that says so.
+        # As bytes: if the disk is full, the library's own function to write files does not say so.
         write(name + _TENSORS, to_bytes(_on_cpu(named)))
     write(_STATE, json.dumps(dict(state), allow_nan=False).encode())
     write_flushed(draft / _MANIFEST, json.dumps(manifest, indent=2))
 
 
 def _sweep(folder: Path) -> None:
-    # Drafts, and what was about to be removed, of a process that was killed.
+    # A killed process leaves drafts, and folders that it was about to remove.
     for path in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
         shutil.rmtree(path, ignore_errors=True)
 

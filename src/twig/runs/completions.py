@@ -23,6 +23,9 @@ _COLUMNS = {
     "logps": "list<double>",
     "entropies": "list<double>",
     "weights": "list<double>",
+    "plus": "list<double>",
+    "minus": "list<double>",
+    "divisor": "double",
     "finished": "bool",
     "reward": "double",
     "rewards": "string",
@@ -31,10 +34,12 @@ _COLUMNS = {
 
 
 def public_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without secrets, in texts that UTF-8 can hold. Where a completion had a secret in it, its
-    tokens spell it too: they are blanked, and their ids are 0."""
+    """Returns the rows without secrets, in texts that UTF-8 can hold.
+
+    If a completion had a secret in it, its tokens spell it too: they are blanked, and their ids are 0.
+    """
     texts = [{key: value for key, value in row.items() if isinstance(value, str)} for row in rows]
-    found = []
+    public = []
     for row, before, after in zip(rows, texts, without_secrets(texts), strict=True):
         row = row | {key: storable(text) for key, text in after.items()}
         if "tokens" in row:
@@ -42,12 +47,12 @@ def public_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if before.get("completion") != after.get("completion"):
             for key, blank in (("tokens", ""), ("token_ids", 0)):
                 row[key] = [blank] * len(row.get(key, ()))
-        found.append(row)
-    return found
+        public.append(row)
+    return public
 
 
 def parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
-    """A Parquet file of completions, one row each; a column that a row lacks is empty there."""
+    """Returns a Parquet file of completions, one row each; a column that a row lacks is empty there."""
     import pyarrow
     from pyarrow import parquet
 
@@ -70,50 +75,44 @@ def parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character yet
 
 
-def token_texts(
-    prompt_ids: Sequence[int], ids: Sequence[int], decode: Callable[[list[int]], str]
-) -> list[str]:
-    """What each token of `ids` adds to the text after a prompt; laid end to end they are the decoded text.
-
-    A token that ends inside a character adds "", the one that completes the character adds it whole.
-
-    >>> token_texts([1], [2, 3], lambda ids: "".join("abcd"[i] for i in ids))
-    ['c', 'd']
-    """
-    return texts_after(prompt_ids, decode)(ids)
-
-
 def texts_after(
     prompt_ids: Sequence[int] | np.ndarray, decode: Callable[[list[int]], str]
 ) -> Callable[[Sequence[int]], list[str]]:
-    """`token_texts` for many completions of one prompt: what a token adds is looked up once."""
+    """Returns a function from the ids of a completion of one prompt to the text that each token adds.
+
+    Laid end to end the texts are the decoded completion. A token that ends inside a character adds "", the one
+    that completes the character adds it whole.
+
+    >>> texts_after([1], lambda ids: "".join("abcd"[i] for i in ids))([2, 3])
+    ['c', 'd']
+    """
     # Decoding is not a sum over tokens: a first token may lose its space, and only together do bytes make a
     # character. So every token is decoded behind another one. What each adds there is nearly always what it
-    # adds here, and is kept; where the sum is not the text, the text is decoded token by token.
+    # adds here, and is kept; if the sum is not the text, the text is decoded token by token.
     before = [int(prompt_ids[-1])]
-    start, known = len(decode(before)), {}
+    start, cache = len(decode(before)), {}
 
     def alone(token: int) -> str:
-        if token not in known:
-            known[token] = decode([*before, token])[start:]
-        return known[token]
+        if token not in cache:
+            cache[token] = decode([*before, token])[start:]
+        return cache[token]
 
     def texts(ids: Sequence[int]) -> list[str]:
-        found = [alone(token) for token in ids]
-        if "".join(found) == decode([*before, *ids])[start:] and _INCOMPLETE not in "".join(found):
-            return found
+        each = [alone(token) for token in ids]
+        if "".join(each) == decode([*before, *ids])[start:] and _INCOMPLETE not in "".join(each):
+            return each
         return _one_by_one(before, ids, decode)
 
     return texts
 
 
 def _one_by_one(before: list[int], ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
-    found, shown = [], decode(before)
+    texts, shown = [], decode(before)
     for end in range(1, len(ids) + 1):
         text = decode([*before, *ids[:end]])
         if text.endswith(_INCOMPLETE) and end < len(ids):
-            found.append("")  # what the bytes are is not known yet
+            texts.append("")  # the character is not complete yet
             continue
-        found.append(text[len(shown) :])
+        texts.append(text[len(shown) :])
         shown = text
-    return found
+    return texts

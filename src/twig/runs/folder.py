@@ -1,12 +1,11 @@
-"""The run folder, written: resolved settings, environment, a row of metrics a step, completions, summary.
+"""Writes the run folder: resolved settings, environment, a row of metrics per step, completions, summary.
 
 `metrics.jsonl` is the truth about a run. Every file is written whole or not at all, and one process at a time
-has the folder. Where what only records the run cannot be written (metrics, completions, warnings), the run
-hears of it and goes on. Knows nothing of what the numbers mean; no torch.
+has the folder. If a file that only records the run cannot be written (metrics, completions, warnings), the
+run warns and continues. Knows nothing of what the numbers mean; no torch.
 """
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -17,9 +16,11 @@ from typing import Any
 
 from twig.common.errors import UserError
 from twig.common.files import LOCK, FolderLock, append_whole, flush, write_whole
+from twig.common.python_files import FileError, file_checksum, python_file
 from twig.common.redact import hidden, secret_in, without_secrets
-from twig.common.text import one_line, printable
+from twig.common.text import one_line, plain, printable
 from twig.config.load import RUN_CONFIG, Settings, load
+from twig.core.algorithms.base import PASSED
 from twig.runs.completions import parquet_bytes, public_rows
 from twig.runs.reader import (
     COMPLETIONS,
@@ -35,9 +36,8 @@ from twig.runs.reader import (
     read_metrics,
     read_summary,
 )
-from twig.runtime.lifeline import Ended
+from twig.runtime.failures import Ended
 from twig.runtime.machine import environment
-from twig.tasks.reward_functions import RewardError, reward_file, reward_file_checksum
 
 TRACKERS = ("tensorboard", "wandb")  # folders that trackers make
 RUNS = Path("runs")
@@ -51,6 +51,7 @@ FACTS = (
     "data_revision",
     "passed",
     "reward_file_sha256",
+    "algorithm_file_sha256",
     "processes",
 )
 
@@ -59,16 +60,26 @@ _BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK, LOCK, *TRACKERS}
 _BEFORE_THE_START |= {f".{name}.tmp" for name in (RUN_CONFIG, ENVIRONMENT)}  # of a process that was killed
 
 
-class RunLog:
-    """Writes one run's folder, which is its own until `close`. `settings` are those in its `config.yaml`.
+# Settings that name a Python file, by the name of the checksum in environment.json.
+CODE_FILES = {"reward_file": "task.reward_file", "algorithm_file": "algorithm.file"}
 
-    `on_trouble` hears, in words, what could not be written.
+
+def code_files(settings: Settings) -> dict[str, str]:
+    """Returns the Python files that the settings name, by their key in `CODE_FILES`."""
+    files = {"reward_file": settings.task.reward_file, "algorithm_file": settings.algorithm.file}
+    return {name: spec for name, spec in files.items() if spec is not None and spec != PASSED}
+
+
+class RunLog:
+    """Writes one run's folder, and keeps other processes out of it until `close`.
+
+    `settings` are those in its `config.yaml`. `on_trouble` is called with a line if a file cannot be written.
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
         self.settings = settings
-        self.on_trouble: Callable[[str], None] = lambda words: None
+        self.on_trouble: Callable[[str], None] = lambda text: None
         self._lock = FolderLock(folder)
         self._rows: list[str] = []  # rows of metrics that wait for a disk that takes them
         self._evaluations: dict[int, dict[str, Any]] = {}  # evaluations that do, by step
@@ -76,10 +87,10 @@ class RunLog:
 
     @classmethod
     def create(cls, output: str | Path | None, settings: Settings) -> "RunLog":
-        """A new run in `output` (None: a new folder below runs/, named after the task and the algorithm).
+        """Starts a run in `output`, by default in a new folder below runs/ named after task and algorithm.
 
-        Raises UserError where `output` holds another run or anything else, nothing in it is changed then; and
-        where another process has it.
+        Raises UserError if `output` holds another run or anything else, or if another process has it; then
+        nothing in it is changed.
         """
         if output is None:
             folder = new_folder(f"{settings.task.name}-{settings.algorithm.name}")
@@ -97,8 +108,8 @@ class RunLog:
             log.save_environment()
         except OSError as error:
             log.close()
-            reason = error.strerror or error
-            raise UserError(f"--output {folder}: cannot be written ({reason}); write another") from error
+            problem = f"cannot be written ({error.strerror or error})"
+            raise UserError(f"--output {folder}", problem, "Pass another --output") from error
         except UserError:
             log.close()
             raise
@@ -106,19 +117,19 @@ class RunLog:
 
     @classmethod
     def open(cls, output: str | Path) -> "RunLog":
-        """The run in `output`, to go on with; raises UserError where there is none or another process has
-        it."""
+        """Opens the run in `output` to resume it.
+
+        Raises UserError if there is none or another process has it.
+        """
         folder = Path(output)
         if not is_run(folder):
-            raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one there")
+            raise UserError("--resume", f"{folder} holds no run", "Leave --resume out to start one there")
         log = cls(folder, load(str(folder)))
         try:
             log._take("--resume")
         except OSError as error:
-            raise UserError(
-                f"--resume: {folder} cannot be written ({error.strerror or error}); make it writable, or go "
-                "on in a copy of it"
-            ) from error
+            problem = f"{folder} cannot be written ({error.strerror or error})"
+            raise UserError("--resume", problem, "Make it writable, or resume a copy of it") from error
         return log
 
     def close(self) -> None:
@@ -126,8 +137,10 @@ class RunLog:
         self._lock.release()
 
     def discard(self) -> None:
-        """Removes the folder if the run never began (no metrics, checkpoint or traceback) and no other
-        process has it."""
+        """Removes the folder if the run never began and no other process has it.
+
+        Metrics, checkpoints and a traceback say that it began.
+        """
         if not self.folder.is_dir() or not _names(self.folder) <= _BEFORE_THE_START - {TRACEBACK}:
             return
         with suppress(OSError):
@@ -138,22 +151,23 @@ class RunLog:
     def _take(self, option: str) -> None:
         if not self._lock.take():
             raise UserError(
-                f"{option} {self.folder}: another process is training there; wait for it to end, or write "
-                "another --output"
+                f"{option} {self.folder}",
+                "another process is training there",
+                "Wait until it ends, or pass another --output",
             )
 
     # ---- writing
 
     def save_settings(self, settings: Settings) -> None:
-        """Writes config.yaml: those the run began with, or goes on with."""
+        """Writes config.yaml: the settings that the run starts or resumes with."""
         _refuse_secrets(settings)
         write_whole(self.folder / RUN_CONFIG, settings.to_yaml())
 
     def save_environment(self, **facts: str | int | None) -> None:
-        """Writes environment.json: versions, platform, commit, and what the caller knows (FACTS)."""
+        """Writes environment.json: versions, platform, commit, and the caller's FACTS."""
         assert set(facts) <= set(FACTS), "environment.json holds what is on the list and nothing else"
-        found = without_secrets(environment() | dict.fromkeys(FACTS) | facts)
-        write_whole(self.folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
+        values = without_secrets(environment() | dict.fromkeys(FACTS) | facts)
+        write_whole(self.folder / ENVIRONMENT, json.dumps(values, indent=2) + "\n")
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl; a number that is not finite becomes null.
@@ -165,7 +179,7 @@ class RunLog:
         self._write_rows()
 
     def flush(self) -> None:
-        """Waits until the disk has all rows of metrics: before a checkpoint that stands for them."""
+        """Waits until the disk has all rows of metrics; called before a checkpoint of the same step."""
         if self._rows:
             self._write_rows()
         self._write_evaluations()
@@ -176,7 +190,7 @@ class RunLog:
             self._rows = []
 
     def save_completions(self, step: int, rows: list[dict[str, Any]], folder: str = COMPLETIONS) -> Path:
-        """Writes completions/step-N.parquet, one row a completion, and returns its path."""
+        """Writes completions/step-N.parquet, one row per completion, and returns its path."""
         path = self.folder / folder / f"step-{step}.parquet"
 
         def write() -> None:
@@ -187,7 +201,7 @@ class RunLog:
         return path
 
     def save_summary(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json, whole or not at all; a number that is not finite becomes null."""
+        """Writes summary.json; a number that is not finite becomes null."""
         text = json.dumps(without_secrets(plain(summary)), indent=2, allow_nan=False) + "\n"
         write_whole(self.folder / SUMMARY, text)
 
@@ -200,7 +214,7 @@ class RunLog:
         self._write_evaluations()
 
     def _write_evaluations(self) -> None:
-        """Writes those that wait, beside those that are there."""
+        """Writes the evaluations that wait, beside those in the file."""
 
         def write() -> None:
             rows = {row["step"]: row for row in read_evaluations(self.folder)} | self._evaluations
@@ -217,11 +231,11 @@ class RunLog:
 
     def warn(self, text: str) -> None:
         """Appends a line to warnings.txt."""
-        with suppress(OSError):  # whoever warns has said it elsewhere too
+        with suppress(OSError):  # the warning is shown elsewhere too
             append_whole(self.folder / WARNINGS, one_line(hidden(text)) + "\n")
 
     def _try(self, name: str, write: Callable[[], None]) -> bool:
-        """Whether the writing of what only records the run succeeded; says once where it does not."""
+        """Writes a file that only records the run; returns whether it could, and warns once if not."""
         what = name.partition("/")[0]
         try:
             write()
@@ -229,7 +243,7 @@ class RunLog:
             if what not in self._in_trouble:
                 self._in_trouble.add(what)
                 self.on_trouble(
-                    f"{self.folder / name} cannot be written ({error.strerror or error}); training goes on "
+                    f"{self.folder / name} cannot be written ({error.strerror or error}); training continues "
                     "without it"
                 )
             return False
@@ -237,7 +251,7 @@ class RunLog:
         return True
 
     def rewind(self, step: int) -> None:
-        """Drops metrics, evaluations and completions of later steps, and a last row that a crash tore."""
+        """Removes metrics, evaluations and completions of later steps, and a last row that a crash tore."""
         path = self.folder / METRICS
         if path.exists():
             kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
@@ -252,26 +266,31 @@ class RunLog:
 
     # ---- reading
 
-    def refuse_another_reward_file(self, settings: Settings) -> None:
-        """Raises UserError where the reward file is not the one that the run began with."""
-        spec, before = settings.task.reward_file, self.environment().get("reward_file_sha256")
-        if spec is not None and before is not None and reward_file_checksum(spec) != before:
-            raise UserError(
-                f"task.reward_file: {reward_file(spec)} has changed since the run began; put the old one "
-                "back, or start a new run with another --output"
-            )
+    def refuse_changed_code(self, settings: Settings) -> None:
+        """Raises UserError if a Python file that the run began with has changed since."""
+        for name, spec in code_files(settings).items():
+            before = self.environment().get(f"{name}_sha256")
+            key = CODE_FILES[name]
+            if before is not None and file_checksum(spec, key) != before:
+                raise UserError(
+                    key,
+                    f"{python_file(spec, key)} has changed since the run began",
+                    "Put the old file back, or use another --output",
+                )
 
     def environment(self) -> dict[str, Any]:
-        """What environment.json holds, or nothing where there is none that can be read."""
+        """Returns what environment.json holds; nothing if it is missing or damaged."""
         return read_json(self.folder / ENVIRONMENT) or {}
 
     def summary(self) -> dict[str, Any] | None:
-        """What summary.json holds, or None where there is none that can be read."""
+        """Returns what summary.json holds; None if it is missing or damaged."""
         return read_summary(self.folder)
 
 
 class NoLog:
-    """A run's log in the processes that write nothing: it knows the folder, and every call does nothing."""
+    """The run's log in processes other than the main one: every call does nothing."""
+
+    on_trouble: Callable[[str], None] | None = None
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
@@ -281,15 +300,15 @@ class NoLog:
         return lambda *arguments, **options: None
 
 
-def with_traceback(error: RewardError | Ended, log: RunLog | NoLog) -> BaseException:
-    """The error, with the traceback of a reward function, in whatever process, saved to the run folder."""
+def with_traceback(error: FileError | Ended, log: RunLog | NoLog) -> BaseException:
+    """Saves the traceback of a user's code to the run folder; returns the error with the file's path."""
     text = error.failure.details if isinstance(error, Ended) else error.traceback_text
     path = log.save_traceback(text) if text else None
     if path is None:
         return error
     if isinstance(error, Ended):
-        return Ended(replace(error.failure, words=f"{error.failure.words} (traceback: {path})"))
-    return UserError(f"{error} (traceback: {path})")
+        return Ended(replace(error.failure, reason=f"{error.failure.reason} (traceback: {path})"))
+    return UserError(error.key, f"{error.problem} (traceback: {path})", error.fix)
 
 
 def new_folder(name: str) -> Path:
@@ -302,49 +321,47 @@ def new_folder(name: str) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             if not RUNS.is_dir():
-                raise UserError(f"--output: {RUNS} is a file, not a folder; write --output DIR") from None
+                raise UserError("--output", f"{RUNS} is a file, not a folder", "Pass --output DIR") from None
         except OSError as error:
-            raise UserError(
-                f"--output: {folder} cannot be made ({error.strerror}); write --output DIR"
-            ) from error
+            problem = f"{folder} cannot be made ({error.strerror})"
+            raise UserError("--output", problem, "Pass --output DIR") from error
         else:
             return folder
 
 
 def newest_folder(name: str) -> Path | None:
-    """The run of the form runs/NAME-N with the largest N, else the run runs/NAME, else None."""
+    """Returns the run runs/NAME-N with the largest N, else the run runs/NAME, else None."""
     names = [f"{name}-{number}" for number in sorted(_numbers(name), reverse=True)]
-    found = [RUNS / each for each in (*names, name) if is_run(RUNS / each)]
-    return found[0] if found else None
+    return next((RUNS / each for each in (*names, name) if is_run(RUNS / each)), None)
 
 
 def _numbers(name: str) -> Iterable[int]:
     form = re.compile(re.escape(name) + r"-([0-9]+)")
-    found = [form.fullmatch(path.name) for path in RUNS.glob("*")] if RUNS.is_dir() else []
-    return [int(match[1]) for match in found if match]
+    matches = [form.fullmatch(path.name) for path in RUNS.glob("*")] if RUNS.is_dir() else []
+    return [int(match[1]) for match in matches if match]
 
 
 def _refuse_other_content(folder: Path) -> None:
+    key, fix = f"--output {folder}", "Pass another --output"
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: a file, not a folder; write another --output")
+        raise UserError(key, "a file, not a folder", fix)
     names = _names(folder)
     if names <= _BEFORE_THE_START:
         return
     if RUN_CONFIG in names:
-        raise UserError(
-            f"--output {folder}: holds another run; add --resume to go on with it, or write another"
-        )
-    raise UserError(f"--output {folder}: not empty and not a run; write another --output")
+        raise UserError(key, "holds another run", "Add --resume to resume it, or pass another --output")
+    raise UserError(key, "not empty and not a run", fix)
 
 
 def _refuse_secrets(settings: Settings) -> None:
-    """Raises UserError where a setting holds a secret of the environment: run folders are shared."""
+    """Raises UserError if a setting holds a secret of the environment: run folders are shared."""
     for key, value in settings.flat().items():
         variable = secret_in(str(value))
         if variable is not None:
             raise UserError(
-                f"{key}: holds the secret in the environment's {variable}, and settings are written to the "
-                "run folder; leave it out"
+                key,
+                f"holds the secret in the environment's {variable}, and the run folder would show it",
+                f"Leave the secret out of {key}",
             )
 
 
@@ -354,24 +371,9 @@ def _names(folder: Path) -> set[str]:
     except FileNotFoundError:
         return set()
     except OSError as error:
-        raise UserError(
-            f"--output {folder}: cannot be read ({error.strerror}); write another --output"
-        ) from error
+        problem = f"cannot be read ({error.strerror})"
+        raise UserError(f"--output {folder}", problem, "Pass another --output") from error
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def plain(value: Any) -> Any:
-    """The value in JSON's kinds: arrays, numpy and torch numbers become lists and numbers; NaN and infinity,
-    None."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,4 +1,4 @@
-"""The run folder, read: which folder is a run, its metrics, evaluations and summary. No torch."""
+"""Reads run folders: which folder is a run, its metrics, evaluations and summary. No torch."""
 
 import json
 from pathlib import Path
@@ -17,26 +17,26 @@ _RESULT = ("value", "low", "high", "n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What a run folder's summary.json holds, or None where there is none that can be read."""
-    found = read_json(folder / SUMMARY)
-    return found if found is not None and _is_summary(found) else None
+    """Returns a run folder's summary.json; None if it is missing or damaged."""
+    summary = read_json(folder / SUMMARY)
+    return summary if summary is not None and _is_summary(summary) else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None where there is none that can be read."""
+    """Returns the JSON object in a file; None if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def _is_summary(found: dict[str, Any]) -> bool:
-    """Whether what is shown and exported is there, and of its kind."""
-    results = [found.get(f"accuracy_{when}") for when in ("before", "after", "best")]
+def _is_summary(summary: dict[str, Any]) -> bool:
+    """Returns whether everything that is shown and exported is there, in its type."""
+    results = [summary.get(f"accuracy_{when}") for when in ("before", "after", "best")]
     return (
-        all(isinstance(found.get(key), str) for key in ("status", "algorithm", "task"))
-        and all(_is_number(found.get(key)) for key in _NUMBERS)
+        all(isinstance(summary.get(key), str) for key in ("status", "algorithm", "task"))
+        and all(_is_number(summary.get(key)) for key in _NUMBERS)
         and all(
             result is None
             or (isinstance(result, dict) and all(_is_number(result.get(key)) for key in _RESULT))
@@ -50,7 +50,7 @@ def _is_number(value: Any) -> bool:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder's metrics.jsonl; a last row that a crash tore is left out.
+    """Returns the rows of a run folder's metrics.jsonl, without a last row that a crash tore.
 
     Raises UserError for a damaged row before it.
     """
@@ -63,16 +63,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
                 rows.append(row | {"step": int(row["step"])})
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(
-                f"{path} line {number}: damaged, not a row of metrics; remove the line, or write another "
-                "--output"
+                f"{path} line {number}",
+                "damaged, not a row of metrics",
+                "Remove the line, or pass another --output",
             ) from None
     return rows
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder's evaluations.jsonl (none where there is none), by step: the checksum of the
-    `problems`, which were `right` and which `answered` (a 1 or 0 each, in a text; null where the task cannot
-    tell)."""
+    """Returns the rows of a run folder's evaluations.jsonl by step; none if it is missing.
+
+    A row has the checksum of the `problems`, and which of them were `right` and `answered`: a text with a 1
+    or 0 per problem, null if the task cannot tell.
+    """
     path = folder / EVALUATIONS
     if not path.exists():
         return []
@@ -81,10 +84,10 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run."""
+    """Returns whether a folder holds a run."""
     return (folder / RUN_CONFIG).is_file()
 
 
 def is_finished(summary: dict[str, Any] | None) -> bool:
-    """Whether a summary is that of a finished run."""
+    """Returns whether a summary is that of a finished run."""
     return summary is not None and summary.get("status") == "finished"

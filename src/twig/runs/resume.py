@@ -1,7 +1,7 @@
-"""Where a run begins: in a new folder, or at the newest valid checkpoint of one that stopped.
+"""Opens a run: in a new folder, or at the newest valid checkpoint of one that stopped.
 
-Says which settings may differ between a run and its continuation, and keeps what `auto` stood for. Knows
-nothing of training.
+A setting may differ between a run and its continuation if it does not affect results (`config.load.affects`).
+Keeps what `auto` stood for. Knows nothing of training.
 """
 
 from dataclasses import dataclass
@@ -10,24 +10,18 @@ from typing import Any
 
 from twig.common.errors import UserError
 from twig.common.progress import Progress
-from twig.config.load import Settings
+from twig.config.load import Settings, affects
+from twig.config.messages import write
 from twig.config.schema import Model
-from twig.config.sizes import SIZE_KEYS, with_sizes
+from twig.config.sizes import with_sizes
+from twig.core.algorithms.registry import Unloaded
 from twig.runs import checkpoint
 from twig.runs.folder import NoLog, RunLog
 from twig.runs.reader import is_finished
 from twig.runtime.processes import Processes
 
 CHECKPOINTS = "checkpoints"
-# What may change when a run goes on. These decide what is shown, measured, saved and waited for, not what is
-# learned.
-_SHOWN = ("train.save_steps", "train.save_total_limit", "train.max_time", "train.max_skipped_steps")
-_SHOWN += ("task.reward_timeout",)
-_SHOWN_GROUPS = ("eval.", "log.")
-# These decide how much is computed at once: results stay the same but for rounding.
-_SPEED = (*SIZE_KEYS, "memory.budget", "model.num_threads", "rollout.decode")
-# These decide where the run ends; so may some schedules of the learning rate, at every step.
-_LENGTH = ("train.max_steps", "train.max_tokens", "train.num_train_epochs")
+# With these schedules the learning rate does not depend on where the run ends.
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 # `auto` in one of these is decided when the model is loaded.
 _DECIDED = ("device", "dtype", "attn_implementation")
@@ -35,8 +29,11 @@ _DECIDED = ("device", "dtype", "attn_implementation")
 
 @dataclass(frozen=True)
 class Start:
-    """A run about to begin or go on: its log, the checkpoint to go on from (None: from the beginning), and
-    the settings that changed since it began."""
+    """A run about to begin or resume.
+
+    `checkpoint` is the one to resume from (None: start from the beginning); `changed` are the settings that
+    changed since the run began.
+    """
 
     log: RunLog | NoLog
     checkpoint: Path | None = None
@@ -44,92 +41,97 @@ class Start:
 
 
 def open_run(settings: Settings, output: str | Path | None, resume: bool, progress: Progress) -> Start:
-    """The run's folder, ready to be written, and where the run stands in it; says what is to be known.
+    """Opens the run's folder for writing and finds where to start; reports what changed.
 
-    Raises UserError where the folder holds something else, another process has it, or a setting changed that
-    must not.
+    Raises UserError if the folder holds something else, another process has it, or a setting changed that
+    affects results.
     """
     if not resume:
         return Start(RunLog.create(output, settings))
     if output is None:
-        raise UserError("--resume: which run? write --output runs/NAME, the folder of the run to go on with")
+        raise UserError(
+            "--resume", "it needs the folder of the run", "Add --output runs/NAME, the run to resume"
+        )
     log = RunLog.open(output)
     try:
-        return _go_on(log, settings, progress)
+        return _resume(log, settings, progress)
     except BaseException:
         log.close()
         raise
 
 
-def _go_on(log: RunLog, settings: Settings, progress: Progress) -> Start:
-    found, damaged = checkpoint.newest_valid(log.folder / CHECKPOINTS)
-    decided = {} if found is None else checkpoint.load_state(found).get("decided", {})
+def _resume(log: RunLog, settings: Settings, progress: Progress) -> Start:
+    newest, damaged = checkpoint.newest_valid(log.folder / CHECKPOINTS)
+    decided = {} if newest is None else checkpoint.load_state(newest).get("decided", {})
     changed = changes(log.settings, settings, decided)
-    log.refuse_another_reward_file(settings)
+    log.refuse_changed_code(settings)
     for path in damaged:
         log.warn(f"{path} is damaged and not used")
         progress.message(f"warning: {path} is damaged and not used")
-    if found is None:
+    if newest is None:
         if is_finished(log.summary()):
             raise UserError(
-                f"--resume: {log.folder} is finished and has no checkpoint to go on from; "
-                "write another --output and leave --resume out"
+                "--resume",
+                f"{log.folder} is finished and has no checkpoint to resume from",
+                "Use another --output without --resume",
             )
         lack = "valid checkpoint" if damaged else "checkpoint yet"
         progress.message(f"{log.folder} has no {lack}: the run starts from the beginning")
     for key, (old, new) in changed.items():
-        words = f"{key}: {new} from here on, it was {old}"
-        log.warn(words)
-        progress.message(words)
-    return Start(log, found, tuple(changed))
+        line = f"{key}: {new} from here on, it was {old}"
+        log.warn(line)
+        progress.message(line)
+    return Start(log, newest, tuple(changed))
 
 
 def changes(before: Settings, now: Settings, decided: dict[str, str]) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ and may: key to old and new value. Raises UserError for one that must not.
+    """Returns the settings that differ and may: key to old and new value.
 
-    `decided` says what `auto` stood for when the run began; writing that out is no change.
+    `decided` says what `auto` stood for when the run began; setting that explicitly is no change. Raises
+    UserError for a setting that affects results, and for one that affects the length if the learning rate
+    depends on it.
     """
     old, new = before.flat(), with_sizes(now, before.flat()).flat()
-    found = {
-        key: (old[key], new[key])
-        for key in new
-        if new[key] != old[key] and not (old[key] == "auto" and new[key] == decided.get(key))
+    # The class was not loaded when the folder was made: its defaults are no change.
+    fresh = set(new) - set(old) if isinstance(before.algorithm, Unloaded) else set()
+    differing = {
+        key: (old.get(key), new.get(key))
+        for key in {**old, **new}
+        if key not in fresh
+        and new.get(key) != old.get(key)
+        and not (old.get(key) == "auto" and new.get(key) == decided.get(key))
     }
-    for key, (was, value) in found.items():
-        if key in _SHOWN + _SPEED or key.startswith(_SHOWN_GROUPS):
-            continue
-        if key not in _LENGTH:
-            raise UserError(
-                f"{key}: {value!r} here, but the run began with {decided.get(key, was)!r}; "
-                f"write {key}={decided.get(key, was)} or another --output"
-            )
-        if now.train.lr_scheduler_type not in _SCHEDULES_WITHOUT_END:
-            raise UserError(
-                f"{key}: {value!r} here, but the run began with {was!r}, and with train.lr_scheduler_type="
-                f"{now.train.lr_scheduler_type} every learning rate depends on it; write {key}={was} or "
-                "another --output"
-            )
-    return found
+    for key, (was, value) in differing.items():
+        before_that = decided.get(key, was)
+        began = f"{value!r} here, but the run began with {before_that!r}"
+        fix = f"Set {key}={write(before_that)} or use another --output"
+        if affects(key) == "results":
+            raise UserError(key, began, fix)
+        schedule = now.train.lr_scheduler_type
+        if affects(key) == "length" and schedule not in _SCHEDULES_WITHOUT_END:
+            reason = f"{began}, and with train.lr_scheduler_type={schedule} every learning rate depends on it"
+            raise UserError(key, reason, fix)
+    return differing
 
 
-def decided_model(wanted: Model, start: Start) -> Model:
-    """`wanted` with what its `auto`s stood for when the run began."""
+def decided_model(model: Model, start: Start) -> Model:
+    """Returns the settings of the model with what its `auto`s stood for when the run began."""
     if start.checkpoint is None:
-        return wanted
+        return model
     decided = checkpoint.load_state(start.checkpoint).get("decided", {})
     values = {name: decided.get(f"model.{name}") for name in _DECIDED}
-    return wanted.model_copy(
-        update={name: v for name, v in values.items() if v is not None and getattr(wanted, name) == "auto"}
+    return model.model_copy(
+        update={name: v for name, v in values.items() if v is not None and getattr(model, name) == "auto"}
     )
 
 
 def decisions(model: Any) -> dict[str, str]:
-    """What `auto` stands for in a loaded model, by setting, for `decided_model`."""
+    """Returns what `auto` stands for in a loaded model, by setting, for `decided_model`."""
     values = (model.device.type, str(model.dtype).removeprefix("torch."), model.config._attn_implementation)
     return {f"model.{name}": value for name, value in zip(_DECIDED, values, strict=True)}
 
 
 def decided_by_main(settings: Settings, start: Start, processes: Processes) -> Any:
-    """The settings of the model as process 0 decided them; each of several has a device of its own."""
-    found = processes.from_main(decided_model(settings.model, start) if processes.main else None)
-    return found if processes.size == 1 else found.model_copy(update={"device": settings.model.device})
+    """Returns the model's settings as process 0 decided them; each process keeps its own device."""
+    decided = processes.from_main(decided_model(settings.model, start) if processes.main else None, Model)
+    return decided if processes.size == 1 else decided.model_copy(update={"device": settings.model.device})

@@ -1,12 +1,13 @@
-"""Trackers: programs outside Twig that get the rows of metrics.jsonl too (`log.report_to`).
+"""Sends the rows of metrics.jsonl to trackers too: TensorBoard, wandb, trackio (`log.report_to`).
 
-Each is one of its own packages, imported only where it is asked for. Knows nothing of what the numbers mean.
+Each is a separate package, imported only if it is set. Knows nothing of what the numbers mean.
 """
 
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
@@ -22,13 +23,13 @@ _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio
 
 
 def require(names: Sequence[str]) -> None:
-    """Raises UserError, with the command that installs it, for the first tracker that is not there."""
+    """Raises UserError for the first tracker that is not installed, with the command that installs it."""
     for name in names:
         try:
             import_module(_MODULES[name])
         except ImportError as error:
             raise UserError(
-                f"log.report_to: {name} is not installed; run: {sys.executable} -m pip install {name}"
+                "log.report_to", f"{name} is not installed", f"Run {sys.executable} -m pip install {name}"
             ) from error
 
 
@@ -38,14 +39,14 @@ def reporting(
     folder: Path,
     settings: dict[str, Any],
     step: int = 0,
-    on_trouble: Callable[[str], None] = lambda words: None,
+    on_trouble: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Report]:
-    """Inside, what is yielded passes a row on to every tracker in `names`: the step and its metrics.
+    """Yields a function that sends a step and its metrics to every tracker in `names`.
 
-    TensorBoard writes to `folder`/tensorboard, where rows after `step` give way to new ones; the others open
-    a run named after `folder`. A value that is not a finite number is left out. Raises UserError where a
-    tracker does not start at the beginning of a run. One that fails, or does not start where a run goes on,
-    is left out from there on, and `on_trouble` hears of it.
+    TensorBoard writes to `folder`/tensorboard, where new rows replace those after `step`; the others open a
+    run named after `folder`. Values that are not finite numbers are skipped. Raises UserError if a tracker
+    does not start in a new run. One that fails later, or does not start in a resumed run, is left out from
+    then on, and `on_trouble` is called with a line.
     """
     require(names)
     reports: dict[str, Report] = {}
@@ -53,7 +54,7 @@ def reporting(
     def leave_out(name: str, error: Exception, what: str) -> None:
         reports.pop(name, None)
         on_trouble(
-            f"log.report_to: {name} {what} ({_fault(error)}) and is left out; metrics.jsonl has every row"
+            f"log.report_to: {name} {what} ({_fault(error)}) and is left out. metrics.jsonl has every row."
         )
 
     def report_all(step: int, metrics: dict[str, Any]) -> None:
@@ -67,17 +68,18 @@ def reporting(
     with ExitStack() as closing:
         for name in names:
             try:
-                report, close = _START[name](import_module(_MODULES[name]), folder, settings, step)
+                tracker = _START[name](import_module(_MODULES[name]), folder, settings, step)
             except Exception as error:  # as above, or without login
                 if step > 0:
                     leave_out(name, error, "does not start")
                     continue
                 raise UserError(
-                    f"log.report_to: {name} does not start ({_fault(error)}); "
-                    f"see that it runs by itself, or leave {name} out"
+                    "log.report_to",
+                    f"{name} does not start ({_fault(error)})",
+                    f"Check that it runs by itself, or leave {name} out",
                 ) from error
-            reports[name] = report
-            closing.callback(_closing, close, name, leave_out)
+            reports[name] = tracker.report
+            closing.callback(_closing, tracker.close, name, leave_out)
         yield report_all
 
 
@@ -96,9 +98,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
-def _tensorboard(
-    module: Any, folder: Path, settings: dict[str, Any], step: int
-) -> tuple[Report, Callable[[], Any]]:
+@dataclass(frozen=True)
+class _Tracker:
+    report: Report
+    close: Callable[[], Any]
+
+
+def _tensorboard(module: Any, folder: Path, settings: dict[str, Any], step: int) -> _Tracker:
     writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=step + 1)
 
     def report(step: int, row: dict[str, Any]) -> None:
@@ -106,21 +112,17 @@ def _tensorboard(
             writer.add_scalar(key, value, step)
         writer.flush()
 
-    return report, writer.close
+    return _Tracker(report, writer.close)
 
 
-def _wandb(
-    module: Any, folder: Path, settings: dict[str, Any], step: int
-) -> tuple[Report, Callable[[], Any]]:
+def _wandb(module: Any, folder: Path, settings: dict[str, Any], step: int) -> _Tracker:
     run = module.init(project=PROJECT, name=folder.resolve().name, dir=str(folder), config=settings)
-    return lambda step, row: run.log(row, step=step), run.finish
+    return _Tracker(lambda step, row: run.log(row, step=step), run.finish)
 
 
-def _trackio(
-    module: Any, folder: Path, settings: dict[str, Any], step: int
-) -> tuple[Report, Callable[[], Any]]:
+def _trackio(module: Any, folder: Path, settings: dict[str, Any], step: int) -> _Tracker:
     run = module.init(project=PROJECT, name=folder.resolve().name, config=settings)
-    return lambda step, row: run.log(row, step=step), run.finish
+    return _Tracker(lambda step, row: run.log(row, step=step), run.finish)
 
 
 _START = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

@@ -1,5 +1,4 @@
-"""The machine and the process: devices, memory in use, random states, signals, several processes as one run.
+"""Handles the machine and the process: devices, memory, random states, signals, several processes.
 
-Knows nothing of models, tasks or what is computed. Imports torch only where a call needs it, but for
-`rng_state.py`.
+Knows nothing of models, tasks or what is computed. Only `rng_state.py` imports torch when it is imported.
 """

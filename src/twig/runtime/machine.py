@@ -1,4 +1,4 @@
-"""What a result may depend on: versions, platform, device; and whether torch can use the machine's GPU.
+"""Describes what a result may depend on: versions, platform, device; and whether torch can use the GPU.
 
 Never reads environment variables, host names or users. Needs no torch to import.
 """
@@ -19,7 +19,7 @@ TORCH_PAGE = "https://pytorch.org/get-started/locally/"
 
 
 def environment() -> dict[str, Any]:
-    """What a result may depend on: versions, platform, processor count, the commit of Twig's own source."""
+    """Returns versions, platform, processor count, and the commit of Twig's own source."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -46,7 +46,7 @@ def _commit() -> str | None:
 
 
 def device_words(torch: Any) -> str:
-    """The device that a run takes, and its memory, in words; `torch` is the module."""
+    """Returns a text with the device that a run takes, and its memory; `torch` is the module."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         major, minor = torch.cuda.get_device_capability()
@@ -55,13 +55,14 @@ def device_words(torch: Any) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def device_kind(wanted: str, torch: Any = None) -> str:
-    """cpu, cuda or mps: what `model.device` means here, asked of `torch`, the module.
+def device_kind(device: str, torch: Any = None) -> str:
+    """Returns what `model.device` means here: cpu, cuda or mps.
 
-    Without it nothing is imported, and `auto` is a guess from the driver and the torch that is installed.
+    `torch` is the module. Without it nothing is imported, and `auto` is a guess from the driver and the torch
+    that is installed.
     """
-    if wanted != "auto":
-        return wanted.partition(":")[0]
+    if device != "auto":
+        return device.partition(":")[0]
     if torch is not None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if sys.platform == "darwin":
@@ -71,21 +72,21 @@ def device_kind(wanted: str, torch: Any = None) -> str:
 
 
 def free_memory(device: str, torch: Any = None) -> int:
-    """Bytes that a process may still take on a device, such as cpu or cuda:1; `torch`, the module, where it
-    is loaded.
+    """Returns the bytes that a process may still take on a device, such as cpu or cuda:1.
 
-    A CPU's is what the machine has available or, if less, what the container may still take. What torch's
-    allocator keeps of a GPU without need is free. Raises UserError where a GPU does not say.
+    On a CPU they are what the machine has available or, if less, what the container may still take. What
+    torch's allocator keeps of a GPU without need is free. `torch` is the module if it is loaded. Raises
+    UserError if a GPU does not say what is free.
     """
     kind, _, number = device.partition(":")
     if kind == "cuda":
         if torch is not None:
             kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             return int(torch.cuda.mem_get_info(device)[0] + kept)
-        found = _run("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
-        free = (found or "").split()
+        output = _run("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+        free = (output or "").split()
         if int(number or 0) >= len(free):
-            raise UserError("memory.budget: the GPU does not say what is free; write a size, such as 6GiB")
+            raise UserError("memory.budget", "the GPU does not say what is free", "Set memory.budget=6GiB")
         return int(free[int(number or 0)]) * 2**20
     import psutil
 
@@ -93,7 +94,7 @@ def free_memory(device: str, torch: Any = None) -> int:
 
 
 def _left_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the control group of a container leaves, in bytes; without limit a number beyond any machine."""
+    """Returns the bytes that a container's control group leaves; a huge number without a limit."""
     for folder, limit, used in (
         (root, "memory.max", "memory.current"),
         (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -103,13 +104,13 @@ def _left_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
             counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
             continue
-        if most.isdigit():  # pages of files that nobody maps are given back when they are needed
+        if most.isdigit():  # cached pages of files are given back when they are needed
             return max(int(most) - now + int(counts.get("inactive_file", 0)), 0)
     return 2**63
 
 
 def _run(*command: str) -> str | None:
-    """What a command prints, None where it is not there or fails."""
+    """Returns what a command prints, None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -118,12 +119,12 @@ def _run(*command: str) -> str | None:
 
 
 def has_nvidia_gpu(driver: Path = Path("/proc/driver/nvidia")) -> bool:
-    """Whether the machine seems to have an NVIDIA GPU: its driver, or the driver's tool, is there."""
+    """Returns whether the NVIDIA driver, or its tool, is there."""
     return shutil.which("nvidia-smi") is not None or driver.exists()
 
 
 def gpu_warning(cuda: str | None, hip: str | None, usable: bool, nvidia: bool) -> str | None:
-    """What keeps torch from an NVIDIA GPU and the cure, or None where nothing does."""
+    """Returns what keeps torch from an NVIDIA GPU, and the cure; None if nothing does."""
     if not nvidia or usable:
         return None
     if cuda is None and hip is None:

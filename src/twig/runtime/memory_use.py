@@ -1,7 +1,7 @@
-"""Memory in use: the peak of this process or of its GPU, what the C library keeps, and running out of it.
+"""Measures memory: the peak of this process or of its GPU; recognises out-of-memory errors.
 
-Imports no torch: a GPU is asked only where torch is there already. Whoever catches running out of memory
-leaves the `except` block before trying again: the error's frames hold the tensors that are in the way.
+Imports no torch: a GPU is asked only if torch is loaded already. After an out-of-memory error, leave the
+`except` block before you retry: the error's frames hold the tensors that are in the way.
 """
 
 import ctypes
@@ -14,8 +14,11 @@ _M_MMAP_THRESHOLD, _RETURNED_FROM = -3, 2**18  # malloc.h; bytes
 
 
 class PeakMemory:
-    """Measures the peak from `__enter__` on, on a device such as cpu or cuda:1: what torch allocated
-    there, or without CUDA the process's resident memory. A limit set by `limit` ends with `__exit__`."""
+    """Measures the peak memory between `__enter__` and `__exit__` on a device such as cpu or cuda:1.
+
+    On CUDA it is what torch allocated there, elsewhere the process's resident memory. `__exit__` removes the
+    limit that `limit` set.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -33,20 +36,22 @@ class PeakMemory:
             self._before = None
 
     def now(self) -> int:
-        """What is there at this moment, in bytes."""
+        """Returns the bytes in use now."""
         if self.on_cuda:
             return int(self._cuda.memory_allocated(self.device))
         return _resident()
 
     def peak(self) -> int:
-        """The peak so far, in bytes. Resident memory counts from the start of the process."""
+        """Returns the peak so far, in bytes; that of resident memory is since the process started."""
         if self.on_cuda:
             return int(self._cuda.max_memory_allocated(self.device))
         return _resident_peak()
 
     def context(self) -> int:
-        """Bytes that this process takes of a CUDA device outside torch's allocator: at most what the plan
-        counts, as other processes' memory cannot be told from it. 0 elsewhere."""
+        """Returns the bytes that this process takes of a CUDA device outside torch's allocator, else 0.
+
+        At most what the plan counts: other processes' memory looks the same from here.
+        """
         if not self.on_cuda:
             return 0
         free, total = self._cuda.mem_get_info(self.device)
@@ -54,8 +59,11 @@ class PeakMemory:
         return int(min(max(outside, 0), CUDA_CONTEXT))
 
     def limit(self, most: int) -> None:
-        """Keeps torch from taking more than `most` bytes of a CUDA device until `__exit__`: it raises
-        OutOfMemoryError. Blocks that it keeps without need are given back first. Nothing elsewhere."""
+        """Limits torch to `most` bytes of a CUDA device until `__exit__`.
+
+        Beyond them it raises OutOfMemoryError. Blocks that torch keeps without need are given back first.
+        Does nothing on other devices.
+        """
         if not self.on_cuda:
             return
         number, (_, total) = self._number(), self._cuda.mem_get_info(self.device)
@@ -69,17 +77,17 @@ class PeakMemory:
         return sys.modules["torch"].cuda
 
     def _number(self) -> int:
-        """The device's number: where torch asks for one, `cuda` alone is not enough."""
+        """Returns the device's number, which torch needs where `cuda` alone is not enough."""
         number = self.device.partition(":")[2]
         return int(number) if number else int(self._cuda.current_device())
 
 
 def return_freed_memory() -> None:
-    """Has the C library give freed blocks of 256 KiB and more back to the system at once, from now on.
+    """Makes the C library return freed blocks of 256 KiB and more to the system immediately, from now on.
 
     glibc raises that size by itself, up to 32 MiB. Tensors are then cut out of a heap, which keeps up to half
-    as much again as was ever alive. Giving back costs a tenth of the time or less. Nothing happens where the
-    C library is another one.
+    as much again as was ever alive. Returning them costs a tenth of the time or less. Does nothing with other
+    C libraries.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -104,19 +112,20 @@ def _resident_peak() -> int:
     except ImportError:  # Windows
         import psutil
 
-        return int(psutil.Process().memory_info().peak_wset)
+        # psutil has it on Windows only
+        return int(psutil.Process().memory_info().peak_wset)  # pyright: ignore[reportAttributeAccessIssue]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# How torch words it where it has no error class of its own (CPU, Apple GPUs, cuBLAS).
-_WORDS = ("can't allocate memory", "out of memory", "not enough memory", "cublas_status_alloc_failed")
+# What torch's errors say if they have no class of their own (CPU, Apple GPUs, cuBLAS).
+_PHRASES = ("can't allocate memory", "out of memory", "not enough memory", "cublas_status_alloc_failed")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device or the machine is out of memory, or was raised because of that.
+    """Returns whether a device or the machine is out of memory, or the error was raised because of that.
 
-    A CUDA graph whose capture ends early raises an error of its own, in whose context is the cause.
+    If the capture of a CUDA graph ends early, it raises another error, whose context is the cause.
     """
     import torch
 
@@ -124,13 +133,13 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    if any(words in str(error).lower() for words in _WORDS):
+    if any(phrase in str(error).lower() for phrase in _PHRASES):
         return True
     return error.__context__ is not None and out_of_memory(error.__context__)
 
 
 def give_back() -> None:
-    """Returns what is no longer used to the device."""
+    """Returns unused memory to the device."""
     import torch
 
     gc.collect()

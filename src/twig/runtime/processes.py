@@ -1,73 +1,84 @@
-"""The processes of one run, and the few things they do together: gather values, sum gradients, end as one.
+"""The processes of one run, and what they do together: gather values, sum gradients, end as one.
 
-`accelerate launch` or `torchrun` starts them; each has a part of every step's prompts. Everything that is not
-a share is the same in all of them. Process 0, the main one, writes the run folder and shows the display.
-Knows nothing of what is gathered or summed. Torch is imported where there are several, and nowhere else.
+`accelerate launch` or `torchrun` starts them; each trains on a part of every step's prompts. Everything else
+is the same in all of them. Process 0, the main one, writes the run folder and shows the display. Knows
+nothing of what is gathered or summed. Torch is imported only if there are several.
+
+A process that fails writes its reason to the store that torch's process group uses, before its connections
+close. The others read it while they wait for a collective, and end with the same exit status. Gloo ends the
+wait if a process is killed. A launcher also ends all processes of its machine soon after one has failed
+(`torchrun`: SIGTERM at once, SIGKILL 30 seconds later). Without a launcher, a machine that is switched off is
+noticed only by the process group's timeout: one day, which has to be longer than the longest wave of samples,
+reward or evaluation that one process waits for.
 """
 
+import json
 import os
-import pickle
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from twig.common.errors import UserError
-from twig.runtime.lifeline import (
-    FAULT,
-    LOOPBACK,
-    STOPPED,
-    USAGE_ERROR,
-    Ended,
-    Failure,
-    Lifeline,
-    Listener,
-    connect,
-)
+from twig.common.text import message_of
+from twig.runtime.failures import FAULT, STOPPED, Ended, Failure, as_exception, failure_of
 
-_LONGEST_WAIT = timedelta(days=1)  # for a slower process; that one died is heard of by the lifeline
-_BREAK = 5.0  # seconds in which the cause of a broken connection is heard of
-_POLL = 0.0002
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
+
+TIMEOUT = timedelta(days=1)  # of the process group
+_JOINING = timedelta(minutes=10)  # in which the processes find each other
+_FAREWELL = 10.0  # seconds in which process 0 reads why another one failed
+_POLL, _LOOK = 0.0002, 0.5  # seconds between looks at a collective, and at the store
+_FAILURE, _READ = "failure", "read by {}"  # keys in the store
+
+T = TypeVar("T")
 
 
 class Processes:
     """A run in one process: nothing is shared out, and nothing is waited for."""
 
-    rank, size, local_size = 0, 1, 1  # the last is how many there are on this machine
+    rank, size = 0, 1
+    local_size = 1  # processes on this machine
+    reported = False  # whether process 0 reports how the run ends, and this one need not
 
     @property
     def main(self) -> bool:
         """Whether this is the process that writes and shows."""
         return self.rank == 0
 
-    def share(self, items: Sequence) -> Sequence:
-        """This process's part: the shares of all, laid end to end in order, are the whole."""
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Returns this process's part: the parts of all, laid end to end in order, are the whole."""
         bounds = [len(items) * rank // self.size for rank in (self.rank, self.rank + 1)]
         return items[slice(*bounds)]
 
-    def gather(self, value: Any) -> list[Any]:
-        """What every process passed, in order: the same list in each."""
+    def gather(self, value: T, *records: type) -> list[T]:
+        """Returns what every process passed, in order: the same list in each.
+
+        `value` is what `codec.encode` takes; `records` are the dataclasses in it.
+        """
         return [value]
 
-    def from_main(self, value: Any) -> Any:
-        """What process 0 passed."""
-        return value
+    def from_main(self, value: T | None, *records: type) -> T:
+        """Returns what process 0 passed, in process 0 itself the same object; see `gather`."""
+        return cast(T, value)
 
-    def sum_gradients(self, parameters: Sequence[Any]) -> None:
-        """Makes each parameter's gradient the sum over the processes; None where no process has one."""
+    def sum_gradients(self, parameters: Sequence["torch.Tensor"]) -> None:
+        """Makes each parameter's gradient the sum over the processes; None if no process has one."""
 
-    def copy_from_main(self, parameters: Sequence[Any]) -> None:
+    def copy_from_main(self, parameters: Sequence["torch.Tensor"]) -> None:
         """Makes the parameters those of process 0."""
 
-    def check_device(self, device: Any) -> None:
-        """Raises UserError where two processes work on one GPU."""
+    def check_device(self, device: "torch.device") -> None:
+        """Raises UserError if two processes work on one GPU."""
 
     def interrupted(self) -> None:
-        """To be called where KeyboardInterrupt is caught: the others are to stop too, and one that failed
-        ends this one."""
+        """Tells the others to stop too, after a KeyboardInterrupt; raises Ended if one of them failed."""
 
 
 ALONE = Processes()
@@ -76,92 +87,145 @@ ALONE = Processes()
 class Several(Processes):
     """One of several processes, in torch's default group or in one of Gloo beside it."""
 
-    def __init__(self, launch: "Launch", lifeline: Lifeline, group: Any) -> None:
+    def __init__(self, launch: "Launch", store: "Store", group: "ProcessGroup | None") -> None:
         self.rank, self.size, self.local_size = launch.rank, launch.size, launch.local_size
-        self.lifeline, self.group = lifeline, group
+        self.store, self.group = store, group
+        self.failure: Failure | None = None  # the first of all processes
+        self.reported = launch.rank != 0
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T, *records: type) -> list[T]:
         import torch
         import torch.distributed as dist
 
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
-        self._do(dist.all_gather, sizes, torch.tensor([len(data)]), group=self.group)
-        longest = int(max(sizes))
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+        from twig.runtime.codec import decode, encode
+
+        data = torch.frombuffer(bytearray(encode(value, records)), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
+        self._do(dist.all_gather, lengths, torch.tensor([len(data)]), group=self.group)
+        longest = max(int(length) for length in lengths)
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
         padded = torch.nn.functional.pad(data, (0, longest - len(data)))
         self._do(dist.all_gather, parts, padded, group=self.group)
-        return [pickle.loads(part.numpy()[: int(n)]) for part, n in zip(parts, sizes, strict=True)]
+        pairs = zip(parts, lengths, strict=True)
+        return [decode(part[: int(length)].numpy().tobytes(), records) for part, length in pairs]
 
-    def from_main(self, value: Any) -> Any:
+    def from_main(self, value: T | None, *records: type) -> T:
         import torch
         import torch.distributed as dist
 
-        data = torch.frombuffer(bytearray(pickle.dumps(value if self.main else None)), dtype=torch.uint8)
-        size = torch.tensor([len(data)])
-        self._do(dist.broadcast, size, src=0, group=self.group)
-        data = data if self.main else torch.empty(int(size), dtype=torch.uint8)
-        self._do(dist.broadcast, data, src=0, group=self.group)
-        return value if self.main else pickle.loads(data.numpy())
+        from twig.runtime.codec import decode, encode
 
-    def sum_gradients(self, parameters: Sequence[Any]) -> None:
+        encoded = encode(value, records) if self.main else b""
+        length = torch.tensor([len(encoded)])
+        self._do(dist.broadcast, length, src=0, group=self.group)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        if self.main:
+            data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        self._do(dist.broadcast, data, src=0, group=self.group)
+        return cast(T, value) if self.main else decode(data.numpy().tobytes(), records)
+
+    def sum_gradients(self, parameters: Sequence["torch.Tensor"]) -> None:
         import torch
         import torch.distributed as dist
 
         # One vector: all gradients, then for each parameter in how many processes it has one.
-        known = [parameter.grad is not None for parameter in parameters]
-        flat = [p.grad if has else torch.zeros_like(p) for p, has in zip(parameters, known, strict=True)]
-        counts = torch.tensor(known, dtype=flat[0].dtype, device=flat[0].device)
+        gradients = [parameter.grad for parameter in parameters]
+        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        present = [gradient is not None for gradient in gradients]
+        counts = torch.tensor(present, dtype=flat[0].dtype, device=flat[0].device)
         total = torch.cat([*(gradient.flatten() for gradient in flat), counts])
         total = self._reduced(dist.all_reduce, total)
         *sums, counts = total.split([*(p.numel() for p in parameters), len(parameters)])
-        for parameter, found, count in zip(parameters, sums, counts.tolist(), strict=True):
-            parameter.grad = found.view_as(parameter).clone() if count else None
+        for parameter, gradient, count in zip(parameters, sums, counts.tolist(), strict=True):
+            parameter.grad = gradient.view_as(parameter).clone() if count else None
 
-    def copy_from_main(self, parameters: Sequence[Any]) -> None:
+    def copy_from_main(self, parameters: Sequence["torch.Tensor"]) -> None:
         import torch
         import torch.distributed as dist
 
         flat = self._reduced(dist.broadcast, torch.cat([p.detach().flatten() for p in parameters]), src=0)
+        parts = flat.split([p.numel() for p in parameters])
         with torch.no_grad():
-            for parameter, found in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                parameter.copy_(found.view_as(parameter))
+            for parameter, values in zip(parameters, parts, strict=True):
+                parameter.copy_(values.view_as(parameter))
 
-    def check_device(self, device: Any) -> None:
+    def check_device(self, device: "torch.device") -> None:
         places = self.gather((socket.gethostname(), str(device)))
         others = [rank for rank in range(self.rank) if places[rank] == places[self.rank]]
         if device.type != "cpu" and others:
             raise UserError(
-                f"model.device: processes {others[0]} and {self.rank} would share {device}; write "
-                "model.device=auto and start as many processes on a machine as it has GPUs"
+                "model.device",
+                f"processes {others[0]} and {self.rank} would share {device}",
+                "Set model.device=auto and start as many processes on a machine as it has GPUs",
             )
 
     def interrupted(self) -> None:
-        if self.lifeline.failure is None:
-            self.lifeline.tell(Failure(self.rank, STOPPED, "stopped"))
-        elif self.lifeline.failure.status != STOPPED:
-            raise _as_exception(self.lifeline.failure)
+        failure = self.fail(Failure(self.rank, STOPPED, "stopped"))
+        if failure.status != STOPPED:
+            raise Ended(failure)
 
-    def _reduced(self, collective: Any, flat: Any, **options: Any) -> Any:
-        """`flat` after a collective in place: on a GPU by its own links, else through the CPU."""
+    def fail(self, failure: Failure) -> Failure:
+        """Tells the others that this process ends, unless another one failed first; returns the first."""
+        if self.failure is None:
+            try:
+                first = self.store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))
+                self.failure = Failure(**json.loads(first))
+            except RuntimeError:  # the process that holds the store is gone
+                self.failure = failure
+        return self.failure
+
+    def leave(self) -> None:
+        """Waits after a failure until process 0 has read the reason.
+
+        Process 0 itself waits for the others if it holds the store, which ends with it.
+        """
+        own, others = _READ.format(self.rank), [_READ.format(0)]
+        if self.main:
+            launcher_holds_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            others = [] if launcher_holds_it else [_READ.format(rank) for rank in range(1, self.size)]
+        try:
+            self.store.set(own, "")
+            end = time.monotonic() + _FAREWELL
+            while not (read := all(self.store.check([key]) for key in others)) and time.monotonic() < end:
+                time.sleep(0.05)
+        except RuntimeError:
+            read = False  # the process that holds the store is gone
+        if self.failure is not None and self.failure.status != STOPPED:
+            self.reported = self.reported and read
+
+    def _raise_failure(self) -> None:
+        """Raises what another process's failure means here, if one has failed."""
+        try:
+            if self.failure is None and self.store.check([_FAILURE]):
+                self.failure = Failure(**json.loads(self.store.get(_FAILURE)))
+        except RuntimeError:
+            pass  # the process that holds the store is gone: the collective will fail
+        if self.failure is not None:
+            raise as_exception(self.failure)
+
+    def _reduced(self, collective: Callable, flat: "torch.Tensor", **options: Any) -> "torch.Tensor":
+        """Returns `flat` after a collective in place: on a GPU by its own links, else through the CPU."""
         device = flat.device
         gpu = device.type == "cuda"
         flat = flat if gpu else flat.cpu()
         self._do(collective, flat, group=None if gpu else self.group, **options)
         return flat.to(device)
 
-    def _do(self, collective: Any, *arguments: Any, **options: Any) -> None:
+    def _do(self, collective: Callable, *arguments: Any, **options: Any) -> None:
         """Runs a collective. It is polled, because a wait inside it could not be interrupted."""
         try:
             work = collective(*arguments, async_op=True, **options)
+            look = time.monotonic() + _LOOK
             while not work.is_completed():
                 time.sleep(_POLL)
+                if time.monotonic() > look:
+                    self._raise_failure()
+                    look = time.monotonic() + _LOOK
             work.wait()
         except RuntimeError as error:
-            failure = self.lifeline.wait(_BREAK)
-            reason = " ".join(str(error).split())[:200]
-            lost = Failure(self.rank, FAULT, f"lost its connection to the other processes ({reason})")
-            raise _as_exception(failure or lost) from error
+            self._raise_failure()
+            reason = f"lost another process: it may have been killed, or out of memory ({message_of(error)})"
+            raise as_exception(self.fail(Failure(self.rank, FAULT, reason))) from error
 
 
 # ---- beginning and end
@@ -169,33 +233,32 @@ class Several(Processes):
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher says in the environment: this process's number, how many there are, the same on this
-    machine alone, and an address of process 0's machine."""
+    """What a launcher says in the environment: this process's rank, and how many there are.
+
+    `local_rank` and `local_size` are the same on this machine alone.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
-    address: str
 
 
 def launched() -> Launch | None:
-    """What a launcher of several processes says; None where there is none, or only one process."""
-    found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
-    address = os.environ.get("MASTER_ADDR")
-    if not address or not all(word.isdigit() for word in found):
+    """Returns what a launcher of several processes says; None if there is none, or only one process."""
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+    if not os.environ.get("MASTER_ADDR") or not all(number.isdigit() for number in numbers):
         return None
-    rank, size, local_rank, _ = map(int, found)
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    address = LOOPBACK if here == str(size) else address
-    return Launch(rank, size, local_rank, int(here), address) if size > 1 else None
+    rank, size, local_rank, _ = map(int, numbers)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Launch(rank, size, local_rank, local_size) if size > 1 else None
 
 
 @contextmanager
 def together(given: Processes | None = None) -> Iterator[Processes]:
-    """Inside, the processes that a launcher started are one run: where one fails or dies, all end.
+    """Inside, the processes that a launcher started are one run: if one fails or dies, all end.
 
-    A process that hears of another one's end raises Ended, or KeyboardInterrupt where that was stopped. With
+    A process whose run another one ended raises Ended, or KeyboardInterrupt if that one was stopped. With
     `given`, that is what is yielded, and its end is up to whoever made it.
     """
     launch = launched()
@@ -203,74 +266,62 @@ def together(given: Processes | None = None) -> Iterator[Processes]:
         yield given or ALONE
         return
     processes, made = _join(launch)
-    lifeline = processes.lifeline
     try:
         yield processes
-        if lifeline.failure is None:
+        if processes.failure is None:
             processes.gather(None)  # all have come to the end
     except BaseException as error:
-        if lifeline.failure is None:
-            lifeline.tell(_failure(processes.rank, error))
+        own = failure_of(launch.rank, error)
+        first = processes.fail(own)
+        if isinstance(error, Ended) or first == own or first.status == STOPPED == own.status:
             raise
-        if isinstance(error, Ended) or lifeline.failure.status == STOPPED == exit_status(error):
-            raise
-        raise _as_exception(lifeline.failure) from error
+        raise as_exception(first) from error
     finally:
-        lifeline.leave()
-    if made and lifeline.failure is None:
+        if processes.failure is not None:
+            processes.leave()
+    if made and processes.failure is None:
         import torch.distributed as dist
 
         dist.destroy_process_group()
 
 
 def _join(launch: Launch) -> tuple[Several, bool]:
-    """This process as one of several, and whether the process group was made here."""
+    """Returns this process as one of several, and whether the process group was made here."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
 
     gpu = torch.cuda.is_available() and dist.is_nccl_available()
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
-    made, group = not dist.is_initialized(), None
+    made, group, store = not dist.is_initialized(), None, _store(launch)
     if made:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_LONGEST_WAIT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=PrefixStore("group", store),
+            rank=launch.rank,
+            world_size=launch.size,
+            timeout=TIMEOUT,
+        )
     elif "gloo" not in str(dist.get_backend_config()):
-        group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-    return Several(launch, _open_line(launch, group), group), made
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup), "every process is in it"
+    return Several(launch, store, group), made
 
 
-def _open_line(launch: Launch, group: Any) -> Lifeline:
-    import torch.distributed as dist
+def _store(launch: Launch) -> "Store":
+    """Returns the store at MASTER_ADDR, which a launcher or process 0 holds."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
-    door: list[Any] = [None]
-    if launch.rank == 0:
-        listener = Listener.open(launch.address)
-        door = [(listener.port, listener.word)]
-    dist.broadcast_object_list(door, src=0, group=group)
     try:
-        if launch.rank == 0:
-            return listener.accept(launch.size)
-        return connect(launch.address, *door[0], launch.rank)
-    except OSError as error:
+        store, _, _ = next(rendezvous("env://", timeout=_JOINING))
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"MASTER_ADDR: process {launch.rank} finds no way between {launch.address} and itself ({error}); "
-            "write an address at which all machines reach that of process 0, any port"
+            "MASTER_ADDR",
+            f"process {launch.rank} cannot join the others at {address} ({message_of(error)})",
+            "Start all processes, and set MASTER_ADDR to an address of process 0's machine that all reach",
         ) from error
-
-
-def _failure(rank: int, error: BaseException) -> Failure:
-    if isinstance(error, Ended):
-        return error.failure
-    words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return Failure(rank, exit_status(error), words, getattr(error, "traceback_text", None) or "")
-
-
-def exit_status(error: BaseException) -> int:
-    """The exit status that an error of this process or of another one stands for."""
-    if isinstance(error, UserError):
-        return USAGE_ERROR
-    return getattr(error, "status", STOPPED if isinstance(error, KeyboardInterrupt) else FAULT)
-
-
-def _as_exception(failure: Failure) -> BaseException:
-    return KeyboardInterrupt() if failure.status == STOPPED else Ended(failure)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"twig {attempt}", store)

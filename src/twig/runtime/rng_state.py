@@ -1,4 +1,4 @@
-"""The random states of a process, as tensors: what Python, numpy and torch would draw next.
+"""Saves and restores a process's random states: what Python, numpy and torch draw next.
 
 Twig draws its own numbers by name (`core/rng.py`) and needs none of these; reward functions may.
 """
@@ -18,9 +18,11 @@ def seed_all(seed: int) -> None:
 
 
 def random_states() -> dict[str, Tensor]:
-    """Every generator's state, by name."""
+    """Returns every generator's state, by name."""
     _, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple), "what `legacy` asks for"
+    _, keys, position, has_gauss, cached = state
     states = {
         "python": torch.tensor(numbers, dtype=torch.int64),
         "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
@@ -35,7 +37,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def restore_random_states(states: dict[str, Tensor]) -> None:
-    """Makes every generator go on from `states`. Those of GPUs that are not here are left out."""
+    """Sets every generator to its state in `states`; those of missing GPUs are ignored."""
     gauss = states["python.gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
     *keys, position, has_gauss = states["numpy"].tolist()

@@ -1,4 +1,4 @@
-"""What asks a run to stop where it can be saved: Ctrl-C, SIGTERM, a time limit. Knows of no runs."""
+"""Asks a run to stop after the step: Ctrl-C, SIGTERM, a time limit. Knows nothing of runs."""
 
 import signal
 import threading
@@ -13,29 +13,34 @@ from twig.common.text import parse_duration
 
 @dataclass
 class Stop:
-    """Whether a signal has `asked` to stop; `at_once`: a signal need not wait, for nothing is lost."""
+    """Says whether a signal `asked` to stop.
+
+    If `at_once` is set, a signal stops immediately: there is no progress to save.
+    """
 
     asked: bool = False
     at_once: bool = False
 
 
 class Clock:
-    """A time limit (as `train.max_time` has it; None: none), counted from here on."""
+    """Measures a time limit from now on, written as `train.max_time` is; None is no limit."""
 
     def __init__(self, limit: str | float | None) -> None:
         self.end = None if limit is None else time.monotonic() + (parse_duration(limit) or 0)
         self.longest = 0.0
 
     def ends_before_another(self, seconds: float) -> bool:
-        """Whether there is no time for a step like the longest so far; the last one took `seconds`."""
+        """Returns whether a step like the longest so far would pass the limit; the last took `seconds`."""
         self.longest = max(self.longest, seconds)
         return self.end is not None and time.monotonic() + self.longest > self.end
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Inside, the first SIGINT or SIGTERM sets `asked`; it raises KeyboardInterrupt where `at_once` is set,
-    and so does the second one anywhere. In a thread other than the main one nothing changes."""
+    """Inside, the first SIGINT or SIGTERM sets `asked`; the second raises KeyboardInterrupt.
+
+    If `at_once` is set, the first one raises it too. Does nothing in a thread other than the main one.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""A study: which runs are compared, running them in processes of their own, and the tables of what came out.
+"""Compares runs in a study: which runs, running each in a separate process, and tables of their results.
 
 Knows runs by their folders only, and nothing of how they are trained. No torch.
 """

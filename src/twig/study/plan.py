@@ -1,4 +1,4 @@
-"""A study: which runs are compared, read from a YAML file.
+"""Reads a study from a YAML file: which runs are compared.
 
 Variants (lists of overrides by name) times the values of a grid times seeds, all from one recipe. Knows
 nothing of how runs are made or read.
@@ -13,10 +13,11 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from twig.common.errors import UserError
-from twig.common.text import either
+from twig.common.frozen import Frozen
+from twig.common.text import listed
 from twig.config.load import Settings, load, parse_override, parse_yaml
 from twig.config.messages import explain, write
-from twig.config.schema import Frozen
+from twig.config.sizes import with_values
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
@@ -32,14 +33,18 @@ class Study(Frozen):
         examples=[500000],
     )
     seeds: list[Seed] = Field(
-        [0, 1, 2, 3, 4], min_length=1, description="train.seed of the runs of a variant."
+        default=[0, 1, 2, 3, 4], min_length=1, description="train.seed of the runs of a variant."
     )
-    overrides: list[Text] = Field([], description="Settings of all runs.", examples=[["eval.limit=500"]])
+    overrides: list[Text] = Field(
+        default=[], description="Settings of all runs.", examples=[["eval.limit=500"]]
+    )
     variants: dict[str, list[str]] = Field(
-        {}, description="Overrides by the name of the variant.", examples=[{"grpo": ["algorithm.name=grpo"]}]
+        default={},
+        description="Overrides by the name of the variant.",
+        examples=[{"grpo": ["algorithm.name=grpo"]}],
     )
     grid: dict[str, list[Any]] = Field(
-        {},
+        default={},
         description="Values by setting: every variant is run with each of them.",
         examples=[{"train.learning_rate": [0.001, 0.002]}],
     )
@@ -47,7 +52,7 @@ class Study(Frozen):
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared: its name, and its settings but for the seed."""
+    """What is compared: its name, and its settings except for the seed."""
 
     name: str
     overrides: tuple[str, ...]
@@ -55,7 +60,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a study: its variant, seed and settings; `name` is its folder's."""
+    """One run of a study."""
 
     variant: str
     seed: int
@@ -63,11 +68,12 @@ class Planned:
 
     @property
     def name(self) -> str:
+        """The name of the run's folder."""
         return f"{slug(self.variant)}-seed-{self.seed}"
 
 
 def slug(name: str) -> str:
-    """A name that a folder can have.
+    """Returns `name` as a folder may be called.
 
     >>> slug("t-spmo, train.learning_rate=0.004")
     't-spmo-train.learning_rate-0.004'
@@ -75,44 +81,47 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "variant"
 
 
-def load_study(path: Path, words: list[str] | None = None) -> Study:
-    """The study in a YAML file, with overrides such as "max_tokens=1000" on top; raises UserError."""
+def load_study(path: Path, overrides: list[str] | None = None) -> Study:
+    """Reads the study in a YAML file, with overrides such as "max_tokens=1000" on top; raises UserError."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}); write the name of a study's YAML file") from None
+        raise UserError(
+            str(path), f"cannot be read ({reason})", "Pass the name of a study's YAML file"
+        ) from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: no mapping; write base:, max_tokens: and variants:, as docs/study.md shows")
-    for word in words or []:
-        key, equals, value = word.partition("=")
+        fix = "Write base:, max_tokens: and variants:, as docs/study.md shows"
+        raise UserError(str(path), "not a mapping", fix)
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
         if not equals:
-            raise UserError(f"{word}: not key=value; write for example max_tokens=100000")
-        # What is of the study is set there; a setting, which has a dot, is an override of all runs.
+            raise UserError(override, "not key=value", "Write for example max_tokens=100000")
+        # A key of the study is set there; a setting, which has a dot, is an override of all runs.
         if "." in key:
-            values["overrides"] = [*values.get("overrides", []), word]
+            values["overrides"] = [*values.get("overrides", []), override]
         else:
-            values[key] = parse_yaml(value, word)
+            values[key] = parse_yaml(value, override)
     try:
         return Study.model_validate(values)
     except ValidationError as error:
-        key, what = explain(Study, error.errors()[0])
-        raise UserError(f"{path}: {key}: {what}") from None
+        raise _about(str(path), explain(Study, error.errors())) from None
 
 
 def variants_of(study: Study) -> list[Variant]:
-    """Every variant with every value of the grid, in the order of the file."""
+    """Returns every variant with every value of the grid, in the order of the file."""
     keys = list(study.grid)
-    found = []
+    variants = []
     for name, own in (study.variants or {"": []}).items():
         for values in itertools.product(*study.grid.values()):
-            words = [f"{key}={write(value)}" for key, value in zip(keys, values, strict=True)]
-            found.append(Variant(", ".join([*([name] if name else []), *words]) or "base", (*own, *words)))
-    return found
+            grid = [f"{key}={write(value)}" for key, value in zip(keys, values, strict=True)]
+            full_name = ", ".join([*([name] if name else []), *grid]) or "base"
+            variants.append(Variant(full_name, (*own, *grid)))
+    return variants
 
 
 def runs_of(study: Study, folder: Path = Path()) -> list[Planned]:
-    """All runs, seed by seed, so that a study that is broken off has some of each variant.
+    """Returns all runs, seed by seed, so that a study that is stopped half-way has some of each variant.
 
     A `base` that is a file is looked for beside the study's file, in `folder`. Raises UserError for the first
     override that is wrong, and for two variants that would share a folder.
@@ -120,21 +129,31 @@ def runs_of(study: Study, folder: Path = Path()) -> list[Planned]:
     beside = folder / study.base
     base = str(beside) if beside.exists() else study.base
     variants = variants_of(study)
-    names = [slug(variant.name) for variant in variants]
-    twice = [v.name for v, name in zip(variants, names, strict=True) if names.count(name) > 1]
-    if twice:
-        raise UserError(f"variants: {either(twice[:2])}: their names are too much alike; write others")
-    found = []
-    for seed, variant in itertools.product(dict.fromkeys(study.seeds), variants):
-        budget = ["train.max_steps=null", f"train.max_tokens={study.max_tokens}"]
-        words = [*budget, *study.overrides, *variant.overrides, f"train.seed={seed}"]
-        taken = {parse_override(word)[0] for word in (*study.overrides, *variant.overrides)}
+    slugs = [slug(variant.name) for variant in variants]
+    alike = [variant.name for variant in variants if slugs.count(slug(variant.name)) > 1]
+    if alike:
+        raise UserError("variants", f"the names {listed(alike[:2])} are too much alike", "Choose others")
+    settings = [_settings_of(study, variant, base) for variant in variants]
+    return [
+        Planned(variant.name, seed, with_values(each, {"train.seed": seed}))
+        for seed in dict.fromkeys(study.seeds)
+        for variant, each in zip(variants, settings, strict=True)
+    ]
+
+
+def _settings_of(study: Study, variant: Variant, base: str) -> Settings:
+    """Returns the settings of a variant's runs, but for their seed."""
+    overrides = [*study.overrides, *variant.overrides]
+    try:
+        given = {parse_override(override)[0] for override in overrides}
         for key, instead in (("train.max_tokens", "max_tokens"), ("train.seed", "seeds")):
-            if key in taken:
-                raise UserError(f"variant {variant.name}: {key} is the study's own; write {instead}:")
-        try:
-            settings = load(base, words)
-        except UserError as error:
-            raise UserError(f"variant {variant.name}: {error}") from None
-        found.append(Planned(variant.name, seed, settings))
-    return found
+            if key in given:
+                raise UserError(key, "the study itself sets it", f"Write {instead}: in the study")
+        budget = ["train.max_steps=null", f"train.max_tokens={study.max_tokens}"]
+        return load(base, variant.overrides, shared=[*budget, *study.overrides])
+    except UserError as error:
+        raise _about(f"variant {variant.name}", error) from None
+
+
+def _about(where: str, error: UserError) -> UserError:
+    return UserError(f"{where}: {error.key}", error.problem, error.fix)

@@ -1,10 +1,9 @@
-"""Runs the runs of a study, some at a time, each in a process of its own.
+"""Runs the runs of a study, some at a time, each in a separate process.
 
-What is finished is skipped, what is not goes on where it stopped. A run that fails does not stop the others.
-Needs no torch: the processes do.
+Finished runs are skipped, stopped ones resumed. A run that fails does not stop the others. Needs no torch:
+the processes do.
 """
 
-import os
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from twig.common.errors import UserError
-from twig.config.load import load
+from twig.config.load import affects, load
 from twig.config.sizes import with_sizes
 from twig.runs.folder import RunLog
 from twig.runs.reader import is_finished, is_run, read_metrics, read_summary
@@ -21,27 +20,28 @@ from twig.runtime.stop import Stop, stoppable
 from twig.study.plan import Planned
 
 _LOGS, _RUNS = "logs", "runs"
-# Settings that may differ between a study's file and a run that it began: nothing is learned from them.
-_SHOWN = ("log.", "train.save_")
 
 
 class StudyProgress:
-    """What running a study tells whoever watches; override what is of interest."""
+    """Callbacks for the progress of a study; override what is of interest."""
 
     def begun(self, name: str) -> None:
-        """The run `name` begins or goes on."""
+        """The run `name` begins or resumes."""
 
     def going(self, tokens: dict[str, int], done: int) -> None:
-        """Told every second: tokens sampled so far by each run under way, and how many runs are done."""
+        """A second has passed: tokens sampled so far by each run under way, and how many runs are done."""
 
-    def ended(self, name: str, words: str) -> None:
+    def ended(self, name: str, result: str) -> None:
         """The run `name` ended: finished, stopped, or failed with its last line."""
 
 
 @dataclass
 class Outcome:
-    """How the runs ended: names of those `finished` (before or now), the last line of each that `failed`, and
-    whether it was `stopped` before all had run."""
+    """How the runs of a study ended.
+
+    Names of those `finished` (before or now), the last line of each that `failed`, and whether the study was
+    `stopped` before all had run.
+    """
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -53,11 +53,11 @@ class _Process:
     run: Planned
     process: subprocess.Popen
     log: Path
-    told: bool = False  # to stop
+    signalled: bool = False
 
 
 def folder_of(study: Path, run: Planned) -> Path:
-    """Where a run of the study in `study` lies."""
+    """Returns the folder of a run of the study in `study`."""
     return study / _RUNS / run.name
 
 
@@ -66,8 +66,8 @@ def run_all(
 ) -> Outcome:
     """Runs what is not finished, `jobs` at a time, below the folder `study`, and returns how each ended.
 
-    SIGINT or SIGTERM is passed on: the runs under way are saved and none is begun; a second one ends them at
-    once. Raises UserError, before anything runs, where a run of that name began with other settings.
+    SIGINT or SIGTERM is passed on: the runs under way are saved and none is begun; a second one kills them.
+    Raises UserError, before anything runs, if a run of that name began with other settings.
     """
     watch, outcome = watch or StudyProgress(), Outcome()
     for run in runs:
@@ -100,57 +100,59 @@ def _refuse_changes(folder: Path, run: Planned) -> None:
         return
     old = load(str(folder)).flat()
     new = with_sizes(run.settings, old).flat()
-    changed = [key for key in new if new[key] != old.get(key) and not key.startswith(_SHOWN)]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{folder}: began with {key}={old.get(key)!r}, and the study says {new[key]!r}; write another "
-            "--output, or give the variant another name"
-        )
+    for key in {**new, **old}:
+        if new.get(key) != old.get(key) and affects(key) not in ("speed", "display"):
+            problem = f"began with {key}={old.get(key)!r}, and the study says {new.get(key)!r}"
+            raise UserError(str(folder), problem, "Pass another --output, or rename the variant")
 
 
 def _begin(run: Planned, study: Path) -> _Process:
     folder, log = folder_of(study, run), study / _LOGS / f"{run.name}.txt"
     if not is_run(folder):
-        RunLog.create(folder, run.settings).close()  # the process takes it
+        RunLog.create(folder, run.settings).close()  # the process opens it again
     command = [sys.executable, "-m", "twig", "train", str(folder), "--resume", "log.progress=plain"]
-    # A session of its own: Ctrl-C reaches it through us alone, once.
-    options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
+    # A new session: Ctrl-C reaches the process through this one alone, once.
+    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows has it
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, **options
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            creationflags=flags,
         )
     return _Process(run, process, log)
 
 
 def _wait(under_way: Sequence[_Process], stop: Stop) -> None:
-    """A second, or until one ends; passes a signal on, once."""
+    """Waits a second, or until a process ends; passes a signal on, once."""
     until = time.monotonic() + 1.0
     while time.monotonic() < until and all(each.process.poll() is None for each in under_way):
         if stop.asked:
             for each in under_way:
-                if not each.told:
+                if not each.signalled:
                     each.process.terminate()
-                    each.told = True
+                    each.signalled = True
         time.sleep(0.05)
 
 
 def _take(ended: _Process, study: Path, outcome: Outcome, stop: Stop) -> str:
-    """Notes how a run ended, and says so in words."""
+    """Records how a run ended, and returns that as text."""
     name, status = ended.run.name, ended.process.returncode
     if status == 0 and is_finished(read_summary(folder_of(study, ended.run))):
         outcome.finished.append(name)
         return "finished"
     if stop.asked:
-        return "stopped, and can go on"
+        return "stopped, and can be resumed"
     lines = [line for line in ended.log.read_text(encoding="utf-8", errors="replace").splitlines() if line]
-    words = (lines or [f"exit status {status}"])[-1].removeprefix("twig: ")
-    outcome.failed[name] = f"{words} ({ended.log})"
-    return f"failed: {words}"
+    reason = (lines or [f"exit status {status}"])[-1].removeprefix("twig: ")
+    outcome.failed[name] = f"{reason} ({ended.log})"
+    return f"failed: {reason}"
 
 
 def _tokens(folder: Path) -> int:
-    """Tokens that a run has sampled so far."""
+    """Returns the number of tokens that a run has sampled so far."""
     if not (folder / "metrics.jsonl").exists():
         return 0
     return sum(row.get("tokens/sampled", 0) for row in read_metrics(folder))

@@ -1,4 +1,4 @@
-"""The tables of a study: what its runs come to, by variant and between variants, as JSON and as Markdown.
+"""Makes the tables of a study: results by variant and between variants, as JSON and as Markdown.
 
 Everything is computed from the run folders, so the tables can be made again at any time. Needs no torch.
 """
@@ -24,6 +24,18 @@ _MOST_PAIRS = 6  # variants of which all pairs are compared; of more, only those
 
 
 @dataclass(frozen=True)
+class Point:
+    """An evaluation of a run.
+
+    Which problems were `right`, float [problems], and the tokens sampled and seconds trained before it.
+    """
+
+    right: np.ndarray
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Result:
     """One finished run, read from its folder."""
 
@@ -43,27 +55,27 @@ class Result:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of evaluations.jsonl; raises UserError where there is none."""
-        found = read_evaluations(self.folder)
-        if not found:
-            raise UserError(f"{self.folder}: no evaluation to compare; evaluate after training (eval.limit)")
-        return found
+        """The rows of evaluations.jsonl; raises UserError if there is none."""
+        rows = read_evaluations(self.folder)
+        if not rows:
+            fix = "Evaluate after training (eval.limit)"
+            raise UserError(str(self.folder), "it has no evaluation to compare", fix)
+        return rows
 
     @property
     def right(self) -> np.ndarray:
         """Which problems were right in the end, float [problems]."""
         return _flags(self.evaluations[-1])
 
-    def at(self, tokens: float) -> tuple[np.ndarray, int, float] | None:
-        """Which problems were right in the last evaluation that had seen at most `tokens` sampled tokens, the
-        tokens it had seen, and the seconds of training before it; None where there was none yet."""
+    def at(self, tokens: float) -> Point | None:
+        """Returns the last evaluation after at most `tokens` sampled tokens, None if there was none yet."""
         sampled = np.cumsum([0, *(row["tokens/sampled"] for row in self.steps)])
         seconds = np.cumsum([0, *(row["time/step"] for row in self.steps)])
         usable = [row for row in self.evaluations if sampled[row["step"]] <= tokens]
         if not usable:
             return None
         row = usable[-1]
-        return _flags(row), int(sampled[row["step"]]), float(seconds[row["step"]])
+        return Point(_flags(row), int(sampled[row["step"]]), float(seconds[row["step"]]))
 
 
 def _flags(row: dict[str, Any]) -> np.ndarray:
@@ -71,14 +83,16 @@ def _flags(row: dict[str, Any]) -> np.ndarray:
 
 
 def compare_runs(results: Sequence[Result], max_tokens: int) -> dict[str, Any]:
-    """Everything the tables say, as comparison.json has it. Runs of one variant are those of its name.
+    """Returns everything the tables say, as comparison.json has it; runs of one variant share its name.
 
-    Raises UserError where runs answered other problems.
+    Raises UserError if runs answered different problems.
     """
     problems = {row["problems"] for result in results for row in result.evaluations}
     if len(problems) > 1:
         raise UserError(
-            "runs that answered other problems cannot be compared; give all the same task and eval"
+            "task",
+            "runs that answered different problems cannot be compared",
+            "Give all the same task and eval",
         )
     by_variant: dict[str, list[Result]] = {}
     for result in results:
@@ -109,41 +123,50 @@ def _commit(folder: Path) -> str | None:
 def _variant(runs: list[Result], max_tokens: int) -> dict[str, Any]:
     summaries = [run.summary for run in runs]
     after = [summary["accuracy_after"] for summary in summaries]
+    before = [summary["accuracy_before"] for summary in summaries if summary["accuracy_before"]]
     sampled, selected = _sum(summaries, "tokens_sampled"), _sum(summaries, "tokens_selected")
-    answered = None
-    if after[0]["found"] is not None:
-        found = _mean(after, "found")
-        answered = {"found": found, "right_when_found": _mean(after, "value") / found if found else None}
-        before = [s["accuracy_before"] for s in summaries if s["accuracy_before"]]
-        answered["found_before"] = _mean(before, "found") if before else None
-    flops = [summary["update_flops"] or None for summary in summaries]
+    flops = [summary["update_flops"] for summary in summaries]
     return {
         "seeds": [run.seed for run in runs],
         "accuracy": _figure([run.right for run in runs]),
         "by_seed": [float(run.right.mean()) for run in runs],
-        "before": _mean([s["accuracy_before"] for s in summaries if s["accuracy_before"]], "value"),
-        "answers": answered,
+        "before": _mean(before, "value") if before else None,
+        "answers": None if after[0]["found"] is None else _answers(before, after),
         "mean_length": _mean(after, "mean_length"),
         "entropy": float(np.mean([_last(run.steps, "entropy") for run in runs])),
         "steps": _mean(summaries, "steps"),
         "tokens_sampled": sampled / len(runs),
         "share_trained": selected / sampled,
         "nodes_run": _mean(summaries, "nodes_run"),
-        "update_flops": None if None in flops else float(np.mean(flops)),
+        "update_flops": float(np.mean(flops)) if all(flops) else None,
         "seconds": _mean(summaries, "seconds"),
         "under_budget": [run.folder.name for run in runs if run.summary["tokens_sampled"] < max_tokens],
         "curve": [_point(runs, share, max_tokens) for share in _SHARES],
     }
 
 
+def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Returns how many completions had an answer, from the evaluations before and after training."""
+    share = _mean(after, "found")
+    return {
+        "found": share,
+        "right_when_found": _mean(after, "value") / share if share else None,
+        "found_before": _mean(before, "found") if before else None,
+    }
+
+
 def _point(runs: list[Result], share: float, max_tokens: int) -> dict[str, Any]:
     # The last evaluation is that of the whole budget, which a run ends a little above.
-    whole = share == 1.0
-    found = [run.at(float("inf") if whole else share * max_tokens) for run in runs]
-    if any(each is None for each in found):
+    tokens = float("inf") if share == 1.0 else share * max_tokens
+    points = [point for run in runs if (point := run.at(tokens)) is not None]
+    if len(points) < len(runs):
         return {"share": share, "tokens": None, "seconds": None, "value": None, "low": None, "high": None}
-    tokens, seconds = (float(np.mean([each[i] for each in found])) for i in (1, 2))
-    return {"share": share, "tokens": tokens, "seconds": seconds, **_figure([each[0] for each in found])}
+    return {
+        "share": share,
+        "tokens": float(np.mean([point.tokens for point in points])),
+        "seconds": float(np.mean([point.seconds for point in points])),
+        **_figure([point.right for point in points]),
+    }
 
 
 def _figure(right: list[np.ndarray]) -> dict[str, float]:
@@ -153,7 +176,7 @@ def _figure(right: list[np.ndarray]) -> dict[str, float]:
 
 
 def _pair(first: str, ours: list[Result], second: str, theirs: list[Result]) -> dict[str, Any]:
-    """Two variants on the same problems: the difference, over runs and problems, and McNemar by seed."""
+    """Compares two variants on the same problems: over runs and problems, and by McNemar's test per seed."""
     a, b = np.stack([run.right for run in ours]), np.stack([run.right for run in theirs])
     low, high = bootstrap_gap(a, b)
     of_seed = {run.seed: run for run in theirs}
@@ -173,8 +196,8 @@ def _pair(first: str, ours: list[Result], second: str, theirs: list[Result]) -> 
     }
 
 
-def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    return float(np.mean([row[key] for row in rows])) if rows else None
+def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return float(np.mean([row[key] for row in rows]))
 
 
 def _sum(rows: Sequence[dict[str, Any]], key: str) -> float:
@@ -182,33 +205,35 @@ def _sum(rows: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def _last(rows: Sequence[dict[str, Any]], key: str) -> float:
-    """The mean over the last tenth of the steps."""
+    """Returns the mean over the last tenth of the steps."""
     return float(np.mean([row[key] for row in rows[-max(len(rows) // 10, 1) :]]))
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------
 
 
-def markdown(found: dict[str, Any], differences: bool = True) -> str:
-    """What `compare_runs` returns as tables to read, with or without the one of `differences`."""
+def markdown(comparison: dict[str, Any], differences: bool = True) -> str:
+    """Returns what `compare_runs` returns as tables to read, with or without the one of `differences`."""
     lines = [
-        f"Every run sampled {found['max_tokens']:,} tokens and answered the same {found['problems']:,} "
-        "problems greedily. An interval is 95 %, by resampling runs and problems.",
+        f"Every run sampled {comparison['max_tokens']:,} tokens and answered the same "
+        f"{comparison['problems']:,} problems greedily. An interval is 95 %, by resampling runs and "
+        "problems.",
         "",
         "| | seeds | before | after | answer found | right when found | tokens trained | update FLOPs | "
         "seconds | entropy at the end | answer, tokens |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_row(name, variant) for name, variant in found["variants"].items()]
-    curves = {name: [_point_words(p) for p in v["curve"]] for name, v in found["variants"].items()}
+    variants = comparison["variants"]
+    lines += [_row(name, variant) for name, variant in variants.items()]
+    curves = {name: [_point_text(p) for p in variant["curve"]] for name, variant in variants.items()}
     if any(set(cells[:-1]) != {"-"} for cells in curves.values()):
         shares = [f"{100 * share:.0f} %" for share in _SHARES]
         lines += ["", "Accuracy after a share of the tokens (seconds of training until then):", ""]
         lines += [f"| | {' | '.join(shares)} |", "|---|" + "---|" * len(shares)]
         lines += [f"| {_cell(name)} | {' | '.join(cells)} |" for name, cells in curves.items()]
-    if differences and found["pairs"]:
-        lines += ["", *_differences(found["pairs"])]
-    under = [run for variant in found["variants"].values() for run in variant["under_budget"]]
+    if differences and comparison["pairs"]:
+        lines += ["", *_differences(comparison["pairs"])]
+    under = [run for variant in variants.values() for run in variant["under_budget"]]
     if under:
         lines += ["", f"Ended before the budget: {', '.join(under)}."]
     return "\n".join(lines) + "\n"
@@ -234,7 +259,7 @@ def _row(name: str, variant: dict[str, Any]) -> str:
         _cell(name),
         str(len(variant["seeds"])),
         "-" if before is None else percent(before),
-        _figure_words(variant["accuracy"]),
+        _figure_text(variant["accuracy"]),
         "-" if answers is None else percent(answers["found"]),
         "-"
         if answers is None or answers["right_when_found"] is None
@@ -256,14 +281,14 @@ def _pair_row(pair: dict[str, Any]) -> str:
     return f"| {names} | {difference} | {pair['p_runs']:.3f} | {tests} |"
 
 
-def _point_words(point: dict[str, Any]) -> str:
-    """A point of the curve; a dash where no evaluation had been made, or none since the beginning."""
+def _point_text(point: dict[str, Any]) -> str:
+    """Returns a point of the curve; a dash if there was no evaluation yet, or none since the beginning."""
     if point["value"] is None or (point["share"] > 0 and point["tokens"] == 0):
         return "-"
-    return f"{_figure_words(point)} ({point['seconds']:.0f} s)"
+    return f"{_figure_text(point)} ({point['seconds']:.0f} s)"
 
 
-def _figure_words(figure: dict[str, Any]) -> str:
+def _figure_text(figure: dict[str, Any]) -> str:
     return f"{percent(figure['value'])} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
 
 

@@ -1,14 +1,14 @@
-r"""Reading an answer out of a model's text, and comparing it with the gold answer.
+r"""Reads the answer in a model's text, and compares it with the gold answer.
 
-Two readings. The strict one takes only a marked answer: `#### 12`, `\boxed{12}`, "the answer is 12", "Answer:
-12", `<answer>12`, or a final `#12`; the last marker that can be read counts. A text that is nothing but an
-answer ("12 apples.") needs no marker. The lenient one takes the last number of the text.
+There are two readings. The strict one takes only a marked answer: `#### 12`, `\boxed{12}`, "the answer is
+12", "Answer: 12", `<answer>12`, or a final `#12`; the last marker that can be read counts. A text that is
+only an answer ("12 apples.") needs no marker. The lenient reading takes the last number of the text.
 
-Text in, exact numbers out: nothing is evaluated, every pattern is linear in the text, and digit strings may
-have any length. A marked answer that is no number but an expression (`3\sqrt{2}`) is compared by
-`expressions.py`; numbers never are. Plain sums (`5 + 8`) are no answer: they leave the work to the reader.
-Simplifications: comma for thousands, point for decimals; percent signs, currency and units are ignored
-("12 %" is 12); scale words ("2 million") are not understood. Knows nothing about tasks or models.
+Numbers are exact, nothing is evaluated, every pattern is linear in the text, and digit strings may have any
+length. A marked answer that is an expression (`3\sqrt{2}`) is compared by `expressions.py`; numbers never
+are. A plain sum (`5 + 8`) is no answer: it leaves the work to the reader. Simplifications: comma for
+thousands, point for decimals; percent signs, currency and units are ignored ("12 %" is 12); scale words
+("2 million") are not understood. Knows nothing about tasks or models.
 """
 
 import functools
@@ -21,11 +21,11 @@ from fractions import Fraction
 from twig.core.types import Score
 from twig.tasks.expressions import MAX_LENGTH, allowed_expression, letters_of, same_expression
 
-# A Decimal is a number of more than _MAX_DIGITS digits: Python refuses to make very long strings integers.
+# A Decimal has more than _MAX_DIGITS digits: Python refuses to convert very long strings to integers.
 Number = Fraction | Decimal
 _MAX_DIGITS = 1000
 
-# A run of digits with commas and points is taken whole and checked afterwards, so "1,2,3" costs one look.
+# A run of digits with commas and points is matched whole and checked afterwards: "1,2,3" costs one match.
 _RUN = r"(?:\d++(?:[.,]\d++)*+|(?<![\w.])\.\d++)"
 _WELL_FORMED = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d+)(?:\.\d+)?|\.\d+")
 _CURRENCY = r"(?:(?:\\?[$€£¥₹₩₽₺₦฿]|US\$|\b(?:USD|EUR|GBP|INR|Rs\.?))\s?)"
@@ -54,7 +54,7 @@ _LEAD = re.compile(
     r"|(?:approximately|about|around|exactly|only|just|simply|therefore|thus|equal\ to|a\ total\ of)\b)*",
     re.IGNORECASE,
 )
-# ... and a sum that is worked out in place, as in "x = 5 + 8 = 13"; "x + 5 = 13" is not worked out.
+# ... and a sum with its result, as in "x = 5 + 8 = 13"; "x + 5 = 13" is none.
 _SUM = re.compile(
     r"(?:(?:[ \t*$({]*[a-zA-Z](?=[ \t*$)}]*=))?"
     r"(?:[ \t\d.+*/×÷·()$€£%^{}-]|,(?=\d)|(?<=[\d ])[xX](?=[ ]?\d)|\\(?:times|div|cdot|\$|,))*=)*[\s*$]*"
@@ -73,14 +73,14 @@ _NO_ANSWER = re.compile(
 # "#### 2. Add them up" is a heading, "Answer:" above "1. 12" begins a list.
 _HEADING = re.compile(r"[.)][ \t]+[A-Za-z]")
 _ITEM = re.compile(r"[.)][ \t]+[-+$]?\d")
-# What may stand around a text that is nothing but an answer; a unit of one or two words may follow.
+# What may stand around a text that is only an answer; a unit of one or two words may follow.
 _ALONE = re.compile(r"[\s*_`(\[]*(?:\\[(\[]|\$(?=\d[^$\n]{0,99}\$))?\s*")
 _ENDING = re.compile(
     r"(?:\s?\\?%|\s?[€£¥°])?(?:\s?(?!(?:is|are|was|or|and|not|plus|minus|times)\b)"
     r"[^\W\d_]{1,20}(?:/[^\W\d_]{1,9})?[²³]?){0,2}"
     r"[\s*_`.!)\]$]*+(?:\\[)\]][\s*_`.!]*+)?\Z"
 )
-# An expression in mathematics mode, or else what is left of its line.
+# An expression in mathematics mode, or else the rest of its line.
 _MATHS = re.compile(
     r"[\s*_:]*+(?:\$\$([^$]{1,200})\$\$|\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)|\\\[(.{1,200}?)\\\])"
 )
@@ -88,18 +88,18 @@ _LINE = re.compile(r"[ \t*_:`]*([^\n<]{1,240})")
 _SECOND = re.compile(r"[\s,]*(?:or|and)\b|[ ]*[-+*/=^×÷,$\\\d]")  # what may not follow: see _NO_ANSWER
 _UNIT = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]{0,40}\}(?:\^\{?\d\}?)?|\\?%|\^\{?\\circ\}?|°")
 _BRACE = re.compile("[{}]")
-_WORKED = re.compile(r"\\(?:sqrt|pi|sin|cos|tan|ln|log)|\^|(?<!\\)\b[A-Za-z]")  # more than a sum left undone
+_WORKED = re.compile(r"\\(?:sqrt|pi|sin|cos|tan|ln|log)|\^|(?<!\\)\b[A-Za-z]")  # more than an unfinished sum
 
 
 @dataclass(frozen=True)
 class Expression:
-    """An answer that is no number, as LaTeX that `expressions.py` allows."""
+    """An answer that is not a number, as LaTeX that `expressions.py` allows."""
 
     latex: str
 
 
 def read_number(text: str, strict: bool) -> Number | None:
-    r"""The number that a text answers with, exact, or None where there is none.
+    r"""Returns the number that a text answers with, exact, or None.
 
     >>> read_number("3 + 4 = 7, so\n#### 1,007", strict=True)
     Fraction(1007, 1)
@@ -108,12 +108,12 @@ def read_number(text: str, strict: bool) -> Number | None:
     >>> read_number("Of the 12, a half or 6.5 are left.", strict=False)
     Fraction(13, 2)
     """
-    found = read_answer(text) if strict else _last(_plain(text))
-    return None if isinstance(found, Expression) else found
+    answer = read_answer(text) if strict else _last(_plain(text))
+    return None if isinstance(answer, Expression) else answer
 
 
 def read_answer(text: str, letters: str | None = "") -> Number | Expression | None:
-    r"""The strict reading: the number or expression that a text marks as its answer, or None.
+    r"""Returns the strict reading: the number or expression that a text marks as its answer, or None.
 
     `letters` are the unknowns that an expression may have; None allows any.
 
@@ -122,80 +122,80 @@ def read_answer(text: str, letters: str | None = "") -> Number | Expression | No
     """
     text = _plain(text)
     for marker in reversed(list(_MARKER.finditer(text))):
-        found = _marked_number(text, marker)
-        if found is None:
-            found = _marked_expression(text, marker, letters)
-        if found is not None:
-            return found
+        answer = _marked_number(text, marker)
+        if answer is None:
+            answer = _marked_expression(text, marker, letters)
+        if answer is not None:
+            return answer
     return _alone(text, letters)
 
 
 def same_number(a: Number | None, b: Number | None) -> bool:
-    """Whether both are numbers and equal, exactly."""
+    """Tells whether both are numbers and exactly equal."""
     return a is not None and type(a) is type(b) and a == b
 
 
 def score_answer(text: str, gold: str) -> Score:
-    """How a completion's strict reading compares with the gold answer: was one found, and is it right.
+    """Scores the strict reading of a completion: has it an answer, and is that the gold one.
 
     >>> score_answer("The answer is 12 apples.", "12")
     Score(found=True, right=True)
     """
-    wanted = _gold(gold)
-    letters = letters_of(wanted.latex) if isinstance(wanted, Expression) else ""
+    expected = _gold(gold)
+    letters = letters_of(expected.latex) if isinstance(expected, Expression) else ""
     answer = read_answer(text, letters)
-    return Score(answer is not None, _same(answer, wanted))
+    return Score(answer is not None, _same(answer, expected))
 
 
 def score_lenient(text: str, gold: str) -> Score:
-    """The same for the lenient reading; where the gold answer is an expression, the strict one comes first.
+    """Scores the lenient reading of a completion; if the gold answer is an expression, first the strict one.
 
     >>> score_lenient("So 12 apples are left.", "12")
     Score(found=True, right=True)
     """
-    wanted = _gold(gold)
-    if isinstance(wanted, Expression):
+    expected = _gold(gold)
+    if isinstance(expected, Expression):
         strict = score_answer(text, gold)
         if strict.found:
             return strict
     number = read_number(text, strict=False)
-    return Score(number is not None, _same(number, wanted))
+    return Score(number is not None, _same(number, expected))
 
 
 def answer_text(text: str) -> str | None:
-    """The strict reading of a text as a text that equal numbers share, or None.
+    """Returns the strict reading of a text in a form that equal numbers share, or None.
 
     >>> answer_text("#### 12.50") == answer_text("The answer is 25/2.")
     True
     """
-    found = read_answer(text, None)
-    return None if found is None else found.latex if isinstance(found, Expression) else str(found)
+    answer = read_answer(text, None)
+    return None if answer is None else answer.latex if isinstance(answer, Expression) else str(answer)
 
 
 def readable(gold: str) -> bool:
-    """Whether a gold answer is a number or an expression, so that answers can be compared with it."""
+    """Tells whether a gold answer is a number or an expression that answers can be compared with."""
     return _gold(gold) is not None
 
 
 @functools.lru_cache(maxsize=4096)
 def _gold(text: str) -> Number | Expression | None:
-    found = read_answer(text, None)
-    return read_number(text, strict=False) if found is None else found
+    answer = read_answer(text, None)
+    return read_number(text, strict=False) if answer is None else answer
 
 
 def _same(answer: Number | Expression | None, gold: Number | Expression | None) -> bool:
     if answer is None or gold is None:
         return False
     if isinstance(answer, Expression) or isinstance(gold, Expression):
-        texts = [_as_latex(side) for side in (gold, answer)]
-        return None not in texts and same_expression(*texts)
+        expected, given = _as_latex(gold), _as_latex(answer)
+        return expected is not None and given is not None and same_expression(expected, given)
     return same_number(answer, gold)
 
 
 def _as_latex(side: Number | Expression) -> str | None:
     if isinstance(side, Expression):
         return side.latex
-    # A number of more digits than an expression may have characters equals none.
+    # A number with more digits than an expression may have characters equals none.
     if isinstance(side, Decimal) or max(abs(side.numerator), side.denominator) >= 10**99:
         return None
     decimal = f"{Decimal(side.numerator) / side.denominator:f}"
@@ -203,8 +203,8 @@ def _as_latex(side: Number | Expression) -> str | None:
 
 
 def _marked_number(text: str, marker: re.Match[str]) -> Number | None:
-    start = _LEAD.match(text, marker.end(), marker.end() + _REACH).end()
-    start = _SUM.match(text, start, marker.end() + _REACH).end()
+    start = _skip(_LEAD, text, marker.end(), marker.end() + _REACH)
+    start = _skip(_SUM, text, start, marker.end() + _REACH)
     value = _VALUE.match(text, start)
     if value is None or _NO_ANSWER.match(text, value.end()):
         return None
@@ -213,6 +213,13 @@ def _marked_number(text: str, marker: re.Match[str]) -> Number | None:
     if _ITEM.match(text, value.end()) and "\n" in text[marker.end() : value.start()]:
         return None
     return _number(value)
+
+
+def _skip(pattern: re.Pattern[str], text: str, start: int, stop: int) -> int:
+    """Returns where the text goes on after a pattern that matches everywhere, if only the empty text."""
+    match = pattern.match(text, start, stop)
+    assert match is not None, "the pattern matches the empty text"
+    return match.end()
 
 
 def _marked_expression(text: str, marker: re.Match[str], letters: str | None) -> Expression | None:
@@ -225,14 +232,14 @@ def _marked_expression(text: str, marker: re.Match[str], letters: str | None) ->
     if maths is not None:
         if _SECOND.match(text, maths.end()):
             return None
-        return _expression(maths[maths.lastindex], letters)
+        return _expression(maths[maths.lastindex or 0], letters)
     line = _LINE.match(text, marker.end())
     return _expression(line[1].rstrip(" \t*_`."), letters) if line else None
 
 
 def _alone(text: str, letters: str | None) -> Number | Expression | None:
-    # A text that is nothing but an answer.
-    value = _VALUE.match(text, _ALONE.match(text).end())
+    # A text that is only an answer.
+    value = _VALUE.match(text, _skip(_ALONE, text, 0, len(text)))
     if value is not None and not _NO_ANSWER.match(text, value.end()) and _ENDING.match(text, value.end()):
         return _number(value)
     text = text.strip() if len(text) <= 2 * MAX_LENGTH else ""
@@ -240,15 +247,14 @@ def _alone(text: str, letters: str | None) -> Number | Expression | None:
         return None
     maths = _MATHS.match(text)
     if maths is not None:
-        return (
-            _expression(maths[maths.lastindex], letters) if maths.end() >= len(text.rstrip(" *_.")) else None
-        )
+        whole = maths.end() >= len(text.rstrip(" *_."))
+        return _expression(maths[maths.lastindex or 0], letters) if whole else None
     return _expression(text.rstrip("*_.").lstrip("*_"), letters)
 
 
 def _braces(text: str, start: int) -> str:
-    # What stands between the brace before `start` and the one that closes it; nothing where none does.
-    if text.find("}", start, start + MAX_LENGTH + 1) < 0:  # in texts of nothing but opened braces
+    # The text between the brace before `start` and the one that closes it; "" if none does.
+    if text.find("}", start, start + MAX_LENGTH + 1) < 0:  # keeps texts of only open braces linear
         return ""
     depth = 1
     for brace in _BRACE.finditer(text, start, start + MAX_LENGTH + 1):
@@ -267,7 +273,7 @@ def _expression(text: str, letters: str | None) -> Expression | None:
 def _last(text: str) -> Number | None:
     for value in reversed(list(_VALUE.finditer(text))):
         before = text[max(value.start() - 2, 0) : value.start()]
-        # "_12_" is marked up, "x_12" is a name; a number with a sign of its own is in no word.
+        # "_12_" is marked up, "x_12" is a name; a number with a sign is not part of a word.
         if value["sign"] or not re.search(r"[A-Za-z]_?\Z|\d_\Z", before):
             is_operator = before[-1:].isalnum() or before[-1:] in (*")]}%",)
             # "5-3" ends with a 3, "= -3" and "5 -3" with a minus
@@ -278,25 +284,28 @@ def _last(text: str) -> Number | None:
 def _number(value: re.Match[str], signed: bool = True, lenient: bool = False) -> Number | None:
     # The exact value of a _VALUE match; None for a malformed run such as "1,2,3" (lenient: its last part), or
     # over 0.
-    sign = "-" if signed and (value["sign"] == "-") != (value["inner_sign"] == "-") else ""
-    whole, top, bottom = (value["whole"], value["top"] or value["upper"], value["bottom"] or value["lower"])
+    negative = signed and (value["sign"] == "-") != (value["inner_sign"] == "-")
     if value["top_sign"]:
-        sign = "" if sign else "-"
+        negative = not negative
+    whole, top, bottom = value["whole"], value["top"] or value["upper"], value["bottom"] or value["lower"]
     if value["mixed"]:
-        whole, top, bottom = (value["mixed"], value["mixed_top"], value["mixed_bottom"])
+        whole, top, bottom = value["mixed"], value["mixed_top"], value["mixed_bottom"]
     if top is not None:
-        parts = [_exact(part) for part in (whole or "0", top, bottom)]
+        size = _quotient(_exact(whole or "0"), _exact(top), _exact(bottom))
     elif value["over"]:
-        parts = [Fraction(0), _exact(value["run"], value["exponent"]), _exact(value["over"])]
+        size = _quotient(Fraction(0), _exact(value["run"], value["exponent"]), _exact(value["over"]))
     else:
         run = value["run"]
         if lenient and not _WELL_FORMED.fullmatch(run):
             run = re.split("[.,]", run)[-1]
-        return _exact(run, value["exponent"], sign)
-    if not all(isinstance(part, Fraction) for part in parts) or parts[2] == 0:
-        return None
-    size = parts[0] + parts[1] / parts[2]
-    return -size if sign else size
+        return _exact(run, value["exponent"], "-" if negative else "")
+    return -size if size is not None and negative else size
+
+
+def _quotient(whole: Number | None, top: Number | None, bottom: Number | None) -> Fraction | None:
+    if isinstance(whole, Fraction) and isinstance(top, Fraction) and isinstance(bottom, Fraction) and bottom:
+        return whole + top / bottom
+    return None
 
 
 def _exact(run: str, exponent: str | None = None, sign: str = "") -> Number | None:
@@ -312,8 +321,8 @@ def _exact(run: str, exponent: str | None = None, sign: str = "") -> Number | No
 
 
 def _plain(text: str) -> str:
-    # Digits of all scripts, full-width signs, vulgar fractions and the minus sign as ASCII; LaTeX's spaced
-    # commas and degrees as they are written elsewhere.
+    # Writes digits of all scripts, full-width signs, vulgar fractions and the minus sign in ASCII, and the
+    # spaced commas and degrees of LaTeX as plain ones.
     if not text.isascii():
         text = re.sub("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))", ",", text)
         text = text.translate({ord(char): _ascii(char) for char in set(text) if not char.isascii()})

@@ -1,8 +1,8 @@
-"""Rows for a task: from Python, from local JSON, JSONL or Parquet files, or from the Hugging Face Hub.
+"""Reads the rows of a task: from Python, from JSON, JSONL or Parquet files, or from the Hugging Face Hub.
 
-A row is a dict of columns. A lone surrogate, which no tokenizer and no file in UTF-8 can hold, becomes the
-escape that JSON writes for it. Knows nothing about what the columns mean. `datasets` and `pyarrow` are
-imported only where they are needed.
+A row is a dict of columns. A lone surrogate, which no tokenizer and no UTF-8 file can hold, becomes the
+escape that JSON writes for it. Knows nothing about the meaning of columns. Imports `datasets` and `pyarrow`
+only when they are needed.
 """
 
 import json
@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,88 +29,111 @@ _EVAL_SPLITS = ("test", "validation", "valid", "dev", "eval")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _HELD_OUT = 500
+_ONE_OBJECT = "Write {...} on each line"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows to train on, and those to evaluate on."""
+
+    train: list[Row]
+    eval: list[Row]
 
 
 def read_rows(
-    wanted: Any,
+    source: Any,
     hub_name: str | None = None,
     hub_config: str | None = None,
     train_dataset: Any = None,
     eval_dataset: Any = None,
-) -> tuple[list[Row], list[Row]]:
-    """The rows to train on and those to evaluate on, cut to `task.train_size` and `task.eval_size`.
+) -> Rows:
+    """Reads the rows of a task, cut to `task.train_size` and `task.eval_size`.
 
-    They come from the data passed in, else from `task.path` (a file, a folder, or a name on the Hub), else
-    from `hub_name`. A split called `all` is every row. Where the data has no split for evaluation, rows are
-    held out of training: `task.eval_size`, or a fifth but at most 500, always the same. Data passed in is
-    never divided. Raises UserError, one line, for anything that cannot be read.
+    They are the data passed in, else those of `task.path` (a file, a folder, or a name on the Hub), else
+    those of `hub_name`; `source` are the settings of the group `task`. A split called `all` is every row. If
+    the data has no split for evaluation, rows are held out of training: `task.eval_size`, or a fifth but at
+    most 500, always the same ones. Data passed in is never divided. Raises UserError for anything that cannot
+    be read.
     """
     if train_dataset is not None or eval_dataset is not None:
-        train, evaluation = _passed("train_dataset", train_dataset), _passed("eval_dataset", eval_dataset)
+        rows = Rows(_passed("train_dataset", train_dataset), _passed("eval_dataset", eval_dataset))
     else:
-        where, splits = _open(wanted, hub_name, hub_config)
-        train, evaluation = _choose(splits, wanted, where)
-    return train[: wanted.train_size], evaluation[: wanted.eval_size]
+        rows = _choose(_open(source, hub_name, hub_config), source)
+    return Rows(rows.train[: source.train_size], rows.eval[: source.eval_size])
 
 
-def require_columns(
-    rows: Sequence[Row], columns: Sequence[str], hint: str, texts: Sequence[str] = ()
-) -> None:
-    """Raises UserError for the first row that lacks one of the columns, or where one of `texts` is no text,
-    with what was found and what to write."""
+def require_columns(rows: Sequence[Row], columns: Sequence[str], fix: str, texts: Sequence[str] = ()) -> None:
+    """Raises UserError for the first row without one of the columns, or if one of `texts` is not text."""
     for number, row in enumerate(rows):
         for column in columns:
             value = row.get(column)
             if value is None:
-                found = "null there" if column in row else ", ".join(row) or "none"
-                raise UserError(f"data row {number} has no column {column!r} (it has {found}); {hint}")
+                instead = "null there" if column in row else ", ".join(row) or "none"
+                raise UserError(f"data row {number}", f"no column {column!r} (it has {instead})", fix)
             if column in texts and not isinstance(value, str):
                 kind = type(value).__name__
-                raise UserError(f"data row {number}: {column} is not text but a {kind}; {hint}")
+                raise UserError(f"data row {number}", f"{column} is a {kind}, not text", fix)
 
 
 # ---- where the rows are ------------------------------------------------------------------------------------
 
 
-def _open(wanted: Any, hub_name: str | None, hub_config: str | None) -> tuple[str, Splits]:
-    if wanted.path is None:
+@dataclass(frozen=True)
+class _Source:
+    """Data that was opened: its name for messages, and a function that reads each split."""
+
+    name: str
+    splits: Splits
+
+
+def _open(source: Any, hub_name: str | None, hub_config: str | None) -> _Source:
+    if source.path is None:
         if hub_name is None:
             raise UserError(
-                f"task.path: not set; task {wanted.name} needs data: write task.path=FILE.jsonl, a folder, "
-                "or the name of a data set on the Hub"
+                "task.path",
+                f"not set, but task {source.name} needs data",
+                "Set task.path=FILE.jsonl, a folder, or the name of a data set on the Hub",
             )
-        return hub_name, _hub(hub_name, hub_config, wanted)
-    path = Path(wanted.path).expanduser()
+        return _Source(hub_name, _hub(hub_name, hub_config, source))
+    path = Path(source.path).expanduser()
     try:
         if path.is_dir():
-            return str(path), _folder(path)
+            return _Source(str(path), _folder(path))
         if path.exists():
-            return str(path), _file(path)
+            return _Source(str(path), _file(path))
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"task.path: {path} cannot be read ({reason}); write another") from error
+        raise _unreadable(path, str(error.strerror or error)) from error
     looks_like_a_file = path.suffix in (*_SUFFIXES, ".csv", ".txt") or path.is_absolute()
-    if looks_like_a_file or not _HUB_NAME.fullmatch(wanted.path):
+    if looks_like_a_file or not _HUB_NAME.fullmatch(source.path):
         raise UserError(
-            f"task.path: {path} does not exist; write the path of a JSON, JSONL or Parquet file or folder"
+            "task.path",
+            f"{path} does not exist",
+            "Set task.path to a JSON, JSONL or Parquet file, or to a folder of them",
         )
-    return wanted.path, _hub(wanted.path, None, wanted)
+    return _Source(source.path, _hub(source.path, None, source))
 
 
-def _hub(name: str, config: str | None, wanted: Any) -> Splits:
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        "task.path", f"{path} cannot be read ({reason})", "Set task.path to another file or folder"
+    )
+
+
+def _hub(name: str, config: str | None, source: Any) -> Splits:
     import datasets
+    import datasets.config
 
     try:
         with hub_or_cache(), _as_offline_as_the_hub(datasets.config):
-            data = datasets.load_dataset(name, config, revision=wanted.revision)
-    except Exception as error:  # the libraries raise dozens of kinds; each ends in one line
-        raise UserError(f"task {wanted.name}: {_refused(name, wanted, error)}") from error
+            data: Any = datasets.load_dataset(name, config, revision=source.revision)
+    except Exception as error:  # the libraries raise dozens of kinds; each becomes one line
+        raise _refused(name, source, error) from error
     return {split: data[split].to_list for split in data}
 
 
 @contextmanager
 def _as_offline_as_the_hub(config: Any) -> Iterator[None]:
-    """Inside, `datasets` looks into its cache where the Hub cannot be reached: it reads the switch once."""
+    """Makes `datasets` use its cache if the Hub is not reachable: it reads that switch only once."""
     from huggingface_hub import constants
 
     before = config.HF_HUB_OFFLINE
@@ -120,39 +144,45 @@ def _as_offline_as_the_hub(config: Any) -> Iterator[None]:
         config.HF_HUB_OFFLINE = before
 
 
-def _refused(name: str, wanted: Any, error: Exception) -> str:
-    copy = "with a copy on disk write task.path=FOLDER"
-    why = refusal(error)
-    if why == "gated":
-        page = f"https://huggingface.co/datasets/{name}"
-        return f"data set {name} needs its licence accepted: open {page}, then `hf auth login`"
-    if why == "revision":
-        return f"data set {name} has no revision {wanted.revision}; write task.revision=BRANCH, tag or commit"
-    if why == "missing":
-        return f"data set {name} is not on the Hub, or private; check the name, `hf auth login`, or {copy}"
-    if why == "offline":
-        return f"data set {name} is not on this machine and the Hub is not reachable; {copy}"
+def _refused(name: str, source: Any, error: Exception) -> UserError:
+    def refused(problem: str, fix: str) -> UserError:
+        return UserError(f"task {source.name}", f"data set {name} {problem}", fix)
+
+    copy = "set task.path=FOLDER if you have a copy"
+    match refusal(error):
+        case "gated":
+            page = f"https://huggingface.co/datasets/{name}"
+            return refused("needs its licence accepted", f"Open {page}, then run `hf auth login`")
+        case "revision":
+            return refused(f"has no revision {source.revision}", "Set task.revision=BRANCH, tag or commit")
+        case "missing":
+            return refused("is not on the Hub, or private", f"Check the name, run `hf auth login`, or {copy}")
+        case "offline":
+            problem = "is not on this machine, and the Hub is not reachable"
+            return refused(problem, f"Check the network, or {copy}")
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return f"data set {name} cannot be read from the Hub ({reason}); {copy}"
+    return refused(f"cannot be read from the Hub ({reason})", "Set task.path=FOLDER if you have a copy")
 
 
 def _folder(path: Path) -> Splits:
-    # `data/` and `main/` are where copies of Hub repositories keep their files.
+    # Copies of Hub repositories keep their files in `data/` or `main/`.
     for folder in (path, path / "data", path / "main"):
         files = [file for file in sorted(folder.glob("*")) if file.suffix in _SUFFIXES and file.is_file()]
         if files:
             break
     else:
         raise UserError(
-            f"task.path: {path} holds no {', '.join(_SUFFIXES)} file; write a folder with train.jsonl"
+            "task.path",
+            f"{path} holds no {', '.join(_SUFFIXES)} file",
+            "Set task.path to a folder with train.jsonl",
         )
     shards: dict[str, list[Path]] = {}
-    for suffix in _SUFFIXES:  # a split that is there in two formats is read once
-        found: dict[str, list[Path]] = {}
+    for suffix in _SUFFIXES:  # a split that exists in two formats is read once
+        of_suffix: dict[str, list[Path]] = {}
         for file in files:
             if file.suffix == suffix:
-                found.setdefault(_SHARD.sub("", file.stem), []).append(file)
-        shards = {**found, **shards}
+                of_suffix.setdefault(_SHARD.sub("", file.stem), []).append(file)
+        shards = {**of_suffix, **shards}
     return {
         split: lambda parts=parts: [row for part in parts for row in _rows(part)]
         for split, parts in shards.items()
@@ -179,9 +209,10 @@ def _rows(path: Path) -> list[Row]:
         if path.suffix == ".json":
             return _checked(_json(path), str(path))
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"task.path: {path} cannot be read ({reason}); write another") from error
-    raise UserError(f"task.path: {path} is none of {', '.join(_SUFFIXES)}; write one of those")
+        raise _unreadable(path, str(error.strerror or error)) from error
+    raise UserError(
+        "task.path", f"{path} is none of {', '.join(_SUFFIXES)}", "Set task.path to a file of those"
+    )
 
 
 def _parquet(path: Path) -> list[Row]:
@@ -191,7 +222,9 @@ def _parquet(path: Path) -> list[Row]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, ValueError, ArithmeticError) as error:
-        raise UserError(f"task.path: {path} is not readable as Parquet ({error}); write it anew") from error
+        raise UserError(
+            "task.path", f"{path} is not readable as Parquet ({error})", "Write the file again"
+        ) from error
 
 
 def _json(path: Path) -> Any:
@@ -201,7 +234,9 @@ def _json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data"):  # one object per line under the other suffix
             return _json_lines(path)
-        raise UserError(f"task.path: {path} is not readable as JSON: {error}; correct it") from error
+        raise UserError(
+            "task.path", f"{path} is not readable as JSON ({error})", "Correct the file"
+        ) from error
 
 
 def _json_lines(path: Path) -> list[Row]:
@@ -213,11 +248,10 @@ def _json_lines(path: Path) -> list[Row]:
             row = _whole(json.loads(line))
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"task.path: {path} line {number} is not readable as JSON: {error}; write {{...}} on each "
-                "line"
+                "task.path", f"{path} line {number} is not readable as JSON ({error})", _ONE_OBJECT
             ) from error
         if not isinstance(row, dict):
-            raise UserError(f"task.path: {path} line {number} is not an object; write {{...}} on each line")
+            raise UserError("task.path", f"{path} line {number} is not an object", _ONE_OBJECT)
         rows.append(row)
     return rows
 
@@ -226,11 +260,11 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"task.path: {path} is not text in UTF-8; save it as UTF-8") from error
+        raise UserError("task.path", f"{path} is not text in UTF-8", "Save the file as UTF-8") from error
 
 
 def _whole(value: Any) -> Any:
-    """The value with each lone surrogate in its texts written out."""
+    """Returns the value with each lone surrogate in its texts escaped."""
     if isinstance(value, str):
         return storable(value)
     if isinstance(value, list):
@@ -243,7 +277,9 @@ def _whole(value: Any) -> Any:
 def _checked(rows: Any, where: str) -> list[Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(
-            f"task.path: {where} is not a list of objects; write [{{...}}, {{...}}], or splits of those"
+            "task.path",
+            f"{where} is not a list of objects",
+            "Write [{...}, {...}], or an object with such a list for each split",
         )
     return rows
 
@@ -251,56 +287,61 @@ def _checked(rows: Any, where: str) -> list[Row]:
 # ---- which rows --------------------------------------------------------------------------------------------
 
 
-def _choose(splits: Splits, wanted: Any, where: str) -> tuple[list[Row], list[Row]]:
-    only = next(iter(splits)) if len(splits) == 1 and wanted.eval_split is None else "train"
-    train = _split(splits, wanted.train_split or only, "task.train_split", where)
+def _choose(source: _Source, settings: Any) -> Rows:
+    splits = source.splits
+    only = next(iter(splits)) if len(splits) == 1 and settings.eval_split is None else "train"
+    train = _split(source, settings.train_split or only, "task.train_split")
     if not train:
-        raise UserError(f"task.path: {where} holds no rows to train on; write a file with at least one")
-    name = wanted.eval_split or next(
-        (split for split in _EVAL_SPLITS if split in splits and split != only), None
-    )
+        raise UserError(
+            "task.path", f"{source.name} holds no rows to train on", "Set task.path to a file with rows"
+        )
+    others = (split for split in _EVAL_SPLITS if split in splits and split != only)
+    name = settings.eval_split or next(others, None)
     if name is not None:
-        return train, _split(splits, name, "task.eval_split", where)
-    return _hold_out(train, wanted.eval_size, where)
+        return Rows(train, _split(source, name, "task.eval_split"))
+    return _hold_out(train, settings.eval_size, source.name)
 
 
-def _split(splits: Splits, name: str, key: str, where: str) -> list[Row]:
-    if name in splits:
-        return splits[name]()
+def _split(source: _Source, name: str, key: str) -> list[Row]:
+    if name in source.splits:
+        return source.splits[name]()
     if name == "all":
-        return [row for read in splits.values() for row in read()]
-    raise UserError(f"{key}: {where} has no split {name!r}; write one of {', '.join(splits)}, or all")
+        return [row for read in source.splits.values() for row in read()]
+    names = ", ".join(source.splits)
+    raise UserError(key, f"{source.name} has no split {name!r}", f"Set {key} to one of {names}, or all")
 
 
-def _hold_out(rows: list[Row], size: int | None, where: str) -> tuple[list[Row], list[Row]]:
+def _hold_out(rows: list[Row], size: int | None, name: str) -> Rows:
     size = min(_HELD_OUT, len(rows) // 5) if size is None else size
     if size >= len(rows):
         raise UserError(
-            f"task.eval_size: {where} has {len(rows)} rows and no split for evaluation, so {size} cannot be "
-            "held out of training; write a smaller number"
+            "task.eval_size",
+            f"{name} has {len(rows)} rows and no split for evaluation, so {size} cannot be held out",
+            "Set a smaller task.eval_size",
         )
-    held = set(random.Random(0).sample(range(len(rows)), size))
-    logger.info("%s has no split for evaluation: %d of %d rows are held out for it", where, size, len(rows))
-    return [row for n, row in enumerate(rows) if n not in held], [rows[n] for n in sorted(held)]
+    held_out = set(random.Random(0).sample(range(len(rows)), size))
+    logger.info("%s has no split for evaluation: %d of %d rows are held out for it", name, size, len(rows))
+    train = [row for number, row in enumerate(rows) if number not in held_out]
+    return Rows(train, [rows[number] for number in sorted(held_out)])
 
 
 def _passed(name: str, data: Any) -> list[Row]:
     if data is None:
         return []
-    if isinstance(data, (Mapping, str)):
-        what = (
-            f"holds the splits {', '.join(map(str, data))}" if isinstance(data, Mapping) else f"is {data!r}"
-        )
-        raise UserError(f"{name}: {what}; pass one split, a Dataset or a list of dicts")
+    if isinstance(data, Mapping):
+        names = ", ".join(map(str, data))
+        raise UserError(name, f"holds the splits {names}", "Pass one split, a Dataset or a list of dicts")
+    if isinstance(data, str):
+        raise UserError(name, f"is the text {data!r}", "Pass a Dataset or a list of dicts")
     rows = list(data)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise UserError(
-                f"{name}: row {number} is not a dict but {type(row).__name__}; pass a dict per row"
+                name, f"row {number} is a {type(row).__name__}, not a dict", "Pass a dict per row"
             )
         odd = next((key for key in row if not isinstance(key, str)), None)
         if odd is not None:
-            raise UserError(f"{name}: row {number} has a column {odd!r}; pass names of columns as text")
+            raise UserError(name, f"row {number} has a column {odd!r}", "Pass column names as text")
     if not rows:
-        raise UserError(f"{name}: holds no rows; pass at least one")
+        raise UserError(name, "holds no rows", "Pass at least one")
     return [_whole(dict(row)) for row in rows]

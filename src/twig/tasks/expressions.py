@@ -1,10 +1,10 @@
-r"""Whether two expressions such as `\frac{\sqrt{2}}{2}` and `1/\sqrt{2}` are equal.
+r"""Compares two expressions such as `\frac{\sqrt{2}}{2}` and `1/\sqrt{2}`.
 
-Only what an allow-list knows is compared: under 200 characters, of numbers, single letters, a few functions,
-sums, products, fractions, roots and powers whose exponent has no power of its own and no number of more than
-three digits. math-verify compares them in a process of its own, which is killed after a second: some of what
-is allowed takes hours, and neither signals nor threads stop that. The process is started for the first
-comparison that needs it, serves all later ones, is started anew after a kill, and ends with this one.
+Only what an allow-list has is compared: under 200 characters of numbers, single letters, a few functions,
+sums, products, fractions, roots and powers whose exponent contains no power and no number of more than three
+digits. math-verify compares them in a separate process, which is killed after a second: some allowed
+expressions take hours, and neither signals nor threads stop that. The process starts with the first
+comparison that needs it, serves all later ones, restarts after a kill, and ends with this one.
 
 Nothing is evaluated as Python. Knows nothing of answers or tasks.
 """
@@ -19,13 +19,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 from twig.common.errors import UserError
 
 MAX_LENGTH = 200  # characters
-TIMEOUT = 1.0  # seconds for one comparison, the start of the process apart
-_START = 120.0  # seconds for the start: a second, or many where disk and processor are busy
-_CHILD_TIMEOUT = 10.0  # seconds after which the process ends itself, should nobody be left to kill it
+TIMEOUT = 1.0  # seconds for one comparison, without the start of the process
+_START = 120.0  # seconds for the start: one second, or many if disk and processor are busy
+_CHILD_TIMEOUT = 10.0  # seconds after which the process ends itself if nobody kills it
 _CHILD_MEMORY = 2 << 30  # bytes
 
 _TOKEN = re.compile(
@@ -36,13 +37,13 @@ _UNICODE = str.maketrans({"√": "\\sqrt ", "π": "\\pi ", "×": "*", "·": "*",
 _RAISED = {ord(raised): str(digit) for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 _SAME = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "times": "*", "cdot": "*", "div": "/", "**": "^"}
 _FUNCTIONS = ("sin", "cos", "tan", "ln", "log")
-_PRODUCTS = "abcxyz"  # letters of which an unknown word is taken for a product: `xy`, but not `or`
+_PRODUCTS = "abcxyz"  # an unknown word of these letters counts as a product: `xy`, but not `or`
 _NAMES = ("frac", "sqrt", "pi", *_FUNCTIONS)
 _CLOSES = {"(": ")", "{": "}", "[": "]"}
 
 
 def allowed_expression(text: str, letters: str | None = "") -> str | None:
-    r"""The text as plain LaTeX where the allow-list has all of it, else None.
+    r"""Returns the text as plain LaTeX if the allow-list has all of it, else None.
 
     `letters` are the single letters that may stand for unknowns; None allows any.
 
@@ -66,16 +67,16 @@ def allowed_expression(text: str, letters: str | None = "") -> str | None:
 
 
 def letters_of(expression: str) -> str:
-    """The single letters of an expression that `allowed_expression` has returned."""
+    """Returns the single letters of an expression from `allowed_expression`."""
     return "".join(sorted(set(re.findall("[A-Za-z]", re.sub(r"\\[a-z]+", "", expression)))))
 
 
 @functools.lru_cache(maxsize=4096)
 def same_expression(gold: str, answer: str) -> bool:
-    """Whether two expressions that `allowed_expression` has returned are equal.
+    """Tells whether two expressions from `allowed_expression` are equal.
 
-    False also where that cannot be decided within a second. A decimal number counts as equal where it agrees
-    in six places. Raises UserError where the process that compares does not start.
+    False also if that cannot be decided within a second. Decimal numbers are equal if they agree in six
+    places. Raises UserError if the process that compares does not start.
     """
     return gold == answer or _comparer(os.getpid()).same(gold, answer)
 
@@ -101,10 +102,11 @@ def _tokens(text: str, letters: str | None) -> list[str] | None:
         elif name in _NAMES:
             tokens.append(name)
         elif match["word"]:
-            known = (name if len(name) == 1 else _PRODUCTS) if letters is None else letters
-            if not set(name) <= set(known):
+            word = match["word"]
+            allowed = (word if len(word) == 1 else _PRODUCTS) if letters is None else letters
+            if not set(word) <= set(allowed):
                 return None
-            tokens += name
+            tokens += word
         elif name and name not in ("left", "right"):
             return None
     return tokens
@@ -124,7 +126,7 @@ def _is_nested(tokens: list[str]) -> bool:
 
 
 def _close(tokens: list[str], start: int) -> int:
-    # The place of the bracket that closes the one at `start`; the brackets are well nested.
+    # Where the bracket is that closes the one at `start`; the brackets are well nested.
     depth = 0
     for place in range(start, len(tokens)):
         depth += (tokens[place] in _CLOSES) - (tokens[place] in _CLOSES.values())
@@ -134,7 +136,7 @@ def _close(tokens: list[str], start: int) -> int:
 
 
 def _shape_roots(tokens: list[str]) -> list[str] | None:
-    # `sqrt(2)` and `\sqrt 2` as `\sqrt{2}`, `\frac12` as `\frac{1}{2}`: what follows stands in braces.
+    # Writes `sqrt(2)` and `\sqrt 2` as `\sqrt{2}`, `\frac12` as `\frac{1}{2}`: arguments stand in braces.
     tokens = list(tokens)
     for place, token in enumerate(tokens):
         following = tokens[place + 1] if place + 1 < len(tokens) else ""
@@ -152,7 +154,7 @@ def _shape_roots(tokens: list[str]) -> list[str] | None:
 
 
 def _shape_powers(tokens: list[str]) -> list[str] | None:
-    # Exponents in braces; None where one is itself a power, or has a number of more than three digits.
+    # Puts exponents in braces; None if one is itself a power, or has a number of more than three digits.
     shaped: list[str] = []
     place = 0
     while place < len(tokens):
@@ -188,7 +190,7 @@ def _shape_powers(tokens: list[str]) -> list[str] | None:
 
 
 class _Comparer:
-    """Asks the process, one comparison at a time, from any thread."""
+    """Sends comparisons to the process, one at a time, from any thread."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -197,7 +199,7 @@ class _Comparer:
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def same(self, gold: str, answer: str) -> bool:
-        """What the process finds; False where it is killed for taking too long, or dies of it."""
+        """Returns the result of the process; False if it is killed for taking too long, or dies."""
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self._start()
@@ -205,22 +207,22 @@ class _Comparer:
             try:
                 self.process.stdin.write(json.dumps([gold, answer]) + "\n")
                 self.process.stdin.flush()
-                found = self.lines.get(timeout=TIMEOUT)
+                result = self.lines.get(timeout=TIMEOUT)
             except (queue.Empty, OSError):
-                found = ""
-            if not found:
+                result = ""
+            if not result:
                 self._stop()
-            return found == "same"
+            return result == "same"
 
     def close(self) -> None:
-        """Ends the process, unless it belongs to the process that this one was forked from."""
+        """Ends the process, unless the process that this one was forked from owns it."""
         if self.owner == os.getpid():
             with self.lock:
                 self._stop()
 
     def _start(self) -> None:
         self._stop()
-        # It finds its modules where this process does.
+        # The process imports from the same folders as this one.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__],
@@ -243,25 +245,27 @@ class _Comparer:
         if not ready:
             self._stop()
             raise UserError(
-                "answers: the process that compares expressions does not start; "
-                f"see why with {sys.executable} -m {__name__}, or install math-verify[antlr4_13_2]"
+                "math-verify",
+                "the process that compares expressions does not start",
+                f"Run {sys.executable} -m {__name__} to see why, or install math-verify[antlr4_13_2]",
             )
 
     def _stop(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            assert self.process.stdin is not None and self.process.stdout is not None
             for pipe in (self.process.stdin, self.process.stdout):
                 try:
                     pipe.close()
-                except OSError:  # what was not written yet has no reader any more
+                except OSError:  # unwritten text has no reader any more
                     pass
             self.process = None
 
 
 @functools.cache
 def _comparer(process_id: int) -> _Comparer:
-    # One per process: a forked one must not share the pipes of the process that it came from.
+    # One per process: a forked process must not share the pipes of its parent.
     comparer = _Comparer()
     atexit.register(comparer.close)
     return comparer
@@ -278,35 +282,37 @@ def _read(stream: Iterable[str], lines: "queue.SimpleQueue[str]") -> None:
 
 
 def _serve() -> None:
-    """The process: one line [gold, answer] in, one line `same` or `different` out, until the end of input."""
+    """Runs the process: for each line [gold, answer] of its input it writes a line `same` or `different`."""
     import faulthandler
     import signal
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nowhere = open(os.devnull, "w")
-    os.dup2(nowhere.fileno(), 1)  # what libraries print is no answer
+    os.dup2(nowhere.fileno(), 1)  # what libraries print is not a result
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides when it ends
 
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # Without it, sympy's parser of Python text would be asked too, which evaluates what it reads.
+    # By default sympy's parser of Python text would run too, and that evaluates its input.
     latex_only = [LatexExtractionConfig()]
 
     def read(text: str) -> list:
-        return parse(f"${text}$", latex_only, fallback_mode="no_fallback", parsing_timeout=None)
+        # parsing_timeout: declared as a number, but None is the documented way to have no limit.
+        options: dict[str, Any] = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+        return parse(f"${text}$", latex_only, **options)
 
     def same(gold: str, answer: str) -> bool:
         try:
             return bool(verify(read(gold), read(answer), timeout_seconds=None))
-        except (Exception, MemoryError):  # whatever cannot be compared is not equal
+        except (Exception, MemoryError):  # expressions that cannot be compared are not equal
             return False
 
-    same(r"\frac{\sqrt{2}}{2}", r"x^2+1")  # the parser's tables are made at its first use
+    same(r"\frac{\sqrt{2}}{2}", r"x^2+1")  # the parser builds its tables at its first use
     _limit_memory()
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:
-        # Ends the process from a thread that needs no interpreter lock, as one long power holds it.
+        # Ends the process from a thread without the interpreter lock, which one long power would hold.
         faulthandler.dump_traceback_later(_CHILD_TIMEOUT, exit=True, file=nowhere)
         gold, answer = json.loads(line)
         answers.write("same\n" if same(gold, answer) else "different\n")

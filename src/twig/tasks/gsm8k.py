@@ -30,13 +30,12 @@ Solution:"""
 
 
 def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> Task:
-    """The GSM8K task. Raises UserError where the data cannot be read or lacks a column."""
+    """Loads GSM8K. Raises UserError if the data cannot be read or lacks a column."""
     rows = read_rows(settings.task, HUB_NAME, HUB_CONFIG, train_dataset, eval_dataset)
-    train, evaluation = (_examples(part) for part in rows)
     return Task(
         "gsm8k",
-        train,
-        evaluation,
+        _examples(rows.train),
+        _examples(rows.eval),
         (accuracy,),
         score=score_number,
         score_lenient=score_last_number,
@@ -45,14 +44,14 @@ def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> 
 
 
 def _examples(rows: list[Row]) -> list[Example]:
-    hint = "write task.path= a file or folder with question and answer"
-    require_columns(rows, ("question", "answer"), hint, texts=("question",))
+    fix = "Set task.path to a file or folder with columns question and answer"
+    require_columns(rows, ("question", "answer"), fix, texts=("question",))
     examples = []
     for number, row in enumerate(rows):
         solution = str(row["answer"])
         answer = solution.rpartition("####")[2].strip().replace(",", "")
         if read_number(answer, strict=False) is None:
-            raise UserError(f"gsm8k: data row {number} has no number after ####: {solution[-60:]!r}; {hint}")
+            raise UserError(f"data row {number}", f"no number after #### in {solution[-60:]!r}", fix)
         columns = {**row, "answer": answer, "solution": solution}
         examples.append(Example(row["question"], columns))
     return examples

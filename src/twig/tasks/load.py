@@ -1,6 +1,6 @@
-"""The tasks by name, and `load_task`, which reads one with the settings' reward functions, sizes and texts.
+"""Loads a task by name, with the reward functions, sizes and texts of the settings.
 
-A task is one small module here, imported when it is asked for. Knows no task's data or answers.
+A task is one small module here, imported when it is used. Knows nothing about any task's data or answers.
 """
 
 import difflib
@@ -10,10 +10,12 @@ from importlib import import_module
 from typing import Any
 
 from twig.common.errors import UserError
+from twig.common.python_files import load_names
+from twig.common.text import either
 from twig.tasks.base import Task
 from twig.tasks.prompts import encode_prompt, fill_template, render_prompt
 from twig.tasks.reward_calls import Limit
-from twig.tasks.reward_functions import function_name, load_reward_file
+from twig.tasks.reward_functions import function_name
 
 __all__ = ["TASKS", "Task", "encode_prompt", "fill_template", "load_task", "render_prompt"]
 
@@ -33,62 +35,67 @@ def load_task(
     reward_funcs: Any = None,
     notice: Callable[[str], None] | None = None,
 ) -> Task:
-    """The task that `settings.task` names.
+    """Loads the task that `settings.task` names.
 
-    Data passed here (a Dataset, or a list of dicts) takes the place of the task's own; `reward_funcs` (one
-    function or several), or else those of `task.reward_file`, take the place of its rewards. That file is
-    run, after `notice` (None: the log) was told its path. Raises UserError for an unknown name, data that
-    cannot be read, a missing column, or rewards and weights that do not match.
+    Data passed here (a Dataset, or a list of dicts) replaces the task's own; `reward_funcs` (one function or
+    several), or else those of `task.reward_file`, replace its rewards. `notice` (None: the log) gets a line
+    before that file is run. Raises UserError for an unknown name, unreadable data, a missing column, or
+    rewards and weights that do not match.
     """
-    wanted = settings.task
-    if wanted.name not in TASKS:
-        near = difflib.get_close_matches(str(wanted.name), TASKS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"write one of {', '.join(TASKS)}"
-        raise UserError(f"task.name: no task is called {wanted.name!r}; {hint}")
-    module = import_module(TASKS[wanted.name])
+    group = settings.task
+    if group.name not in TASKS:
+        near = difflib.get_close_matches(str(group.name), TASKS, 1)
+        fix = f"Set task.name={near[0]}" if near else f"Set task.name to {either(list(TASKS))}"
+        raise UserError("task.name", f"no task is called {group.name!r}", fix)
+    module = import_module(TASKS[group.name])
     if train_dataset is None and eval_dataset is None:
         task = module.load(settings)
-    elif wanted.name in _MAKES_ITS_OWN_PROBLEMS:
+    elif group.name in _MAKES_ITS_OWN_PROBLEMS:
         raise UserError(
-            f"task {wanted.name} makes its own problems and takes no data set; write task.name=custom"
+            "task.name", f"{group.name} makes its own problems and takes no data set", "Set task.name=custom"
         )
     else:
         task = module.load(settings, train_dataset, eval_dataset)
-    return _with_rewards(_with_texts(task, wanted), wanted, reward_funcs, notice)
+    return _with_rewards(_with_texts(task, group), group, reward_funcs, notice)
 
 
-def _with_texts(task: Task, wanted: Any) -> Task:
-    own = {
-        "prompt_template": task.prompt_template if wanted.prompt_template is None else wanted.prompt_template,
-        "system_prompt": task.system_prompt if wanted.system_prompt is None else wanted.system_prompt,
+def _with_texts(task: Task, group: Any) -> Task:
+    texts = {
+        "prompt_template": task.prompt_template if group.prompt_template is None else group.prompt_template,
+        "system_prompt": task.system_prompt if group.system_prompt is None else group.system_prompt,
+        "chat": group.chat,
+        "chat_template_kwargs": group.chat_template_kwargs,
     }
-    return replace(task, correct_at=wanted.correct_at, **own)
+    return replace(task, correct_at=group.correct_at, **texts)
 
 
-def _with_rewards(task: Task, wanted: Any, passed: Any, notice: Callable[[str], None] | None) -> Task:
+def _with_rewards(task: Task, group: Any, passed: Any, notice: Callable[[str], None] | None) -> Task:
     if passed is not None:
         functions = (passed,) if callable(passed) else tuple(passed)
-    elif wanted.reward_file is not None:
-        functions = load_reward_file(wanted.reward_file, notice)
+    elif group.reward_file is not None:
+        functions = load_names(group.reward_file, "task.reward_file", "function", notice)
     else:
         functions = task.reward_funcs
     if not functions:
         raise UserError(
-            f"task {task.name} has no reward; write task.reward_file=FILE.py:FUNCTION, pass reward_funcs, or "
-            "give each row a column answer with a number"
+            f"task {task.name}",
+            "no reward function",
+            "Set task.reward_file=FILE.py:FUNCTION, pass reward_funcs=, or give each row a column answer "
+            "with a number",
         )
-    if wanted.name == "custom" and functions != task.reward_funcs:
-        task = replace(task, score=None, score_lenient=None)  # its own rewards say what is right
+    if group.name == "custom" and functions != task.reward_funcs:
+        task = replace(task, score=None, score_lenient=None)  # its own rewards decide what is right
     for function in functions:
         if not callable(function):
-            raise UserError(f"reward_funcs: {function!r} is not a function; pass functions, not names")
-    weights = wanted.reward_weights
+            raise UserError("reward_funcs", f"{function!r} is not a function", "Pass functions, not names")
+    weights = group.reward_weights
     if weights is not None and len(weights) != len(functions):
         names = ", ".join(function_name(function) for function in functions)
         raise UserError(
-            f"task.reward_weights: {len(weights)} weights for {len(functions)} reward functions ({names}); "
-            "write one weight per function"
+            "task.reward_weights",
+            f"{len(weights)} weights for {len(functions)} reward functions ({names})",
+            "Write one weight per function",
         )
     weights = None if weights is None else tuple(weights)
-    limit = Limit(wanted.reward_timeout, wanted.reward_on_timeout)
+    limit = Limit(group.reward_timeout, group.reward_on_timeout)
     return replace(task, reward_funcs=functions, reward_weights=weights, reward_limit=limit)

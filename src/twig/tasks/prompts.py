@@ -1,4 +1,4 @@
-"""How one of a task's problems becomes the text and the tokens that the model sees.
+"""Turns a task's problem into the text and the tokens that the model sees.
 
 The tokenizer is an argument; knows nothing about models.
 """
@@ -22,7 +22,7 @@ _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
 def fill_template(template: str, fields: Mapping[str, Any]) -> str:
-    """The template with `{name}` replaced by fields; `{{` and `}}` are braces.
+    """Replaces `{name}` in the template by fields; `{{` and `}}` are braces.
 
     >>> fill_template("{question} Write \\\\boxed{}.", {"question": "2+3?"})
     '2+3? Write \\\\boxed{}.'
@@ -35,38 +35,39 @@ def fill_template(template: str, fields: Mapping[str, Any]) -> str:
         if name is None:
             return match[0][0]
         if name not in fields:
+            columns = ", ".join(f"{{{field}}}" for field in fields)
             raise UserError(
-                f"task.prompt_template: {{{name}}} is not a column of the data; write one of "
-                f"{', '.join('{' + field + '}' for field in fields)}, or {{{{{name}}}}} to keep the braces"
+                "task.prompt_template",
+                f"{{{name}}} is not a column of the data",
+                f"Use one of {columns}, or {{{{{name}}}}} to keep the braces",
             )
         return str(fields[name])
 
     return _FIELD.sub(put, template)
 
 
-def render_prompt(task: Task, example: Example, tokenizer: Any, task_settings: Any) -> str:
-    """The text that the model sees for an example: template, system prompt, chat template.
+def render_prompt(task: Task, example: Example, tokenizer: Any) -> str:
+    """Returns the text that the model sees for an example: template, system prompt, chat template.
 
-    A prompt of chat messages always goes through the tokenizer's chat template; a text does where the
-    tokenizer has one (`task.chat` auto) or always or never. Raises UserError where the tokenizer has no
-    template to use.
+    A prompt of chat messages always goes through the tokenizer's chat template; a text does if the tokenizer
+    has one (`task.chat` auto), always or never. Raises UserError if the tokenizer lacks the template.
     """
-    if _is_chat(example, tokenizer, task_settings):
-        return _render_chat(_messages(task, example), tokenizer, task_settings.chat_template_kwargs)
+    if _is_chat(task, example, tokenizer):
+        return _render_chat(task, _messages(task, example), tokenizer)
     text = _plain_text(task, example)
     return text if task.system_prompt is None else f"{task.system_prompt}\n\n{text}"
 
 
-def encode_prompt(task: Task, example: Example, tokenizer: Any, task_settings: Any) -> np.ndarray:
-    """The token ids of `render_prompt`'s text, int64 [T].
+def encode_prompt(task: Task, example: Example, tokenizer: Any) -> np.ndarray:
+    """Returns the token ids of `render_prompt`'s text, int64 [T].
 
     A chat template writes its own special tokens. A plain text gets those that the tokenizer puts in front,
-    never two begin tokens and no end token: the model is to go on from here. Raises UserError where nothing
-    is left.
+    but never two begin tokens, and no end token: the model is to continue it. Raises UserError for an empty
+    prompt.
     """
-    chat = _is_chat(example, tokenizer, task_settings)
+    chat = _is_chat(task, example, tokenizer)
     # No tokenizer takes a lone surrogate, which a template of the settings may hold.
-    text = storable(render_prompt(task, example, tokenizer, task_settings))
+    text = storable(render_prompt(task, example, tokenizer))
     ids = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
@@ -75,15 +76,15 @@ def encode_prompt(task: Task, example: Example, tokenizer: Any, task_settings: A
         del ids[-1]
     if not ids:
         raise UserError(
-            f"task {task.name}: a prompt is empty; remove the row, or write text in task.prompt_template"
+            f"task {task.name}", "a prompt is empty", "Remove the row, or write text in task.prompt_template"
         )
     return np.array(ids, np.int64)
 
 
-def longest_prompt(task: Task, examples: Sequence[Example], tokenizer: Any, task_settings: Any) -> int:
-    """The number of tokens in the longest prompt of `examples`, 0 where there is none.
+def longest_prompt(task: Task, examples: Sequence[Example], tokenizer: Any) -> int:
+    """Counts the tokens of the longest prompt of `examples`; 0 if there is none.
 
-    Of more than 4,000 problems those with the most characters are counted, which takes well under a second.
+    Of more than 4,000 problems only those with the most characters are counted: well under a second.
     """
 
     def characters(example: Example) -> int:
@@ -93,8 +94,8 @@ def longest_prompt(task: Task, examples: Sequence[Example], tokenizer: Any, task
     examples = sorted(examples, key=characters, reverse=True)[:_MOST_COUNTED]
     texts: dict[bool, list[str]] = {True: [], False: []}
     for example in examples:
-        text = render_prompt(task, example, tokenizer, task_settings)
-        texts[_is_chat(example, tokenizer, task_settings)].append(text)
+        text = render_prompt(task, example, tokenizer)
+        texts[_is_chat(task, example, tokenizer)].append(text)
     counts = [
         len(ids)
         for chat, rendered in texts.items()
@@ -105,27 +106,29 @@ def longest_prompt(task: Task, examples: Sequence[Example], tokenizer: Any, task
 
 
 def refuse_too_long(task: Task, prompt: int, context: int | None) -> None:
-    """Raises UserError where a prompt of so many tokens leaves no room in a model's context (None: it has no
-    limit)."""
+    """Raises UserError if a prompt of so many tokens leaves no room in a model's context (None: no limit)."""
     if context is not None and prompt >= context:
         raise UserError(
-            f"task {task.name}: a prompt has {prompt} tokens, and the model's context only {context}; leave "
-            "out such rows, or choose a model with a longer context"
+            f"task {task.name}",
+            f"a prompt has {prompt} tokens, and the model's context only {context}",
+            "Leave such rows out, or choose a model with a longer context",
         )
 
 
-def _is_chat(example: Example, tokenizer: Any, task_settings: Any) -> bool:
+def _is_chat(task: Task, example: Example, tokenizer: Any) -> bool:
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if not isinstance(example.prompt, str):
         if not has_template:
             raise UserError(
-                "prompts are chat messages, but the tokenizer has no chat template; "
-                "write the prompts as plain text, or use a model with one"
+                f"task {task.name}",
+                "prompts are chat messages, but the tokenizer has no chat template",
+                "Write the prompts as plain text, or use a model with a chat template",
             )
         return True
-    if task_settings.chat == "always" and not has_template:
-        raise UserError("task.chat: always, but the tokenizer has no chat template; write auto or never")
-    return task_settings.chat != "never" and has_template
+    if task.chat == "always" and not has_template:
+        problem = "always, but the tokenizer has no chat template"
+        raise UserError("task.chat", problem, "Set task.chat=auto, or never")
+    return task.chat != "never" and has_template
 
 
 def _plain_text(task: Task, example: Example) -> str:
@@ -140,27 +143,27 @@ def _messages(task: Task, example: Example) -> Messages:
     if isinstance(example.prompt, str):
         messages = [{"role": "user", "content": _plain_text(task, example)}]
     elif task.prompt_template is not None:
-        raise UserError("task.prompt_template: the prompts are chat messages, which take none; leave it out")
+        problem = "the prompts are chat messages, which take no template"
+        raise UserError("task.prompt_template", problem, "Leave task.prompt_template out")
     else:
         messages = list(example.prompt)
-    # A system message of the data's own stays.
+    # A system message in the data wins.
     if task.system_prompt is not None and not (messages and messages[0].get("role") == "system"):
         messages = [{"role": "system", "content": task.system_prompt}, *messages]
     return messages
 
 
-def _render_chat(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any]) -> str:
-    options = {"add_generation_prompt": True, **kwargs}
+def _render_chat(task: Task, messages: Messages, tokenizer: Any) -> str:
+    options = {"add_generation_prompt": True, **task.chat_template_kwargs}
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (
-        Exception
-    ) as error:  # whatever the template's own code raises: templates refuse roles and orders by raising
+    except Exception as error:  # templates refuse roles and their order by raising errors of any kind
         if type(error).__module__.partition(".")[0] not in ("jinja2", "builtins"):
             raise
         roles = ", ".join(str(message.get("role")) for message in messages)
         reason = " ".join(str(error).split())
         raise UserError(
-            f"the chat template refuses messages with the roles {roles}: {reason}; "
-            "change the roles, leave task.system_prompt out, or write task.chat=never for plain text"
+            f"task {task.name}",
+            f"the chat template refuses messages with the roles {roles} ({reason})",
+            "Change the roles, leave task.system_prompt out, or set task.chat=never for plain text",
         ) from error

@@ -1,6 +1,6 @@
 """Calls reward functions: async ones in the background, each call within a time limit.
 
-Knows nothing about what the functions are given or return.
+Knows nothing about their arguments or results.
 """
 
 import asyncio
@@ -12,23 +12,26 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from twig.tasks.reward_functions import RewardError, check_signature, defined_at, failure
+from twig.tasks.reward_functions import RewardError, check_signature, failure, label_of
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How many `seconds` one call may take (None: any), and the `score` that every completion of a longer one
-    gets (None: the run stops)."""
+    """How long one call of a reward function may take.
+
+    `seconds` is the limit (None: there is none), `score` the reward of every completion of a call that takes
+    longer (None: the run stops).
+    """
 
     seconds: float | None = None
     score: float | None = None
 
 
 def call(function: Callable[..., Any], name: str, arguments: dict[str, Any], limit: Limit, count: int) -> Any:
-    """What the function returns. Raises RewardError where it raises or takes too long.
+    """Calls the function with `count` completions; raises RewardError if it raises or takes too long.
 
-    NOTE: with a time limit the function runs on a thread of its own. A thread cannot be stopped: one that is
-    late is left behind.
+    NOTE: with a time limit the function runs on a separate thread. A thread cannot be stopped: one that is
+    late keeps running.
     """
     check_signature(function, name, arguments)
     if limit.seconds is None:
@@ -36,19 +39,19 @@ def call(function: Callable[..., Any], name: str, arguments: dict[str, Any], lim
             return function(**arguments)
         except Exception as error:
             raise failure(function, name, error) from error
-    found: Future[Any] = Future()
+    result: Future[Any] = Future()
 
     def run() -> None:
         try:
-            found.set_result(function(**arguments))
+            result.set_result(function(**arguments))
         except BaseException as error:
-            found.set_exception(error)
+            result.set_exception(error)
 
     threading.Thread(target=run, name=f"twig-reward-{name}", daemon=True).start()
     try:
-        return found.result(limit.seconds)
+        return result.result(limit.seconds)
     except Exception as error:
-        if not found.done():
+        if not result.done():
             return _late(function, name, limit, count)
         raise failure(function, name, error) from error
 
@@ -56,8 +59,10 @@ def call(function: Callable[..., Any], name: str, arguments: dict[str, Any], lim
 def start(
     function: Callable[..., Any], name: str, arguments: dict[str, Any], limit: Limit, count: int
 ) -> Future[Any]:
-    """What an async function will return; it is at work already. The future raises RewardError where the
-    function raises or takes too long."""
+    """Starts an async function and returns its future result.
+
+    The future raises RewardError if the function raises or takes too long.
+    """
     check_signature(function, name, arguments)
 
     async def run() -> Any:
@@ -77,15 +82,15 @@ def _late(function: Callable[..., Any], name: str, limit: Limit, count: int) -> 
     if limit.score is not None:
         return [limit.score] * count
     raise RewardError(
-        f"reward function {name!r} ({defined_at(function)}) took longer than task.reward_timeout="
-        f"{limit.seconds:g} seconds for {count} completions; write a larger one, or "
-        "task.reward_on_timeout=0.0 to go on with that score"
+        label_of(function, name),
+        f"took longer than task.reward_timeout={limit.seconds:g} seconds for {count} completions",
+        "Set a larger task.reward_timeout, or task.reward_on_timeout=0.0 to continue with that score",
     )
 
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    # One loop for the whole process, on its own thread: clients that users keep between calls are bound to
+    # One loop for the whole process, on a separate thread: clients that users keep between calls are bound to
     # the loop they were first used on, and a notebook already runs one on the main thread.
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="twig-async-rewards", daemon=True)

@@ -1,7 +1,7 @@
-"""Reward functions called the way TRL 1.16 calls them, and what they return made into numbers.
+"""Calls reward functions the way TRL 1.16 does and turns their results into numbers.
 
-Everything goes by keyword: prompts, completions (texts, or one assistant message each where the prompt is
-chat messages), completion_ids, each column of the data as a list, trainer_state, log_extra, log_metric. Async
+All arguments are keywords: prompts, completions (texts, or one assistant message each if the prompt is chat
+messages), completion_ids, each column of the data as a list, trainer_state, log_extra, log_metric. Async
 functions run together, in the background of sampling. None leaves a completion out of that function's share.
 A function that fails stops the run with one line. Knows nothing about models or algorithms.
 """
@@ -15,23 +15,24 @@ from typing import Any
 
 import numpy as np
 
+from twig.common.text import plain
 from twig.core.types import Example, Score
 from twig.tasks.answers import score_answer, score_lenient
 from twig.tasks.base import Task
 from twig.tasks.reward_calls import call, start
-from twig.tasks.reward_functions import RewardError, defined_at, function_names, is_async
+from twig.tasks.reward_functions import RewardError, function_names, is_async, label_of
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """What the reward functions made of N completions.
+    """The rewards of N completions.
 
-    `total` is the weighted sum, float64 [N]; NaN where every function returned None: such a completion has no
-    reward, belongs in no average and gets no credit. `per_function` has [N] per function, NaN for None.
-    `logged` has what was passed to `log_metric`; `lenient` is, where the task has a lenient reading, whether
-    a last number was found and whether it is right, bool [2, N]; `extra` has the columns passed to
+    `total` is the weighted sum, float64 [N]; NaN if every function returned None: such a completion has no
+    reward, is in no average and gets no credit. `per_function` has [N] per function, NaN for None. `logged`
+    has the values passed to `log_metric`. `lenient`, bool [2, N], says whether a completion has a last number
+    and whether that is right; None if the task has no lenient reading. `extra` has the columns passed to
     `log_extra`, N values each.
     """
 
@@ -43,18 +44,21 @@ class Rewards:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """`rewards/NAME/mean` and `rewards/NAME/std` (where a function gave any number), the means of what
-        was passed to `log_metric`, and `answers/found_lenient` and `answers/right_lenient`."""
-        found = _statistics(self.per_function)
-        found |= {name: sum(values) / len(values) for name, values in self.logged.items()}
+        """Metrics of the step.
+
+        `rewards/NAME/mean` and `rewards/NAME/std` (if a function returned any number), the means of the
+        values passed to `log_metric`, `answers/found_lenient` and `answers/right_lenient`.
+        """
+        metrics = _statistics(self.per_function)
+        metrics |= {name: sum(values) / len(values) for name, values in self.logged.items()}
         if self.lenient is not None:
             names = ("answers/found_lenient", "answers/right_lenient")
-            found |= {name: float(row.mean()) for name, row in zip(names, self.lenient, strict=True)}
-        return found
+            metrics |= {name: float(row.mean()) for name, row in zip(names, self.lenient, strict=True)}
+        return metrics
 
 
 def joined(parts: Sequence[Rewards]) -> Rewards:
-    """The rewards of all parts' completions, laid end to end."""
+    """Joins the rewards of all parts' completions, in their order."""
     lenient = [part.lenient for part in parts if part.lenient is not None]
     columns = {name: [None] for part in parts for name in part.extra}
     extra = [
@@ -80,26 +84,28 @@ def score_completions(
     completion_ids: Sequence[Any],
     trainer_state: Any = None,
 ) -> Rewards:
-    """The rewards of N completions by all of the task's functions, the n-th one an answer to the n-th
-    example.
+    """Rewards N completions with all of the task's functions; the n-th one answers the n-th example.
 
-    A function sees an assistant message in place of a text where the prompt is chat messages. Raises
-    RewardError where a function raises, takes too long, or returns anything but N finite numbers or Nones.
+    A function gets an assistant message in place of a text if the prompt is chat messages. Raises RewardError
+    if a function raises, takes too long, or returns anything but N finite numbers or Nones.
     """
     return Rewarding(task, trainer_state).finish(examples, texts, completion_ids)
 
 
 @dataclass(frozen=True)
 class _Part:
-    # Completions of a batch, by their numbers in it, and what the async functions will say of them.
+    # Completions of a batch, by their numbers in it, and the future results of the async functions for them.
     numbers: np.ndarray
     log: "_Log"
     returned: dict[str, Future[Any]]
 
 
 class Rewarding:
-    """The rewards of one batch. Async functions can begin with those completions that are there already,
-    while others are still being sampled; then they are called once for each such part."""
+    """Rewards one batch.
+
+    Async functions can start with the completions that are finished, while others are still being sampled;
+    then they are called once for each such part.
+    """
 
     def __init__(self, task: Task, trainer_state: Any = None) -> None:
         self.task, self.trainer_state = task, trainer_state
@@ -115,7 +121,7 @@ class Rewarding:
         texts: Sequence[str],
         completion_ids: Sequence[Any],
     ) -> None:
-        """Lets the async functions begin with the completions that have these numbers in the batch."""
+        """Starts the async functions for the completions that have these numbers in the batch."""
         if not self.background:
             return
         log, limit, count = _Log(), self.task.reward_limit, len(texts)
@@ -128,7 +134,7 @@ class Rewarding:
     def finish(
         self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Any]
     ) -> Rewards:
-        """The rewards of the whole batch, as `score_completions` has them."""
+        """Returns the rewards of the whole batch; see `score_completions`."""
         task, count, log = self.task, len(texts), _Log()
         assert count == len(completion_ids) == len(examples) > 0, "one text, list of ids and example each"
         arguments = self._arguments(examples, texts, completion_ids, log)
@@ -174,7 +180,7 @@ class Rewarding:
         }
 
     def _extra(self, log: "_Log", count: int) -> dict[str, list[Any]]:
-        """What was passed to `log_extra`, each value with the completion it belongs to."""
+        """Returns the columns passed to `log_extra`, each value at its completion."""
         extra = log.columns(count)
         for part in self.parts:
             for name, values in part.log.columns(len(part.numbers)).items():
@@ -184,23 +190,30 @@ class Rewarding:
         return extra
 
 
-def judge(
-    task: Task, examples: Sequence[Example], texts: Sequence[str], totals: np.ndarray
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """Whether an answer was found in each of N completions, and whether it is right: two bool [N].
+@dataclass(frozen=True)
+class Judged:
+    """Whether N completions have an answer (bool [N]; None if the task cannot tell), and a right one."""
 
-    A task that cannot tell by itself finds nothing (None), and a completion is right when its total reward
-    reaches `task.correct_at`.
+    answered: np.ndarray | None
+    right: np.ndarray
+
+
+def judge(task: Task, examples: Sequence[Example], texts: Sequence[str], totals: np.ndarray) -> Judged:
+    """Tells which of N completions have an answer, and which a right one.
+
+    If the task has no `score`, a completion is right when its total reward reaches `task.correct_at`.
     """
     if task.score is None:
-        return None, np.asarray(totals) >= task.correct_at
+        return Judged(None, np.asarray(totals) >= task.correct_at)
     scores = [task.score(text, example) for text, example in zip(texts, examples, strict=True)]
-    return np.array([s.found for s in scores], bool), np.array([s.right for s in scores], bool)
+    return Judged(np.array([s.found for s in scores], bool), np.array([s.right for s in scores], bool))
 
 
 def read_leniently(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray | None:
-    """Whether each of N completions has a last number, and whether it is right: bool [2, N]; None without
-    such a reading."""
+    """Tells which of N completions have a last number, and which a right one: bool [2, N].
+
+    None if the task has no lenient reading.
+    """
     if task.score_lenient is None:
         return None
     scores = [task.score_lenient(text, example) for text, example in zip(texts, examples, strict=True)]
@@ -208,7 +221,7 @@ def read_leniently(task: Task, examples: Sequence[Example], texts: Sequence[str]
 
 
 def weighted_total(values: np.ndarray, weights: Sequence[float] | None) -> np.ndarray:
-    """Weighted sums [N] of rewards [N, functions]; a NaN counts as 0, and a row of nothing but NaN gives NaN.
+    """Returns weighted sums [N] of rewards [N, functions]; NaN counts as 0, a row of only NaN gives NaN.
 
     >>> weighted_total(np.array([[1.0, 0.5], [np.nan, 2.0], [np.nan, np.nan]]), [1.0, 2.0])
     array([ 2.,  4., nan])
@@ -218,7 +231,7 @@ def weighted_total(values: np.ndarray, weights: Sequence[float] | None) -> np.nd
 
 
 def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """Column name to one value per example; None where an example lacks the column."""
+    """Returns one value per example for each column name; None if an example lacks the column."""
     names = {name: None for example in examples for name in example.columns}
     return {name: [example.columns.get(name) for example in examples] for name in names}
 
@@ -227,7 +240,7 @@ def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
 
 
 def accuracy(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) -> list[float]:
-    """1 where a completion's marked answer is the gold number, else 0, also where none is marked.
+    """Rewards a completion with 1 if its marked answer is the gold number, else with 0.
 
     >>> accuracy(["5 + 7 = 12\\n#### 12", "It is 12."], ["12", "12"])
     [1.0, 0.0]
@@ -237,12 +250,12 @@ def accuracy(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) -
 
 
 def score_number(text: str, example: Example) -> Score:
-    """How a text answers an example whose column `answer` holds the gold number."""
+    """Scores a text for an example whose column `answer` holds the gold number."""
     return score_answer(text, str(example.columns["answer"]))
 
 
 def score_last_number(text: str, example: Example) -> Score:
-    """The same with the lenient reading: the last number of the text."""
+    """Scores a text by the lenient reading: the last number of the text."""
     return score_lenient(text, str(example.columns["answer"]))
 
 
@@ -250,13 +263,13 @@ def score_last_number(text: str, example: Example) -> Score:
 
 
 class _Log:
-    # Receives what reward functions log about some completions.
+    # Collects the values that reward functions log about some completions.
     def __init__(self) -> None:
         self.extra: dict[str, list[Any]] = {}
         self.metrics: dict[str, list[float]] = {}
 
     def add_extra(self, column: str, values: list[Any]) -> None:
-        self.extra.setdefault(column, []).extend(values)
+        self.extra.setdefault(column, []).extend(map(plain, values))
 
     def add_metric(self, name: str, value: float) -> None:
         self.metrics.setdefault(name, []).append(float(value))
@@ -265,8 +278,9 @@ class _Log:
         for name, values in self.extra.items():
             if len(values) != count:
                 raise RewardError(
-                    f"log_extra: column {name!r} got {len(values)} values for {count} completions; "
-                    "log one value per completion, and each column from one reward function"
+                    "log_extra",
+                    f"column {name!r} got {len(values)} values for {count} completions",
+                    "Log one value per completion, and each column from only one reward function",
                 )
         return self.extra
 
@@ -305,26 +319,26 @@ def _warn_unrewarded(total: np.ndarray, prompts: Sequence[Any], completions: Seq
 
 
 def _values(function: Callable[..., Any], name: str, returned: Any, count: int) -> np.ndarray:
-    where = f"reward function {name!r} ({defined_at(function)})"
-    instead = "return one number or None per completion"
+    def refused(problem: str) -> RewardError:
+        fix = "Return one finite number or None per completion"
+        return RewardError(label_of(function, name), f"returned {problem}", fix)
+
     if isinstance(returned, (str, bytes, Mapping)) or not _is_iterable(returned):
-        raise RewardError(f"{where} returned {_show(returned)}, not a list; {instead}")
+        raise refused(f"{_show(returned)}, not a list")
     returned = list(returned)
     if len(returned) != count:
-        raise RewardError(f"{where} returned {len(returned)} values for {count} completions; {instead}")
+        raise refused(f"{len(returned)} values for {count} completions")
     values = np.empty(count)
     for index, value in enumerate(returned):
         number = math.nan if value is None else _as_number(value)
         if number is None or value is not None and not math.isfinite(number):
-            raise RewardError(
-                f"{where} returned {_show(value)} for completion {index}; {instead}, no NaN or infinity"
-            )
+            raise refused(f"{_show(value)} for completion {index}")
         values[index] = number
     return values
 
 
 def _as_number(value: Any) -> float | None:
-    # numpy and torch make scalars of themselves here; text does not count, even where float() would read it.
+    # Scalars of numpy and torch have `tolist`; a text is no number, even if float() could read it.
     value = value.tolist() if hasattr(value, "tolist") else value
     return float(value) if isinstance(value, (bool, int, float)) else None
 

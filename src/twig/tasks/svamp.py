@@ -29,13 +29,12 @@ Solution:"""
 
 
 def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> Task:
-    """The SVAMP task. Raises UserError where the data cannot be read or lacks a column."""
+    """Loads SVAMP. Raises UserError if the data cannot be read or lacks a column."""
     rows = read_rows(settings.task, HUB_NAME, None, train_dataset, eval_dataset)
-    train, evaluation = (_examples(part) for part in rows)
     return Task(
         "svamp",
-        train,
-        evaluation,
+        _examples(rows.train),
+        _examples(rows.eval),
         (accuracy,),
         score=score_number,
         score_lenient=score_last_number,
@@ -44,13 +43,13 @@ def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> 
 
 
 def _examples(rows: list[Row]) -> list[Example]:
-    hint = "write task.path= a file or folder with Body, Question and Answer"
-    require_columns(rows, ("Body", "Question", "Answer"), hint, texts=("Body", "Question"))
+    fix = "Set task.path to a file or folder with columns Body, Question and Answer"
+    require_columns(rows, ("Body", "Question", "Answer"), fix, texts=("Body", "Question"))
     examples = []
-    for row in rows:
+    for number, row in enumerate(rows):
         gold = read_number(str(row["Answer"]), strict=False)
         if not isinstance(gold, Fraction):
-            raise UserError(f"svamp: the Answer {row['Answer']!r} is no number; {hint}")
+            raise UserError(f"data row {number}", f"the Answer {row['Answer']!r} is not a number", fix)
         question = f"{row['Body'].strip()} {row['Question'].strip()}"
         answer = str(gold) if gold.denominator == 1 else str(row["Answer"])
         examples.append(Example(question, {**row, "question": question, "answer": answer}))

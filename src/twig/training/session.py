@@ -1,53 +1,47 @@
-"""One process's work on a run: its parts, where it stands, and what it writes.
+"""Runs one training process: set-up, steps, evaluations, checkpoints.
 
-Ctrl-C, SIGTERM and crashes leave a run folder that can be gone on with. What happens in a step is in
-`trainer.py`.
+Ctrl-C, SIGTERM and crashes leave a run folder that can be resumed. What happens in a step is in `trainer.py`.
 """
 
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset
-import pyarrow.parquet  # noqa: F401  (with what it takes before memory is measured, and not in the middle of a run)
+import pyarrow.parquet  # noqa: F401  (so that their memory is in use before a run measures its own)
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
 
 from twig.common.errors import UserError
 from twig.common.progress import Progress
+from twig.common.python_files import file_checksum
+from twig.common.tokenizer import Tokenizer
 from twig.config.load import Settings
-from twig.config.sizes import SIZE_KEYS
-from twig.engine.load import (
-    end_ids,
-    load_model,
-    load_tokenizer,
-    quantization_of,
-    remote_code_words,
-    suppressed_ids,
-)
-from twig.engine.lora import adapter_shape, attach, refuse_another_shape
-from twig.engine.policy import Policy
+from twig.config.schema import Model
+from twig.config.sizes import SIZE_KEYS, Sizes
+from twig.core.algorithms.base import PASSED
+from twig.engine.load import quantization_of
+from twig.engine.lora import adapter_shape, refuse_another_shape
 from twig.evaluation.evaluate import evaluate_policy
-from twig.planner.choose import size_run
+from twig.evaluation.prepare import Given, Parts, prepare
+from twig.planner.choose import Machine, Sized, size_run
 from twig.report.diagnosis import LiveWarnings
 from twig.report.page import report_of_run
 from twig.runs import checkpoint
 from twig.runs.reader import is_finished
-from twig.runs.resume import CHECKPOINTS, Start, decided_by_main, decisions
+from twig.runs.resume import CHECKPOINTS, Start, decisions
 from twig.runs.trackers import Report, reporting
 from twig.runtime.memory_use import PeakMemory, out_of_memory
 from twig.runtime.processes import ALONE, Processes
 from twig.runtime.rng_state import random_states, restore_random_states, seed_all
 from twig.runtime.stop import Clock, Stop, stoppable
 from twig.tasks.base import Task, data_revision
-from twig.tasks.load import load_task
 from twig.tasks.prompts import refuse_too_long
-from twig.tasks.reward_functions import reward_file_checksum
 from twig.training.batch import Batch, completion_rows
 from twig.training.state import TOTALS, RunState
 from twig.training.trainer import Trainer
@@ -60,118 +54,96 @@ NOT_FINITE = "nonfinite"  # the folder of batches whose gradient was not
 
 @dataclass
 class Run:
-    """A finished or stopped run: its folder, the trained model (PEFT, on its base), tokenizer and
-    summary.json."""
+    """A finished or stopped run: folder, trained model (PEFT, on its base), tokenizer and summary.json."""
 
     folder: Path
     model: PeftModel
-    tokenizer: Any
+    tokenizer: Tokenizer
     summary: dict[str, Any]
 
 
-def decode_of(chosen: str, found: str, steps: int) -> str:
-    """Returns how a run of `steps` decode steps samples: `auto` compiles what is captured if that pays.
+def decode_of(chosen: str, resolved: str, steps: int) -> str:
+    """Returns how a run of `steps` decode steps samples: `auto` compiles captured steps if that pays.
 
-    `chosen` is `rollout.decode`, `found` what the policy made of it on its device.
+    `chosen` is `rollout.decode`, `resolved` what the policy made of it on its device.
     """
-    return "compiled" if (chosen, found) == ("auto", "graph") and steps >= COMPILED_FROM else found
+    return "compiled" if (chosen, resolved) == ("auto", "graph") and steps >= COMPILED_FROM else resolved
+
+
+def prepare_run(
+    settings: Settings,
+    start: Start,
+    given: Given,
+    progress: Progress,
+    memory: PeakMemory,
+    processes: Processes = ALONE,
+    model_settings: Model | None = None,
+) -> Parts:
+    """Loads everything that can fail before the run begins, the same in every process.
+
+    `model_settings`: as in `evaluation.prepare.prepare`.
+    """
+
+    def size(settings: Settings, task: Task, tokenizer: Tokenizer, model: PreTrainedModel | None) -> Sized:
+        machine, new = Machine(memory, processes.local_size), start.checkpoint is None
+        own = size_run(settings, task, tokenizer, model, machine, strict=new)
+        sized = processes.from_main(replace(own, plan=None), Sized, Settings)
+        same = {"algorithm": settings.algorithm}  # it may be a class of the user's
+        return replace(sized, settings=sized.settings.model_copy(update=same))
+
+    parts = prepare(settings, given, size, progress, model_settings)
+    if settings.model.adapter is not None:
+        refuse_another_shape(settings, adapter_shape(parts.policy.peft_model))
+    refuse_too_long(parts.task, parts.sized.longest_prompt, parts.policy.context_length)
+    processes.check_device(parts.policy.device)
+    processes.copy_from_main(list(parts.policy.parameters.values()))
+    return parts
 
 
 class Session:
-    """One process's work on a run: its parts, and where it stands."""
+    """One process's work on a run: its parts and its state."""
 
     def __init__(
         self,
-        settings: Settings,
+        parts: Parts,
         start: Start,
         progress: Progress,
         memory: PeakMemory,
         clock: Clock,
         processes: Processes = ALONE,
     ) -> None:
-        self.processes, self.peak = processes, 0
-        self.settings, self.start, self.log = settings, start, start.log
+        self.parts, self.processes, self.peak = parts, processes, 0
+        self.settings, self.task = parts.settings, parts.task
+        self.policy, self.tokenizer = parts.policy, parts.tokenizer
+        self.start, self.log = start, start.log
         self.progress, self.memory, self.clock = progress, memory, clock
         self.log.on_trouble = self._warn
         self.stop, self.live, self.run_state = Stop(), LiveWarnings(), RunState()
         self.report: Report = lambda step, metrics: None
         self.after: dict[str, Any] | None = None
-
-    def prepare(
-        self, model: Any, tokenizer: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any
-    ) -> None:
-        """Loads everything that can fail before anything is computed."""
-        settings = self.settings
-        given = {"model": model, "tokenizer": tokenizer, "reward_funcs": reward_funcs}
-        given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self.passed = ", ".join(name for name, value in given.items() if value is not None)
-        self.progress.phase("loading")
-        own = reward_funcs is None and settings.task.reward_file is not None
-        self.code = reward_file_checksum(settings.task.reward_file) if own else None
-        given_data = train_dataset, eval_dataset
-        self.task: Task = load_task(settings, *given_data, reward_funcs, self.progress.notice)
-        loaded = model is None
-        if loaded:
-            if settings.model.trust_remote_code:
-                self.progress.notice(remote_code_words(settings.model))
-            tokenizer = tokenizer or load_tokenizer(settings.model)
-        elif tokenizer is None:
-            raise UserError("tokenizer: a model was passed without its tokenizer; pass tokenizer=")
-        elif any(isinstance(module, LoraLayer) for module in model.modules()):
-            raise UserError(
-                "model: it has an adapter already, perhaps of an earlier run; "
-                "pass run.model.unload(), or load it anew"
-            )
-        self.tokenizer = tokenizer
-        begins = self.start.checkpoint is None
-        options = {"begins": begins, "beside": self.processes.local_size}
-        sized = size_run(settings, self.task, tokenizer, model, self.memory, **options)
-        self.sized = self.processes.from_main(sized)
-        self.settings = settings = self.sized.settings
-        if loaded:
-            model, _ = load_model(decided_by_main(settings, self.start, self.processes), tokenizer)
-        peft_model = self._attach(model)
-        if loaded:  # not the folder that it lies in on this machine
-            for config in peft_model.peft_config.values():
-                config.base_model_name_or_path = settings.model.name
-        self.end_ids = end_ids(model, tokenizer)
-        vocab = model.get_output_embeddings().weight.shape[0]
-        self.policy = Policy(
-            peft_model,
-            temperature=settings.rollout.temperature,
-            suppress_tokens=suppressed_ids(model, settings.rollout.suppress_tokens, vocab),
-            plain=settings.model.engine == "plain",
-            head_chunk=settings.train.head_chunk,
-            checkpoint_layers=settings.train.checkpoint_layers,
-            decode=settings.rollout.decode,
+        self._warn_of_sizes()
+        self.trainer = Trainer(
+            parts.settings, parts.policy, parts.tokenizer, parts.task, parts.sampling, progress, processes
         )
-        if self.sized.warning is not None:  # now that the model is known to be one that can be trained
-            self._warn(self.sized.warning)
-        longest, context = self.sized.longest_prompt, self.policy.context_length
-        refuse_too_long(self.task, longest, context)
-        if context is not None and longest + settings.rollout.max_completion_length > context:
+        steps = self.trainer.total_steps * self.settings.rollout.max_completion_length
+        self.policy.decode = decode_of(self.settings.rollout.decode, self.policy.decode, steps)
+
+    def _warn_of_sizes(self) -> None:
+        """Warns if the run may not fit into memory, or a text into the model's context."""
+        sized, context = self.parts.sized, self.policy.context_length
+        if sized.warning is not None:
+            self._warn(sized.warning)
+        longest = sized.longest_prompt
+        if context is not None and longest + self.settings.rollout.max_completion_length > context:
             self._warn(
                 f"a prompt of {longest} tokens and its completion may be longer than the {context} of the "
-                f"model's context; write rollout.max_completion_length={context - longest}"
+                f"model's context; set rollout.max_completion_length={context - longest}"
             )
-        self.processes.check_device(self.policy.device)
-        self.processes.copy_from_main(list(self.policy.parameters.values()))
-        known = (self.policy, tokenizer, self.task, self.end_ids, self.progress, self.processes)
-        self.trainer = Trainer(settings, *known)
-        steps = self.trainer.total_steps * settings.rollout.max_completion_length
-        self.policy.decode = decode_of(settings.rollout.decode, self.policy.decode, steps)
-
-    def _attach(self, model: Any) -> PeftModel:
-        settings = self.settings
-        started = {"seed": settings.train.seed, "adapter": settings.model.adapter}
-        peft_model = attach(model, **dict(settings.lora), **started)
-        if settings.model.adapter is not None:
-            refuse_another_shape(settings, adapter_shape(peft_model))
-        return peft_model
 
     # ---- the run
 
     def run(self) -> Run:
+        """Trains to the end or to a stop, from the checkpoint to resume from if there is one."""
         seed_all(self.settings.train.seed)
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
@@ -185,7 +157,7 @@ class Session:
             self._save_environment()
         if not self.task.eval:
             self.progress.message(
-                f"task {self.task.name}: nothing to evaluate on, so no accuracy; pass eval_dataset, or write "
+                f"task {self.task.name}: nothing to evaluate on, so no accuracy; pass eval_dataset, or set "
                 "task.eval_split"
             )
         names = self.settings.log.report_to if self.processes.main else []
@@ -200,7 +172,7 @@ class Session:
                 return self._finish("stopped")
 
     def _work(self) -> bool:
-        """Evaluates, trains and evaluates; whether it came to the end."""
+        """Evaluates, trains and evaluates; returns whether it came to the end."""
         run_state, stop = self.run_state, self.stop
         every = self.settings.train.save_steps
         if run_state.step == 0 and self.settings.eval.before:
@@ -224,17 +196,17 @@ class Session:
         return True
 
     def _any(self, here: bool) -> bool:
-        """Whether it is so in any of the processes: each has to decide the same."""
+        """Returns whether it is so in any of the processes: each has to decide the same."""
         return any(self.processes.gather(here))
 
     def _is_over(self) -> bool:
-        """Whether the last step is done: the number of steps or of tokens is reached."""
+        """Returns whether the last step is done: the number of steps or of tokens is reached."""
         limit, run_state = self.settings.train.max_tokens, self.run_state
         enough = limit is not None and run_state.totals["tokens_sampled"] >= limit
         return enough or run_state.step >= self.trainer.total_steps
 
     def _expected_steps(self) -> int:
-        """How many steps it will be, as far as can be told from those done (at least one)."""
+        """Estimates the number of steps from those done (at least one)."""
         total, limit, run_state = self.trainer.total_steps, self.settings.train.max_tokens, self.run_state
         if limit is None:
             return total
@@ -248,15 +220,15 @@ class Session:
         seconds = time.perf_counter() - began
         self.run_state.add_step(metrics, seconds)
         self.peak = max(self.processes.gather(self.memory.peak()))
-        memory = {"peak_bytes": self.peak, "predicted_peak_bytes": self.sized.peak}
+        memory = {"peak_bytes": self.peak, "predicted_peak_bytes": self.parts.sized.peak}
         metrics |= {"time/step": seconds, **{f"memory/{name}": value for name, value in memory.items()}}
         self._log(metrics)
         self.progress.step(step, self._expected_steps(), metrics)
         every = self.settings.log.completions_steps
         if every and (step == 1 or step % every == 0):
             self.log.save_completions(step, completion_rows(batch, self.tokenizer))
-        for words in self.live.warnings(metrics):
-            self._warn(words)
+        for text in self.live.warnings(metrics):
+            self._warn(text)
         if metrics["optimizer/skipped"]:
             self._skipped(batch)
         every = self.settings.eval.steps
@@ -267,29 +239,29 @@ class Session:
                 self._log({f"eval/{name}": result[key] for name, key in named.items()})
 
     def _skipped(self, batch: Batch) -> None:
-        """Says that a step was skipped; raises UserError where it was the last of too many."""
+        """Warns that a step was skipped; raises UserError if it was the last of too many."""
         step, train, many = self.run_state.step, self.settings.train, self.trainer.skipped_in_a_row
         self._warn(f"step {step} was skipped: its loss or gradient is not finite")
         if many >= train.max_skipped_steps:
             path = self.log.save_completions(step, completion_rows(batch, self.tokenizer), NOT_FINITE)
             raise UserError(
-                f"train.max_skipped_steps: the loss or gradient of {many} steps in a row is not finite (the "
-                f"last batch: {path}); write a smaller train.learning_rate than {train.learning_rate:g}, or "
-                "model.dtype=float32"
+                "train.max_skipped_steps",
+                f"the loss or gradient of {many} steps in a row is not finite (the last batch: {path})",
+                f"Set a smaller train.learning_rate than {train.learning_rate:g}, or model.dtype=float32",
             )
 
     def _log(self, metrics: dict[str, Any]) -> None:
         self.log.log(self.run_state.step, metrics)
         self.report(self.run_state.step, metrics)
 
-    def _warn(self, words: str) -> None:
-        self.log.warn(words)
-        self.progress.message(f"warning: {words}")
+    def _warn(self, text: str) -> None:
+        self.log.warn(text)
+        self.progress.message(f"warning: {text}")
 
     def _evaluate(self, when: str) -> dict[str, Any] | None:
-        """An evaluation as summary.json has it, None where there is nothing to evaluate on.
+        """Evaluates; returns the result for summary.json, None if there is nothing to evaluate on.
 
-        Nothing is lost where one before or after training is broken off, so there a signal stops at once.
+        A signal stops an evaluation before or after training immediately: there is no progress to save.
         """
         settings = self.settings
         if not self.task.eval:
@@ -299,12 +271,8 @@ class Session:
             self.policy,
             self.tokenizer,
             self.task,
-            settings.task,
-            end_ids=self.end_ids,
-            max_completion_length=settings.rollout.max_completion_length,
+            replace(self.parts.sampling, wave_size=Sizes.of(settings).eval_batch_size),
             limit=settings.eval.limit,
-            batch_size=settings.eval.batch_size,
-            stop=settings.rollout.stop,
             progress=self.progress,
             processes=self.processes,
         )
@@ -332,7 +300,7 @@ class Session:
             "accuracy_best": run_state.best,
             **{total: totals[total] for total in TOTALS},
             "peak_memory_bytes": max(self.peak, self.memory.peak()),
-            "predicted_peak_bytes": self.sized.peak,
+            "predicted_peak_bytes": self.parts.sized.peak,
             "seconds": totals["seconds"],
         }
         self.log.flush()
@@ -348,7 +316,7 @@ class Session:
     def _save(self) -> None:
         if not self.processes.main:
             return
-        self.log.flush()  # a checkpoint stands for the rows up to it
+        self.log.flush()  # a checkpoint belongs to the rows up to it
         tensors, state = self.trainer.state()
         tensors["random"] = random_states()
         state |= {"standing": self.run_state.as_dict(), "decided": decisions(self.policy.model)}
@@ -357,26 +325,25 @@ class Session:
             checkpoint.save(self.log.folder / CHECKPOINTS, self.run_state.step, tensors, state, keep)
 
     def _restore(self, path: Path) -> None:
-        tensors, state = self.processes.from_main(checkpoint.load(path) if self.processes.main else None)
+        files, state = self.processes.from_main(checkpoint.read(path) if self.processes.main else None)
+        tensors = checkpoint.tensors_of(files)
         values = self.settings.flat()
-        # What memory had room for goes on; a size that is written now does too.
-        wanted = {key.rpartition(".")[2]: values[key] for key in SIZE_KEYS if key in self.start.changed}
+        # Sizes that fitted into memory are kept, unless they were set explicitly for this resume.
+        changed = {key.rpartition(".")[2]: values[key] for key in SIZE_KEYS if key in self.start.changed}
         try:
-            sizes = {name: wanted.get(name, size) for name, size in state["sizes"].items()}
+            sizes = {name: changed.get(name, size) for name, size in state["sizes"].items()}
             self.trainer.restore(tensors, state | {"sizes": sizes})
             self.run_state = RunState(**state["standing"])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             if out_of_memory(error):
                 raise
-            raise UserError(
-                f"{path}: not a checkpoint of this run ({type(error).__name__}: {error}); remove it to go on "
-                "from the one before"
-            ) from error
+            problem = f"not a checkpoint of this run ({type(error).__name__}: {error})"
+            raise UserError(str(path), problem, "Remove it to resume from the one before") from error
         summary = self.processes.from_main(self.log.summary())
         if is_finished(summary) and summary["steps"] == self.run_state.step and summary["accuracy_after"]:
             self.run_state.add_evaluation(summary["accuracy_after"])  # made when the checkpoint was there
         restore_random_states(tensors["random"])
-        self.progress.message(f"going on from step {self.run_state.step} ({path})")
+        self.progress.message(f"resuming from step {self.run_state.step} ({path})")
 
     def _save_adapter(self, name: str) -> None:
         if not self.processes.main:
@@ -386,15 +353,20 @@ class Session:
 
     @contextmanager
     def _saving(self, what: str) -> Iterator[None]:
-        """Inside, what cannot be written ends the run with one line: its last checkpoint is whole."""
+        """Ends the run with a UserError if something cannot be written: its last checkpoint is whole."""
         try:
             yield
         except OSError as error:
             folder = self.log.folder
             raise UserError(
-                f"{folder}: {what} cannot be written ({error.strerror or error}); free the space or make it "
-                f"writable, then twig train {folder} --resume"
+                str(folder),
+                f"{what} cannot be written ({error.strerror or error})",
+                f"Free the space or make it writable, then run twig train {folder} --resume",
             ) from error
+
+    def _algorithm_checksum(self) -> str | None:
+        file = self.settings.algorithm.file
+        return None if file in (None, PASSED) else file_checksum(file, "algorithm.file")
 
     def _save_environment(self) -> None:
         model, device = self.policy.model, self.policy.device
@@ -405,7 +377,8 @@ class Session:
             quantization=quantization_of(model.config),
             model_revision=getattr(model.config, "_commit_hash", None),  # None: not from the Hub
             data_revision=data_revision(self.task),
-            passed=self.passed or None,
-            reward_file_sha256=self.code,
+            passed=", ".join(self.parts.passed) or None,
+            reward_file_sha256=self.parts.reward_file_sha256,
+            algorithm_file_sha256=self._algorithm_checksum(),
             processes=self.processes.size,
         )

@@ -1,6 +1,6 @@
-"""Where a run stands: its step, its totals and its evaluations so far. A checkpoint keeps it.
+"""The training state: step, totals and evaluations so far. A checkpoint keeps it.
 
-What training itself goes on from (`trainer.Trainer.state`) is kept beside it.
+What the next step depends on (`trainer.Trainer.state`) is kept beside it.
 """
 
 from collections.abc import Mapping
@@ -37,13 +37,13 @@ class RunState:
 
     @property
     def before(self) -> dict[str, Any] | None:
-        """The evaluation before training, without its step; None where there was none."""
-        found = [each for each in self.evaluations if each["step"] == 0]
-        return {key: value for key, value in found[0].items() if key != "step"} if found else None
+        """The evaluation before training, without its step; None if there was none."""
+        first = next((each for each in self.evaluations if each["step"] == 0), None)
+        return first and {key: value for key, value in first.items() if key != "step"}
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The best evaluation since training began, the first of equal ones; None where there was none."""
+        """The best evaluation since training began, the first of equal ones; None if there was none."""
         trained = [each for each in self.evaluations if each["step"] > 0]
         return max(trained, key=lambda each: each["value"], default=None)
 

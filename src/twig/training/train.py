@@ -1,95 +1,129 @@
-"""A whole run: load, evaluate, train, save, evaluate again.
+"""Runs a whole training: load, evaluate, train, save, evaluate again.
 
-Where a run's settings, folder and processes come together; its work is in `session.py`.
+Brings settings, folder and processes together; the work is in `session.py`.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, cast
 
 from transformers import PreTrainedModel
 
 from twig.common.progress import Progress
+from twig.common.python_files import FileError
+from twig.common.tokenizer import Tokenizer
 from twig.config.from_peft import lora_values
 from twig.config.load import Settings, as_settings
 from twig.config.sizes import with_sizes
+from twig.core.algorithms.base import Algorithm
+from twig.core.algorithms.registry import load_algorithm, passed_algorithm
 from twig.engine.load import load_config, pick_device
+from twig.evaluation.prepare import Given
 from twig.runs.folder import NoLog, with_traceback
 from twig.runs.resume import Start, decided_by_main, open_run
 from twig.runs.trackers import require
-from twig.runtime.lifeline import Ended
+from twig.runtime.failures import Ended
 from twig.runtime.memory_use import PeakMemory
 from twig.runtime.processes import Processes, together
 from twig.runtime.stop import Clock
-from twig.tasks.reward_functions import RewardError
-from twig.training.session import Run, Session
+from twig.training.session import Run, Session, prepare_run
+
+
+class Passed(TypedDict, total=False):
+    """What `train` takes by keyword in place of what the settings name.
+
+    `reward_funcs`: reward functions with TRL's signature; `train_dataset`, `eval_dataset`: a `Dataset` or a
+    list of dicts; `algorithm`: an object in place of the group `algorithm`; `peft_config`: PEFT's
+    `LoraConfig` in place of the group `lora` (unsupported fields raise UserError); `processes`: from
+    `twig.runtime.processes.together`, if the caller has more to do as one of several processes.
+    """
+
+    reward_funcs: Callable | Sequence[Callable] | None
+    train_dataset: Any
+    eval_dataset: Any
+    algorithm: Algorithm | None
+    peft_config: Any
+    processes: Processes | None
 
 
 def train(
     settings: Settings | dict[str, Any] | str,
     model: PreTrainedModel | None = None,
-    tokenizer: Any = None,
-    reward_funcs: Callable | Sequence[Callable] | None = None,
-    train_dataset: Any = None,
-    eval_dataset: Any = None,
+    tokenizer: Tokenizer | None = None,
     *,
-    peft_config: Any = None,
     output: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-    processes: Processes | None = None,
+    **passed: Unpack[Passed],
 ) -> Run:
     """Trains by `settings` (a recipe's name, a dict of groups, or Settings) and returns the run.
 
-    `model` and `tokenizer` take the place of `model.name`'s; reward functions (TRL's signature) and data sets
-    take the place of the task's; PEFT's `LoraConfig` takes the place of the settings `lora`, and what of it
-    has no equal here is refused. The run folder is `output`, by default a new one below runs/. `resume` goes
-    on from the newest valid checkpoint in `output`, or from the beginning where there is none; a finished run
-    is returned as it is. Where there is nothing to evaluate on, the accuracies are None. The first SIGINT or
-    SIGTERM ends the run after the step, saved, with the status "stopped"; a second one raises
-    KeyboardInterrupt. Raises UserError for what can be fixed.
+    `model` and `tokenizer` replace those of `model.name`. By keyword: `reward_funcs`, `train_dataset`,
+    `eval_dataset`, `algorithm`, `peft_config` and `processes`, see `Passed`. The run folder is `output`, by
+    default a new one below runs/. `resume` resumes from the newest valid checkpoint in `output`, or starts
+    from the beginning if there is none; a finished run is returned as it is. If there is nothing to evaluate
+    on, the accuracies are None. The first SIGINT or SIGTERM stops the run after the step, saved, with the
+    status "stopped"; a second one raises KeyboardInterrupt. Raises UserError for what can be fixed, TypeError
+    for an unknown keyword.
 
-    Where a launcher started several processes, each calls this and takes its share; settings, output and
-    resume are those of process 0, which alone writes and reports. `processes`: from
-    `twig.runtime.processes.together` where the caller has more to do as one of them. Ended is raised where
-    another process failed.
+    If a launcher started several processes, each calls this and takes its share; settings, output and resume
+    are those of process 0, which alone writes and reports. Raises Ended if another process failed.
     """
-    with together(processes) as processes:
+    unknown = sorted(passed.keys() - Passed.__annotations__)
+    if unknown:
+        raise TypeError(f"train() got an unexpected keyword argument {unknown[0]!r}")
+    algorithm = passed.get("algorithm")
+    given = Given(
+        model, tokenizer, *(passed.get(name) for name in ("reward_funcs", "train_dataset", "eval_dataset"))
+    )
+    with together(passed.get("processes")) as processes:
         progress = progress if progress is not None and processes.main else Progress()
-        start = None
+        begun = agreed = None
         if processes.main:
-            settings = as_settings(settings)
-            if peft_config is not None:
-                settings = _with_lora(settings, peft_config, model)
-            require(settings.log.report_to)
-            start = open_run(settings, output, resume, progress)
-            settings = with_sizes(settings, start.log.settings.flat())
-        clock = Clock(settings.train.max_time if processes.main else None)
-        told = (settings, start.log.folder, start.checkpoint, start.changed) if start else None
-        settings, folder, *known = processes.from_main(told)
-        start = start or Start(NoLog(folder, settings), *known)
+            own = _with_lora(as_settings(settings), passed.get("peft_config"), model)
+            own = _with_algorithm(own, algorithm, progress)
+            require(own.log.report_to)
+            begun = open_run(own, output, resume, progress)
+            own = with_sizes(own, begun.log.settings.flat())
+            newest = None if begun.checkpoint is None else str(begun.checkpoint)
+            agreed = (own, str(begun.log.folder), newest, begun.changed)
+        same, folder, newest, changed = processes.from_main(agreed, Settings)
+        clock = Clock(same.train.max_time if processes.main else None)
+        if not processes.main:
+            same = _with_algorithm(same, algorithm, progress)
+        checkpoint = None if newest is None else Path(newest)
+        start = begun or Start(NoLog(Path(folder), same), checkpoint, changed)
         try:
-            device = (
-                pick_device(decided_by_main(settings, start, processes).device)
-                if model is None
-                else model.device
-            )
+            decided = decided_by_main(same, start, processes) if model is None else None
+            device = pick_device(decided.device) if decided else cast(PreTrainedModel, model).device
             with PeakMemory(str(device)) as memory:
-                session = Session(settings, start, progress, memory, clock, processes)
-                session.prepare(model, tokenizer, reward_funcs, train_dataset, eval_dataset)
-                return session.run()
-        except (RewardError, Ended) as error:
-            found = with_traceback(error, start.log)
-            if found is error:
+                parts = prepare_run(same, start, given, progress, memory, processes, decided)
+                return Session(parts, start, progress, memory, clock, processes).run()
+        except (FileError, Ended) as error:
+            reported = with_traceback(error, start.log)
+            if reported is error:
                 raise
-            raise found from error
+            raise reported from error
         finally:
             start.log.close()
 
 
 def _with_lora(settings: Settings, peft_config: Any, model: PreTrainedModel | None) -> Settings:
+    """Returns the settings with the adapter of `peft_config`; as they are if it is None."""
+    if peft_config is None:
+        return settings
+
     def family() -> str:
         return (load_config(settings.model) if model is None else model.config).model_type
 
     values = {**settings.model_dump(), "lora": lora_values(peft_config, family)}
     return Settings.from_dict(values, label="peft_config")
+
+
+def _with_algorithm(settings: Settings, algorithm: Algorithm | None, progress: Progress) -> Settings:
+    """Returns the settings with the algorithm that was passed, or with that of `algorithm.file` loaded."""
+    if algorithm is None:
+        chosen = load_algorithm(settings.algorithm, progress.notice)
+    else:
+        chosen = passed_algorithm(algorithm)
+    return settings.model_copy(update={"algorithm": chosen.resolved(settings.rollout.max_completion_length)})

@@ -6,35 +6,72 @@ position in the data and the queue of restarts. Knows nothing of files, checkpoi
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState, get_scheduler
 
 from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.config.load import Settings
 from twig.config.sizes import DEFAULT_SIZES, Sizes, with_sizes
-from twig.core.algorithms.assign import assign, entropy_at_quantile
-from twig.core.objective import Surrogate, shrink
+from twig.core.algorithms.base import Objective
+from twig.core.credit import Scored, assign
+from twig.core.objective import shrink
 from twig.core.replay import Restart, choose_restart
 from twig.core.rng import CREDIT, DATA, REPLAY, generator
 from twig.core.trie import PrefixTrie
 from twig.core.types import Completion, Group
-from twig.engine.policy import Policy
-from twig.engine.sampler import Drawn, Request, Sampled, sample
-from twig.engine.update import Passes
+from twig.engine.base_policy import BasePolicy
+from twig.engine.sampler import Drawn, Request, Sampled, SamplingParams, sample, take_fallback
+from twig.engine.update import LogProbs, Passes
 from twig.runtime.processes import ALONE, Processes
 from twig.tasks.base import Task
 from twig.tasks.prompts import encode_prompt, refuse_too_long
 from twig.tasks.rewards import Rewarding, Rewards, joined, judge
 from twig.training.batch import Batch, gaps
+from twig.training.metrics import batch_metrics
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt's number in the data, and what to sample for it."""
+
+    prompt_index: int
+    request: Request
+
+    def whole(self, completion: Completion) -> np.ndarray:
+        """Returns the ids of a completion from its beginning, kept prefix included."""
+        return np.concatenate([self.request.prefix, completion.ids])
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What one process sampled: completions by prompt; rewards, answered and right by completion."""
+
+    completions: list[list[Completion]]
+    rewards: Rewards
+    answered: np.ndarray | None
+    right: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Sums of an update: loss, tokens run, rows of the head, weighted KL and its weights; the largest gap."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+    largest_gap: float = 0.0
+    kl: float = 0.0
+    kl_weight: float = 0.0
 
 
 class Trainer:
@@ -43,25 +80,26 @@ class Trainer:
     def __init__(
         self,
         settings: Settings,
-        policy: Policy,
+        policy: BasePolicy,
         tokenizer: Any,
         task: Task,
-        end_ids: list[int],
+        sampling: SamplingParams,
         progress: Progress,
         processes: Processes = ALONE,
     ) -> None:
         if not task.train:
             raise UserError(
-                f"task {task.name}: there is nothing to train on; write task.path=FILE or another split"
+                f"task {task.name}", "there is nothing to train on", "Set task.path=FILE or another split"
             )
         self.settings, self.policy, self.tokenizer, self.task = settings, policy, tokenizer, task
-        self.end_ids, self.progress, self.processes = end_ids, progress, processes
+        self.sampling, self.progress, self.processes = sampling, progress, processes
         train = settings.train
         self.num_prompts = settings.rollout.prompts_per_step
         if self.num_prompts < processes.size:
             raise UserError(
-                f"rollout.prompts_per_step: {self.num_prompts} cannot be shared out among {processes.size} "
-                f"processes; write rollout.prompts_per_step={processes.size} or more, or start fewer"
+                "rollout.prompts_per_step",
+                f"{self.num_prompts} cannot be shared out among {processes.size} processes",
+                f"Set rollout.prompts_per_step={processes.size} or more, or start fewer processes",
             )
         self.total_steps = train.max_steps or math.ceil(
             train.num_train_epochs * len(task.train) / self.num_prompts
@@ -78,7 +116,6 @@ class Trainer:
         self.seconds: dict[str, float] = {}
 
     # ---- one step
-    # ------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> tuple[Batch, dict[str, Any]]:
         """Samples and updates; returns what was sampled and the step's metrics. `step` counts from 1."""
@@ -90,129 +127,127 @@ class Trainer:
             updated = self.update(batch, self.rate_at(step))
         self._queue_restarts(batch, step)
         self._use_smallest_sizes()
-        return batch, {**self._measure(batch), **updated, **{f"time/{k}": v for k, v in self.seconds.items()}}
+        return batch, {**batch_metrics(batch), **updated, **{f"time/{k}": v for k, v in self.seconds.items()}}
 
     def sample(self, step: int) -> Batch:
-        """The groups of a step, with rewards: restarts that wait come first, the rest are the next prompts.
+        """Returns the groups of a step with their rewards: waiting restarts first, then the next prompts.
 
         With several processes each samples and rewards its share of the prompts.
         """
-        chosen = [self._request(slot, restart) for slot, restart in enumerate(self._next_prompts())]
-        own = self.processes.share(range(len(chosen)))
-        drawn, judged = self._draw([chosen[slot] for slot in own], step)
-        parts = self.processes.gather((drawn.completions, *judged))
-        rewards = joined([part[1] for part in parts])
-        totals = rewards.total.reshape(len(chosen), -1)
-        completions = [found for part in parts for found in part[0]]
+        asked = [self._asked(slot, restart) for slot, restart in enumerate(self._next_prompts())]
+        own = self.processes.share(range(len(asked)))
+        mine = [asked[slot] for slot in own]
+        rewarding = Rewarding(self.task, TrainerState(global_step=step - 1, max_steps=self.total_steps))
+        drawn = self._draw(mine, step, rewarding)
+        answers = self._answer(mine, drawn, rewarding)
+        parts = self.processes.gather(answers, _Answers, Completion, Rewards)
+        rewards = joined([part.rewards for part in parts])
+        totals = rewards.total.reshape(len(asked), -1)
+        completions = [each for part in parts for each in part.completions]
         cells = dict(zip(own, drawn.prompt_cells, strict=True))
         groups = [
             Group(
-                self.task.train[i],
-                i,
-                request.prompt_ids,
+                self.task.train[each.prompt_index],
+                each.prompt_index,
+                each.request.prompt_ids,
                 completions[slot],
                 totals[slot],
-                request.prefix_length,
+                each.request.prefix_length,
                 cells.get(slot, np.empty(0, np.int64)),
             )
-            for slot, (i, request) in enumerate(chosen)
+            for slot, each in enumerate(asked)
         ]
         for group in groups:
             length = np.mean([group.prefix_length + len(c) for c in group.completions])
             self.lengths[group.prompt_index] = float(length)
-        found = None if parts[0][2] is None else np.concatenate([part[2] for part in parts])
-        right = np.concatenate([part[3] for part in parts])
-        return Batch(groups, drawn.boundary, rewards, found, right, own=own)
+        answered = [part.answered for part in parts if part.answered is not None]
+        right = np.concatenate([part.right for part in parts])
+        return Batch(
+            groups, drawn.boundary, rewards, np.concatenate(answered) if answered else None, right, own=own
+        )
 
-    def _request(self, slot: int, restart: Restart) -> tuple[int, Request]:
-        """A prompt's number in the data, and what to sample for it."""
-        rollout, prefix = self.settings.rollout, restart.prefix
+    def _asked(self, slot: int, restart: Restart) -> _Asked:
+        prefix = restart.prefix
         ids = np.concatenate([self._prompt_ids(restart.prompt_index), np.array(prefix, np.int64)])
-        left = rollout.max_completion_length - len(prefix)
         expected = self._expected_length(restart.prompt_index) - len(prefix)
-        return restart.prompt_index, Request(ids, rollout.num_generations, left, slot, len(prefix), expected)
+        num = self.settings.rollout.num_generations
+        return _Asked(restart.prompt_index, self.sampling.request(ids, num, slot, len(prefix), expected))
 
-    def _draw(
-        self, asked: list[tuple[int, Request]], step: int
-    ) -> tuple[Sampled, tuple[Rewards, np.ndarray | None, np.ndarray]]:
-        """The completions; their rewards, whether an answer was found, and whether it is right."""
-        rollout = self.settings.rollout
-        requests = [request for _, request in asked]
-        state = TrainerState(global_step=step - 1, max_steps=self.total_steps)
-        rewarding = Rewarding(self.task, state)
+    def _draw(self, asked: list[_Asked], step: int, rewarding: Rewarding) -> Sampled:
+        """Samples completions, and starts the rewards of each wave while the next one is sampled."""
+        num = self.settings.rollout.num_generations
 
         def begin_rewards(wave: list[Drawn]) -> None:
             rewarding.start(
-                [each.request * rollout.num_generations + each.number for each in wave],
-                [self.task.train[asked[each.request][0]] for each in wave],
+                [each.request * num + each.number for each in wave],
+                [self.task.train[asked[each.request].prompt_index] for each in wave],
                 [each.completion.text for each in wave],
-                [_whole(requests[each.request], each.completion) for each in wave],
+                [asked[each.request].whole(each.completion) for each in wave],
             )
 
-        self.progress.phase("sampling", len(requests) * rollout.num_generations)
+        self.progress.phase("sampling", len(asked) * num)
         with self._timed("sample"):
             drawn = sample(
                 self.policy,
-                requests,
-                end_ids=self.end_ids,
-                decode=self._decode,
-                seed=self.settings.train.seed,
+                [each.request for each in asked],
+                replace(self.sampling, wave_size=self.sizes.wave_size),
                 step=step,
-                wave_size=self.sizes.wave_size,
-                stop=rollout.stop,
+                on_finished=self.progress.advance,
                 on_wave=begin_rewards,
             )
-        if self.policy.decode_refusal is not None:
-            why, self.policy.decode_refusal = self.policy.decode_refusal, None
-            self.progress.message(f"sampling goes on with rollout.decode={self.policy.decode}: {why}")
+        if (fallback := take_fallback(self.policy)) is not None:
+            self.progress.message(fallback)
         if drawn.wave_size < self.sizes.wave_size:
             self.sizes = replace(self.sizes, wave_size=drawn.wave_size)
             self.progress.message(
-                f"memory ran out while sampling: going on with rollout.wave_size={drawn.wave_size}, "
+                f"out of memory while sampling: continuing with rollout.wave_size={drawn.wave_size}; "
                 "results stay the same"
             )
-        pairs = zip(requests, drawn.completions, strict=True)
-        flat = [(request, c) for request, completions in pairs for c in completions]
-        examples = [self.task.train[i] for i, request in asked for _ in range(request.num)]
+        return drawn
+
+    def _answer(self, asked: list[_Asked], drawn: Sampled, rewarding: Rewarding) -> _Answers:
+        """Rewards and judges the completions."""
+        flat = [
+            (each, completion)
+            for each, completions in zip(asked, drawn.completions, strict=True)
+            for completion in completions
+        ]
+        examples = [self.task.train[each.prompt_index] for each, _ in flat]
         with self._timed("reward"):
-            texts = [c.text for _, c in flat]
-            rewards = rewarding.finish(examples, texts, [_whole(*each) for each in flat])
-            return drawn, (rewards, *judge(self.task, examples, texts, rewards.total))
+            texts = [completion.text for _, completion in flat]
+            rewards = rewarding.finish(examples, texts, [each.whole(c) for each, c in flat])
+            judged = judge(self.task, examples, texts, rewards.total)
+        return _Answers(drawn.completions, rewards, judged.answered, judged.right)
 
     def assign_credit(self, batch: Batch, step: int) -> None:
-        """Fills in the batch's tries and credits, one per group that has any reward."""
-        options = self.settings.algorithm
-        trained = []
+        """Fills in the batch's scored groups, one per group in which a completion has a reward."""
+        algorithm = self.settings.algorithm
+        rewarded, tries = {}, []
         for slot, group in enumerate(batch.groups):
             group = group.where(~np.isnan(group.rewards))
-            if not group.completions:
-                continue
-            ids, entropies = zip(*((c.ids, c.entropies) for c in group.completions), strict=True)
-            finished = np.array([c.finished for c in group.completions])
-            batch.slots.append(slot)
-            trained.append(finished if options.mask_truncated_completions else np.ones(len(ids), bool))
-            batch.rewarded.append(group)
-            batch.tries.append(PrefixTrie.build(ids, group.rewards, entropies))
-        floor = None  # of the whole step, as in the paper
-        if options.top_entropy_quantile < 1:
-            floor = entropy_at_quantile(batch.tries, trained, options.top_entropy_quantile)
-        for slot, trie, kept in zip(batch.slots, batch.tries, trained, strict=True):
-            rng = generator(self.settings.train.seed, CREDIT, slot, step)
-            batch.credits.append(assign(trie, options, rng, len(batch.groups), kept, floor))
+            if group.completions:
+                rewarded[slot] = group
+                tries.append(_trie(group, algorithm.mask_truncated_completions))
+        rngs = [generator(self.settings.train.seed, CREDIT, slot, step) for slot in rewarded]
+        credits, scale = assign(algorithm, tries, rngs, len(batch.groups))
+        batch.divisor = float(scale.divisor)
+        batch.scored = [
+            Scored(group, trie, credit, slot)
+            for (slot, group), trie, credit in zip(rewarded.items(), tries, credits, strict=True)
+        ]
 
     def update(self, batch: Batch, learning_rate: float) -> dict[str, Any]:
         """Takes `num_iterations` optimizer steps on the batch; returns their metrics.
 
-        Where nothing has weight there is no step and no decay: Adam would move the adapter on a zero
-        gradient. A loss or gradient that is not finite moves nothing either, and ends the iterations on the
-        batch.
+        If nothing has weight there is no step and no decay: Adam would move the adapter on a zero gradient. A
+        loss or gradient that is not finite moves nothing either, and ends the iterations on the batch.
         """
-        options, policy, limit = self.settings.algorithm, self.policy, self.settings.train.max_grad_norm
-        parts = batch.own_parts()
-        passes = Passes(policy, self.sizes, self.progress, *parts, batch.boundary)
+        algorithm, policy = self.settings.algorithm, self.policy
+        objective, scored = algorithm.objective(), batch.own_scored
+        passes = Passes(policy, self.sizes, self.progress, scored, batch.boundary)
         metrics: dict[str, Any] = {
             "learning_rate": learning_rate,
-            "tokens/selected": sum(int(c.weighted.sum()) for c in batch.credits),
+            "tokens/selected": sum(int(each.credit.weighted.sum()) for each in batch.scored),
             "tokens/nodes_run": 0,
             "loss": 0.0,
             "grad_norm": 0.0,
@@ -220,57 +255,67 @@ class Trainer:
         }
         if not metrics["tokens/selected"]:
             return metrics
-        self.progress.phase("updating", len(passes.packs) * options.num_iterations)
-        surrogate = Surrogate(
-            options.epsilon,
-            options.epsilon_high,
-            options.beta,
-            bias_correction=options.use_bias_correction_kl,
-        )
-        old = passes.logps() if options.num_iterations > 1 else None
-        ref = None
-        if options.beta > 0:
+        self.progress.phase("updating", len(passes.packs) * algorithm.num_iterations)
+        given = LogProbs(passes.logps() if algorithm.num_iterations > 1 else None)
+        if objective.beta > 0:
             with policy.base():
-                ref = passes.logps()
-        for iteration in range(options.num_iterations):
+                given = replace(given, ref=passes.logps())
+        num_forward = (given.old is not None) + (given.ref is not None)
+        totals, iteration = _Totals(), 0
+        for iteration in range(algorithm.num_iterations):
+            if objective.kind == "sequence ratio" and given.old is not None:
+                given = replace(given, current=passes.logps() if iteration else given.old)
+                num_forward += iteration > 0
             self.optimizer.zero_grad(set_to_none=True)
-            logps, loss = passes.backward(surrogate, old, ref)
-            self.processes.sum_gradients(self.parameters)
-            done = (loss, passes.num_tokens, passes.num_rows, *gaps(*parts, logps, ref))
-            losses, runs, rows, *found = zip(*self.processes.gather(done), strict=True)
-            loss = sum(losses)
-            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf))
+            totals = self._backward(passes, objective, given)
+            limit = self.settings.train.max_grad_norm or math.inf
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
             if iteration == 0:
-                metrics |= {"loss": loss, "grad_norm": norm, "sampling/logp_gap": max(found[0])}
-                if ref is not None:
-                    metrics["kl"] = sum(found[1]) / max(sum(found[2]), 1e-12)
-            if not (math.isfinite(norm) and math.isfinite(loss)):
+                metrics |= {"loss": totals.loss, "grad_norm": norm, "sampling/logp_gap": totals.largest_gap}
+                if given.ref is not None:
+                    metrics["kl"] = totals.kl / max(totals.kl_weight, 1e-12)
+            if not (math.isfinite(norm) and math.isfinite(totals.loss)):
                 metrics["optimizer/skipped"] = 1
                 break
-            self._optimize(learning_rate, options.l2)
-        self.sizes = passes.sizes  # the smaller ones, where memory ran out
+            self._optimize(learning_rate, algorithm.l2_weight)
+        self.sizes = passes.sizes  # smaller ones after out-of-memory
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["optimizer/skipped"] else 0
-        metrics["tokens/nodes_run"] = sum(runs) * (iteration + 1)
-        without_gradient = (old is not None) + (ref is not None)
-        flops = policy.update_flops(sum(runs), sum(rows), iteration + 1, without_gradient)
+        metrics["tokens/nodes_run"] = totals.tokens * (iteration + 1)
+        flops = policy.update_flops(totals.tokens, totals.rows, iteration + 1, num_forward)
         if flops is not None:
             metrics["flops/update"] = flops
         return metrics
 
+    def _backward(self, passes: Passes, objective: Objective, given: LogProbs) -> _Totals:
+        """Sums the gradient of the batch over all processes; returns what else they sum up."""
+        logps, loss = passes.backward(objective, given)
+        self.processes.sum_gradients(self.parameters)
+        gap = gaps(passes.scored, logps, given.ref)
+        own = _Totals(loss, passes.num_tokens, passes.num_rows, gap.largest, gap.kl, gap.kl_weight)
+        parts = self.processes.gather(own, _Totals)
+        return _Totals(
+            sum(part.loss for part in parts),
+            sum(part.tokens for part in parts),
+            sum(part.rows for part in parts),
+            max(part.largest_gap for part in parts),
+            sum(part.kl for part in parts),
+            sum(part.kl_weight for part in parts),
+        )
+
     def _use_smallest_sizes(self) -> None:
-        """Where memory ran out in one process, all go on with its sizes, so that each could save the run."""
-        found = self.processes.gather(self.sizes)
+        """After out-of-memory in one process all continue with its sizes, so that any could save the run."""
+        every = self.processes.gather(self.sizes, Sizes)
         sizes = replace(
             self.sizes,
-            wave_size=min(each.wave_size for each in found),
-            pack_size=min(each.pack_size for each in found),
-            head_chunk=min(each.head_chunk for each in found),
-            checkpoint_layers=any(each.checkpoint_layers for each in found),
+            wave_size=min(each.wave_size for each in every),
+            pack_size=min(each.pack_size for each in every),
+            head_chunk=min(each.head_chunk for each in every),
+            checkpoint_layers=any(each.checkpoint_layers for each in every),
         )
         if sizes != self.sizes:
             self.progress.message(
-                f"memory ran out in another process: going on with rollout.wave_size={sizes.wave_size}, "
+                f"out of memory in another process: continuing with rollout.wave_size={sizes.wave_size}, "
                 f"train.pack_size={sizes.pack_size}, train.head_chunk={sizes.head_chunk} and "
                 f"train.checkpoint_layers={str(sizes.checkpoint_layers).lower()}; results stay the same"
             )
@@ -287,10 +332,9 @@ class Trainer:
         self.optimizer.step()
 
     # ---- prompts
-    # -------------------------------------------------------------------------------------------------
 
     def _next_prompts(self) -> list[Restart]:
-        """The prompts of the next step; fresh ones are restarts from the beginning."""
+        """Returns the prompts of the next step; a fresh one is a restart from the beginning."""
         chosen, self.restarts = self.restarts[: self.num_prompts], []
         while len(chosen) < self.num_prompts:
             epoch, at = divmod(self.drawn_prompts, len(self.task.train))
@@ -304,19 +348,19 @@ class Trainer:
 
     @lru_cache(maxsize=1024)  # noqa: B019
     def _prompt_ids(self, index: int) -> np.ndarray:
-        ids = encode_prompt(self.task, self.task.train[index], self.tokenizer, self.settings.task)
+        ids = encode_prompt(self.task, self.task.train[index], self.tokenizer)
         refuse_too_long(self.task, len(ids), self.policy.context_length)
         return ids
 
     def _expected_length(self, index: int) -> float:
-        """Tokens that a prompt's completions are likely to have; without any the limit."""
+        """Returns how long a prompt's completions were, else the mean of all, else the limit."""
         if index in self.lengths:
             return self.lengths[index]
-        known = self.lengths.values()
-        return sum(known) / len(known) if known else self.settings.rollout.max_completion_length
+        lengths = self.lengths.values()
+        return sum(lengths) / len(lengths) if lengths else self.settings.rollout.max_completion_length
 
     def _queue_restarts(self, batch: Batch, step: int) -> None:
-        options = self.settings.algorithm.replay
+        options = self.settings.algorithm.restarts
         if options.probability == 0:
             return
         right = batch.right.reshape(len(batch.groups), -1)
@@ -326,38 +370,6 @@ class Trainer:
             if restart is not None:
                 self.restarts.append(restart)
 
-    def _decode(self, rows: list[np.ndarray]) -> list[str]:
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-    # ---- measuring
-    # -----------------------------------------------------------------------------------------------
-
-    def _measure(self, batch: Batch) -> dict[str, Any]:
-        completions = [c for g in batch.groups for c in g.completions]
-        lengths = np.array([len(c) for c in completions])
-        rewards = np.array([g.rewards for g in batch.groups])
-        given = rewards[~np.isnan(rewards)]
-        flat = [bool(len(r := row[~np.isnan(row)]) == 0 or r.min() == r.max()) for row in rewards]
-        metrics = {
-            "reward": float(given.mean()) if len(given) else None,
-            "reward_std": float(
-                np.mean([g.rewards.std(ddof=1) for g in batch.rewarded if len(g.rewards) > 1] or [0.0])
-            ),
-            **batch.rewards.metrics,
-            "frac_reward_zero_std": float(np.mean(flat)),
-            "answers/right": float(batch.right.mean()),
-            "completions/mean_length": float(lengths.mean()),
-            "completions/min_length": int(lengths.min()),
-            "completions/max_length": int(lengths.max()),
-            "completions/clipped_ratio": float(np.mean([not c.finished for c in completions])),
-            "entropy": float(np.concatenate([c.entropies for c in completions]).mean()),
-            "tokens/sampled": int(lengths.sum()),
-            "replay/groups": sum(g.prefix_length > 0 for g in batch.groups),
-        }
-        if batch.found is not None:
-            metrics["answers/found"] = float(batch.found.mean())
-        return metrics
-
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -365,10 +377,9 @@ class Trainer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     # ---- state
-    # ---------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Everything the next step depends on: (tensors by file, plain values)."""
+        """Returns everything the next step depends on: tensors by file, and plain values."""
         moments = {}
         for name, parameter in self.policy.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -401,12 +412,19 @@ class Trainer:
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
 
-def _whole(request: Request, completion: Completion) -> np.ndarray:
-    """The ids of a completion from its beginning, whatever of it the request's prompt holds."""
-    return np.concatenate([request.prefix, completion.ids])
+def _trie(group: Group, mask_truncated: bool) -> PrefixTrie:
+    """Returns the trie of a group whose completions all have rewards."""
+    completions = group.completions
+    finished = np.array([c.finished for c in completions])
+    return PrefixTrie.build(
+        [c.ids for c in completions],
+        group.rewards,
+        [c.entropies for c in completions],
+        finished if mask_truncated else None,
+    )
 
 
-def _optimizer(settings: Settings, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def _optimizer(settings: Settings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     train = settings.train
     if train.optim == "sgd":
         return torch.optim.SGD(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
@@ -419,10 +437,10 @@ def _optimizer(settings: Settings, parameters: list[Tensor]) -> torch.optim.Opti
     )
 
 
-def _schedule(settings: Settings, optimizer: torch.optim.Optimizer, total: int):
-    """The learning rate as a function of the step (from 1), by transformers' own schedules; it holds no
-    state."""
+def _schedule(settings: Settings, optimizer: torch.optim.Optimizer, total: int) -> Callable[[int], float]:
+    """Returns the learning rate as a stateless function of the step (from 1), by transformers' schedules."""
     train = settings.train
     scheduler = get_scheduler(train.lr_scheduler_type, optimizer, train.warmup_steps, total)
+    assert isinstance(scheduler, LambdaLR), "the schedules in the settings are functions of the step"
     factor = scheduler.lr_lambdas[0]
     return lambda step: train.learning_rate * factor(step - 1)

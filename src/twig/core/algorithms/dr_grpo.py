@@ -1,17 +1,48 @@
-"""Dr. GRPO: GRPO divided by one length for all, and by no standard deviation."""
+"""Dr. GRPO: GRPO divided by one length for all completions, and by no standard deviation."""
+
+from typing import ClassVar, Literal, Self
 
 import numpy as np
+from pydantic import Field
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.base import Credit, advantages, on_tokens
+from twig.core.algorithms.base import Credit, KlTerm, TopEntropy, advantages, arxiv_entry, on_tokens
 from twig.core.trie import PrefixTrie
 
 
-def dr_grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
+class DrGrpo(TopEntropy, KlTerm):
     """Every token of completion i gets (R_i - mean) / (G L), L the same for all. Dr. GRPO, arXiv 2503.20783.
 
-    L is `divisor`, the longest length allowed: a long wrong completion is pushed down as much per token as a
-    short one, and a group of nearly equal rewards as it is.
+    L is `divisor`, by default the longest length allowed: a long wrong completion is pushed down as much per
+    token as a short one, and a group of nearly equal rewards as it is.
     """
-    advantage = advantages(trie.rewards, "none")
-    return on_tokens(trie, options, trained, advantage, [1 / options.divisor] * trie.num_completions)
+
+    title: ClassVar = "Dr. GRPO"
+    summary: ClassVar = (
+        "a completion's reward less the mean of its prompt goes to all of its tokens, divided by the same "
+        "number whatever its length"
+    )
+    citation: ClassVar = arxiv_entry(
+        "liu2025understanding",
+        "Understanding R1-Zero-Like Training: A Critical Perspective",
+        "Liu, Zichen and others",
+        "2503.20783",
+    )
+
+    name: Literal["dr-grpo"] = "dr-grpo"
+    divisor: int | None = Field(
+        default=None,
+        ge=1,
+        description="What a completion's sum over its tokens is divided by in place of its length. null: "
+        "rollout.max_completion_length.",
+        examples=[256],
+    )
+
+    def resolved(self, max_completion_length: int) -> Self:
+        """Returns the algorithm with the longest length as the divisor, if none is set."""
+        return self if self.divisor else self.model_copy(update={"divisor": max_completion_length})
+
+    def weights(self, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
+        """Returns (R_i - mean) / L summed over completions, / G."""
+        assert self.divisor is not None, "resolved with the settings"
+        share = [1 / self.divisor] * trie.num_completions
+        return on_tokens(trie, advantages(trie.rewards, "none"), share, kl=self.beta != 0)

@@ -1,46 +1,77 @@
 """S-GRPO: a sample of a completion's tokens gets the completion's advantage."""
 
-import numpy as np
+from typing import ClassVar, Literal, Self
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.base import Credit, advantages, on_tokens
+import numpy as np
+from pydantic import Field, model_validator
+
+from twig.common.errors import UserError
+from twig.core.algorithms.base import Credit, KlTerm, Load, ScaledRewards, on_tokens
 from twig.core.trie import PrefixTrie
 
 
-def s_grpo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
+class SGrpo(ScaledRewards, KlTerm):
     """The tokens T_i of completion i get A_i / (G |T_i|), the others nothing. S-GRPO, arXiv 2504.20834.
 
     T_i holds every position t < alpha and, after those, each position with probability p, left to right,
     until it holds k. With `unbiased` (the form of arXiv 2603.06619), m of the later positions are drawn
     without replacement and their weight A_i / (G |o_i|) is multiplied by (|o_i| - alpha) / m, so that the
-    expected weights are those of `grpo`.
+    expected weights are those of GRPO.
     """
-    if options.unbiased:
-        return _unbiased_s_grpo(trie, options, rng, trained)
-    draws = rng.random((trie.num_completions, int(trie.lengths.max(initial=0))))
-    chosen = []
-    for path, draw in zip(trie.paths, draws, strict=True):
-        keep = draw[: len(path)] < options.p
-        keep[: options.alpha] = True
-        chosen.append(keep & (np.cumsum(keep) <= max(options.k, options.alpha)))
-    scale = [1 / max(int(keep.sum()), 1) for keep in chosen]
-    return on_tokens(trie, options, trained, advantages(trie.rewards, options.scale_rewards), scale, chosen)
 
+    title: ClassVar = "S-GRPO"
+    summary: ClassVar = (
+        "a completion's reward, relative to those of its prompt, goes to a sample of its tokens"
+    )
+    in_credit_map: ClassVar = True
 
-def _unbiased_s_grpo(
-    trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray
-) -> Credit:
-    draws = rng.random((trie.num_completions, int(trie.lengths.max(initial=0))))
-    chosen, scale = [], []
-    for path, draw in zip(trie.paths, draws, strict=True):
-        later = len(path) - options.alpha
-        keep, factor = np.ones(len(path), bool), np.ones(len(path))
+    name: Literal["s-grpo"] = "s-grpo"
+    alpha: int = Field(default=50, ge=0, description="The first alpha tokens are always trained.")
+    p: float = Field(default=0.3, ge=0, le=1, description="Chance that a later token is trained.")
+    k: int = Field(default=100, ge=1, description="Most tokens trained per completion.")
+    unbiased: bool = Field(
+        default=False, description="Draw the later tokens so that the expected gradient is that of GRPO."
+    )
+
+    @model_validator(mode="after")
+    def _draws_something(self) -> Self:
+        if self.unbiased and self.k <= self.alpha:
+            raise UserError(
+                "algorithm.k",
+                f"{self.k} is not above algorithm.alpha={self.alpha}, as algorithm.unbiased needs",
+                f"Set algorithm.k={self.alpha + 50} or a smaller algorithm.alpha",
+            )
+        return self
+
+    def weights(self, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
+        """Returns A_i / |T_i| at the chosen tokens, summed over completions, / G."""
+        draws = rng.random((trie.num_completions, int(trie.lengths.max(initial=0))))
+        choose = self._choose_unbiased if self.unbiased else self._choose
+        pairs = [choose(len(path), draw[: len(path)]) for path, draw in zip(trie.paths, draws, strict=True)]
+        chosen, share = [keep for keep, _ in pairs], [share for _, share in pairs]
+        return on_tokens(trie, self.advantages(trie), share, chosen, kl=self.beta != 0)
+
+    def _choose(self, length: int, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns which tokens of a completion are trained, and the share of each token."""
+        keep = draw < self.p
+        keep[: self.alpha] = True
+        keep &= np.cumsum(keep) <= max(self.k, self.alpha)
+        return keep, np.full(length, 1 / max(int(keep.sum()), 1))
+
+    def _choose_unbiased(self, length: int, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        later, keep, factor = length - self.alpha, np.ones(length, bool), np.ones(length)
         if later > 0:
-            wanted = max(1, int(np.floor(options.p * later + 0.5)))
-            m = min(options.k - options.alpha, wanted)
-            keep[options.alpha :] = False
-            keep[options.alpha + np.argsort(draw[options.alpha : len(path)], kind="stable")[:m]] = True
-            factor[options.alpha :] = later / m
-        chosen.append(keep)
-        scale.append(factor / max(len(path), 1))
-    return on_tokens(trie, options, trained, advantages(trie.rewards, options.scale_rewards), scale, chosen)
+            m = min(self.k - self.alpha, max(1, int(np.floor(self.p * later + 0.5))))
+            keep[self.alpha :] = False
+            keep[self.alpha + np.argsort(draw[self.alpha :], kind="stable")[:m]] = True
+            factor[self.alpha :] = later / m
+        return keep, factor / max(length, 1)
+
+    def load(self, num_generations: int, length: int) -> Load:
+        """Returns a load of at most k weighted tokens per completion."""
+        return Load(num_generations, tokens_per_path=self.k)
+
+    def describe(self) -> str:
+        """Returns how the trained tokens are chosen."""
+        late = "drawn without bias" if self.unbiased else f"each with p={self.p:g}"
+        return f"the first alpha={self.alpha} tokens, later ones {late}, up to k={self.k}"

@@ -1,20 +1,47 @@
 """TEMPO: GRPO with the step in value of each token added to the advantage."""
 
+from typing import ClassVar, Literal
+
 import numpy as np
 
-from twig.config.schema import Algorithm
-from twig.core.algorithms.base import Credit, advantages, on_tokens, reward_deviation
+from twig.core.algorithms.base import (
+    Credit,
+    KlTerm,
+    ScaledRewards,
+    TopEntropy,
+    arxiv_entry,
+    on_tokens,
+    per_length,
+    reward_deviation,
+    value_steps,
+)
 from twig.core.trie import PrefixTrie
 
 
-def tempo(trie: PrefixTrie, options: Algorithm, rng: np.random.Generator, trained: np.ndarray) -> Credit:
-    """GRPO with the step in value that the token makes added to the advantage: (R_i - mean + V(n) -
-    V(parent(n))) / (std + 1e-4), over G |o_i|. TEMPO, arXiv 2509.18314.
+class Tempo(TopEntropy, ScaledRewards, KlTerm):
+    """GRPO with the step in value added: (R_i - mean + V(n) - V(parent(n))) / (std + 1e-4), over G |o_i|.
 
-    The step is 0 where completions do not part.
+    TEMPO, arXiv 2509.18314. The step is 0 at nodes that are no fork.
     """
-    deviation = reward_deviation(trie.rewards, options.scale_rewards)
-    step = np.append(0.0, trie.value[1:] - trie.value[trie.parent[1:]]) / deviation
-    advantage = advantages(trie.rewards, options.scale_rewards)
-    both = [a + step[path] for a, path in zip(advantage, trie.paths, strict=True)]
-    return on_tokens(trie, options, trained, both, [1 / max(len(path), 1) for path in trie.paths])
+
+    title: ClassVar = "TEMPO"
+    summary: ClassVar = (
+        "a completion's reward, relative to those of its prompt, goes to all of its tokens, and where the "
+        "completions part also the step in the mean reward that the token makes"
+    )
+    citation: ClassVar = arxiv_entry(
+        "tran2025exploiting",
+        "Exploiting Tree Structure for Credit Assignment in RL Training of LLMs",
+        "Tran, Hieu and Yao, Zonghai and Yu, Hong",
+        "2509.18314",
+    )
+
+    name: Literal["tempo"] = "tempo"
+
+    def weights(self, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
+        """Returns the advantage plus the step in value, over |o_i|, summed over completions, / G."""
+        step = value_steps(trie)
+        if self.scale_rewards == "group":
+            step = step / reward_deviation(trie.rewards)
+        both = [a + step[path] for a, path in zip(self.advantages(trie), trie.paths, strict=True)]
+        return on_tokens(trie, both, per_length(trie), kl=self.beta != 0)

@@ -9,9 +9,9 @@ function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((k) => k * power).find((k) => k >= rough - 1e-12);
-  const found = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(k * step || 0);
-  return found;
+  const values = [];
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) values.push(k * step || 0);
+  return values;
 }
 
 // A centred mean over about a twelfth of the curve.
@@ -39,10 +39,10 @@ function path(xs, ys, x, y) {
 }
 
 function area(xs, low, high, x, y) {
-  const known = xs.map((_, i) => i).filter((i) => low[i] !== null);
-  if (known.length < 2) return "";
-  const up = known.map((i) => x(xs[i]).toFixed(1) + " " + y(high[i]).toFixed(1));
-  const down = known.reverse().map((i) => x(xs[i]).toFixed(1) + " " + y(low[i]).toFixed(1));
+  const measured = xs.map((_, i) => i).filter((i) => low[i] !== null);
+  if (measured.length < 2) return "";
+  const up = measured.map((i) => x(xs[i]).toFixed(1) + " " + y(high[i]).toFixed(1));
+  const down = measured.reverse().map((i) => x(xs[i]).toFixed(1) + " " + y(low[i]).toFixed(1));
   return "M" + up.join("L") + "L" + down.join("L") + "Z";
 }
 
@@ -56,13 +56,13 @@ function linesOf(chart) {
       const [mean, low, high] = [3, 4, 5].map((column) => arm.evals.map((row) => row[column]));
       return [{ arm: number, xs, mean, low, high, whiskers: true }];
     }
-    const found = arm.series[chart.metric];
-    if (!found) return [];
+    const series = arm.series[chart.metric];
+    if (!series) return [];
     const many = arm.runs > 1;
     const soft = chart.noisy ? smooth : (values) => values;
     return [{
-      arm: number, xs: arm.x[state.axis], mean: soft(found.mean), raw: chart.noisy && !many ? found.mean : null,
-      low: soft(many ? found.low : found.mean), high: soft(many ? found.high : found.mean), band: many,
+      arm: number, xs: arm.x[state.axis], mean: soft(series.mean), raw: chart.noisy && !many ? series.mean : null,
+      low: soft(many ? series.low : series.mean), high: soft(many ? series.high : series.mean), band: many,
     }];
   });
 }
@@ -78,17 +78,17 @@ function domain(chart, lines) {
 
 // Labels beside the ends of lines, pushed apart.
 function labels(lines, y, height) {
-  const found = lines.map((line) => {
+  const placed = lines.map((line) => {
     const last = line.mean.findLastIndex((v) => v !== null);
     return { line, value: line.mean[last], x: line.xs[last], y: y(line.mean[last]) };
   }).sort((a, b) => a.y - b.y);
-  found.forEach((label, i) => {
-    label.at = Math.max(label.y, i ? found[i - 1].at + 14 : 8);
+  placed.forEach((label, i) => {
+    label.at = Math.max(label.y, i ? placed[i - 1].at + 14 : 8);
   });
-  for (let i = found.length - 1, most = height; i >= 0; i--, most -= 14) {
-    found[i].at = Math.min(found[i].at, most);
+  for (let i = placed.length - 1, most = height; i >= 0; i--, most -= 14) {
+    placed[i].at = Math.min(placed[i].at, most);
   }
-  return found;
+  return placed;
 }
 
 function draw(view) {
@@ -108,8 +108,8 @@ function draw(view) {
     s("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }),
     s("text", { x: left - 7, y: y(v) + 4, "text-anchor": "end" }, minus(worded(v, chart.unit))),
   ]);
-  const wanted = ticks(least, most, width > 420 ? 5 : 3);
-  parts.push(wanted.map((v) => s("text", { x: x(v), y: height - 4, "text-anchor": "middle" }, short(v))));
+  const marks = ticks(least, most, width > 420 ? 5 : 3);
+  parts.push(marks.map((v) => s("text", { x: x(v), y: height - 4, "text-anchor": "middle" }, short(v))));
   for (const line of lines) {
     const { class: colour, dash } = look(line.arm);
     const paint = (extra) => ({ class: extra + " stroke " + colour });
@@ -129,8 +129,8 @@ function draw(view) {
   }
   for (const label of labels(lines, y, height - bottom + 4)) {
     const { class: colour } = look(label.line.arm);
-    const words = DATA.arms.length > 1 ? DATA.arms[label.line.arm].label : minus(worded(label.value, chart.unit));
-    parts.push(s("text", { class: "fill " + colour, x: Math.min(x(label.x), width - right) + 8, y: label.at + 4 }, words));
+    const text = DATA.arms.length > 1 ? DATA.arms[label.line.arm].label : minus(worded(label.value, chart.unit));
+    parts.push(s("text", { class: "fill " + colour, x: Math.min(x(label.x), width - right) + 8, y: label.at + 4 }, text));
   }
   view.scale = { x, y, lines, left, right: width - right, top, bottom: height - bottom, least, most };
   view.cross = s("g");
@@ -158,7 +158,7 @@ function point(at) {
     }
     const here = Math.min(at, most);
     const marks = [s("line", { class: "cross", x1: x(here), x2: x(here), y1: top, y2: bottom })];
-    const words = [AXES[state.axis] === "step" ? "step " + group3(here) : short(here) + " " + AXES[state.axis]];
+    const values = [AXES[state.axis] === "step" ? "step " + group3(here) : short(here) + " " + AXES[state.axis]];
     for (const line of lines) {
       const i = nearest(line.xs, here);
       const { class: colour } = look(line.arm);
@@ -166,10 +166,10 @@ function point(at) {
       marks.push(s("circle", { class: "fill " + colour, cx: x(line.xs[i]), cy: y(line.mean[i]), r: 4 }));
       const name = DATA.arms.length > 1 ? DATA.arms[line.arm].label + " " : "";
       const value = minus(worded((line.raw || line.mean)[i], view.chart.unit));
-      words.push(h("b", { class: colour }, name + value));
+      values.push(h("b", { class: colour }, name + value));
     }
     view.cross.replaceChildren(...marks);
-    view.says.replaceChildren(...words.flatMap((word, i) => (i ? [" · ", word] : [word])));
+    view.says.replaceChildren(...values.flatMap((value, i) => (i ? [" · ", value] : [value])));
   }
 }
 
@@ -214,11 +214,11 @@ function armKey() {
 }
 
 function axisChoice() {
-  const choices = Object.entries(AXES).map(([axis, words]) =>
+  const choices = Object.entries(AXES).map(([axis, label]) =>
     h("label", {}, h("input", { type: "radio", name: "axis", value: axis, checked: axis === "step", onchange: () => {
       state.axis = axis;
       drawAll();
-    } }), words));
+    } }), label));
   return h("fieldset", {}, h("legend", {}, "Across:"), choices);
 }
 
@@ -246,17 +246,17 @@ function phaseBars(host) {
       const from = (at / most) * width;
       const size = (value / most) * width;
       at += value;
-      const words = `${names[phase]} ${short(value)} s`;
+      const text = `${names[phase]} ${short(value)} s`;
       return [
         s("rect", { class: "phase" + phase, x: from, y: y + 20, width: Math.max(0, size - 1), height: 24 }),
-        size > 7.2 * words.length + 8 ? s("text", { class: "inside", x: from + 7, y: y + 36 }, words) : null,
+        size > 7.2 * text.length + 8 ? s("text", { class: "inside", x: from + 7, y: y + 36 }, text) : null,
       ];
     });
     return [s("text", { x: 0, y: y + 13, class: "value" }, label + short(total) + " s a step"), bars.flat()];
   });
   host.replaceChildren(s("svg", { width, height: tall * rows.length, "aria-hidden": "true" }, drawn.flat(2)));
-  const words = DATA.arms.map((arm, i) => `${arm.label}: ` + names.map((name, k) => `${name} ${short(rows[i][k])} s`).join(", "));
-  host.append(h("p", { class: "says" }, words.join("; ")));
+  const texts = DATA.arms.map((arm, i) => `${arm.label}: ` + names.map((name, k) => `${name} ${short(rows[i][k])} s`).join(", "));
+  host.append(h("p", { class: "says" }, texts.join("; ")));
 }
 
 // ---- before and after
@@ -306,15 +306,15 @@ function dumbbell(run, x, y, colour) {
   if (before && after) {
     parts.push(s("line", { class: "stroke " + colour, "stroke-width": 1.4, x1: x(before[0]), x2: x(after[0]), y1: y, y2: y }));
   }
-  for (const [found, kind] of [[before, "hollow"], [after, "fill"]]) {
-    if (!found) continue;
+  for (const [result, kind] of [[before, "hollow"], [after, "fill"]]) {
+    if (!result) continue;
     parts.push(
-      s("line", { class: "stroke " + colour, "stroke-width": 7, opacity: 0.25, x1: x(found[1]), x2: x(found[2]), y1: y, y2: y }),
-      s("circle", { class: kind + " " + colour, cx: x(found[0]), cy: y, r: 5.5 }),
+      s("line", { class: "stroke " + colour, "stroke-width": 7, opacity: 0.25, x1: x(result[1]), x2: x(result[2]), y1: y, y2: y }),
+      s("circle", { class: kind + " " + colour, cx: x(result[0]), cy: y, r: 5.5 }),
     );
   }
   const close = before && after && Math.abs(x(before[0]) - x(after[0])) < 60;
-  const write = (found, shift) => s("text", { class: "value", x: x(found[0]), y: y - 10, "text-anchor": shift }, trim(100 * found[0], 1) + " %");
+  const write = (result, shift) => s("text", { class: "value", x: x(result[0]), y: y - 10, "text-anchor": shift }, trim(100 * result[0], 1) + " %");
   if (before && !close) parts.push(write(before, "middle"));
   if (after) parts.push(write(after, x(after[0]) > x(0.96) ? "end" : "middle"));
   return parts;

@@ -1,7 +1,6 @@
 // The credit map: one group of completions as a trie, under several algorithms side by side.
 
-const NAMES = { grpo: "GRPO", "s-grpo": "S-GRPO", "t-spmo": "T-SPMO", "dr-grpo": "Dr. GRPO", rloo: "RLOO", "lambda-grpo": "λ-GRPO", tempo: "TEMPO" };
-const named = (algorithm) => NAMES[algorithm] || algorithm;
+const named = (algorithm) => DATA.algorithms[algorithm].title;
 const FOLD = 4; // tokens without credit that fold to a note, to the end of a segment
 const FOLD_INSIDE = 12; // and between tokens with credit
 const LONG = 90; // characters of one credit that fold in the middle
@@ -24,13 +23,13 @@ const largestOf = (given) => Math.max(0, ...given.pairs.map((pair) => Math.abs(t
 // [first token, number, [plus, minus]] of each run of one credit within a segment.
 function runsOf(given, segment) {
   const flat = given.runs[segment];
-  const found = [];
+  const runs = [];
   let at = 0;
   for (let i = 0; i < flat.length; i += 2) {
-    found.push([at, flat[i], given.pairs[flat[i + 1]]]);
+    runs.push([at, flat[i], given.pairs[flat[i + 1]]]);
     at += flat[i];
   }
-  return found;
+  return runs;
 }
 
 const level = (group, segment) => (group.segments[segment][0] < 0 ? 0 : 1 + level(group, group.segments[segment][0]));
@@ -38,15 +37,15 @@ const childrenOf = (group, segment) => group.segments.flatMap((each, i) => (each
 
 // Completions, in the order they are drawn, that pass through each segment: [first row, rows].
 function spans(group) {
-  const found = group.segments.map(() => [Infinity, -1]);
+  const bounds = group.segments.map(() => [Infinity, -1]);
   group.segments.forEach(([, , , , , ends], segment) => {
     for (const row of ends) {
       for (let at = segment; at >= 0; at = group.segments[at][0]) {
-        found[at] = [Math.min(found[at][0], row), Math.max(found[at][1], row)];
+        bounds[at] = [Math.min(bounds[at][0], row), Math.max(bounds[at][1], row)];
       }
     }
   });
-  return found.map(([low, high]) => [low, high - low + 1]);
+  return bounds.map(([low, high]) => [low, high - low + 1]);
 }
 
 // ---- the three pictures: across the tokens, down the completions
@@ -87,11 +86,11 @@ function icicle(group, algorithm, width) {
 
 function panelOf(group, algorithm, column) {
   const { trained } = group.credit[algorithm];
-  const words = h("span", { class: "count" }, h("b", {}, group3(trained)), ` of ${group3(group.distinct)} tokens get credit`);
+  const count = h("span", { class: "count" }, h("b", {}, group3(trained)), ` of ${group3(group.distinct)} tokens get credit`);
   const own = ownOf(group) === algorithm ? " own" : "";
   const picture = h("div", { class: "picture", "data-column": column });
   const note = DATA.notes[group.run][algorithm];
-  return h("figure", { class: "panel" + own }, h("figcaption", {}, h("h3", {}, named(algorithm)), words), picture,
+  return h("figure", { class: "panel" + own }, h("figcaption", {}, h("h3", {}, named(algorithm)), count), picture,
     note && h("p", { class: "says" }, note));
 }
 
@@ -139,8 +138,8 @@ function piece(group, segment, algorithm, largest, [from, size, pair]) {
   return [mark(text)];
 }
 
-function fold(key, words) {
-  return h("button", { class: "fold", type: "button", tabindex: -1, "data-key": key }, words);
+function fold(key, text) {
+  return h("button", { class: "fold", type: "button", tabindex: -1, "data-key": key }, text);
 }
 
 function cell(group, segment, algorithm, column) {
@@ -151,9 +150,9 @@ function cell(group, segment, algorithm, column) {
 
 function marksOf(group, ends) {
   const count = (kind) => ends.filter((end) => group.completions[end][1] === kind).length;
-  const words = [[count(true), "✓", "right"], [count(false), "✗", "wrong"]].filter(([number]) => number);
+  const kinds = [[count(true), "✓", "right"], [count(false), "✗", "wrong"]].filter(([number]) => number);
   const cut = ends.filter((end) => !group.completions[end][2]).length;
-  return words.map(([number, sign, word]) =>
+  return kinds.map(([number, sign, word]) =>
     h("span", { class: "marks" }, h(word === "right" ? "b" : "span", {}, sign + " " + word), number > 1 ? " ×" + number : "")
   ).concat(cut ? [h("span", { class: "marks" }, "cut off" + (cut > 1 ? " ×" + cut : ""))] : []);
 }
@@ -239,8 +238,8 @@ function onFocus(event) {
   const before = parent < 0 ? group.mean : group.segments[parent][3];
   const lines = Object.keys(group.credit).map((algorithm) => {
     const [[, size, pair]] = runsOf(group.credit[algorithm], segment);
-    const words = total(pair) ? `${signed(total(pair))}${size > 1 ? ` on ${size} tokens` : ""}` : "no credit";
-    return h("div", {}, h("b", {}, named(algorithm) + " "), words);
+    const text = total(pair) ? `${signed(total(pair))}${size > 1 ? ` on ${size} tokens` : ""}` : "no credit";
+    return h("div", {}, h("b", {}, named(algorithm) + " "), text);
   });
   showTip(row, h("div", {}, `${count} of ${group.size} completions; mean reward ${score(before)} → ${score(value)}`), ...lines);
 }
@@ -277,18 +276,18 @@ const REWARDS = {
 };
 
 function find() {
-  const { run, step, reward, words } = credit.parts;
+  const { run, step, reward, search } = credit.parts;
   const middles = DATA.groups.map((group) => group.mean).sort((a, b) => a - b);
   const middle = middles[Math.floor(middles.length / 2)];
-  const wanted = words.value.toLowerCase();
+  const text = search.value.toLowerCase();
   credit.matches = DATA.groups.filter((group) =>
     (!run || run.value === "" || group.run === Number(run.value)) &&
     (step.value === "" || group.step === Number(step.value)) &&
     REWARDS[reward.value][1](group, middle) &&
-    (group.prompt.toLowerCase().includes(wanted) || String(group.problem) === wanted));
-  const { list, found } = credit.parts;
+    (group.prompt.toLowerCase().includes(text) || String(group.problem) === text));
+  const { list, count } = credit.parts;
   list.replaceChildren(...credit.matches.map((group, i) => h("option", { value: i }, lineOf(group))));
-  found.textContent = credit.matches.length === 1 ? "1 group" : `${group3(credit.matches.length)} groups`;
+  count.textContent = credit.matches.length === 1 ? "1 group" : `${group3(credit.matches.length)} groups`;
   if (!credit.matches.length) return;
   const at = Math.max(0, credit.matches.indexOf(credit.group));
   list.value = String(at);
@@ -302,25 +301,32 @@ function move(way) {
   if (credit.matches[at]) show(credit.matches[at]);
 }
 
+// Its algorithms by how many tokens they train, the fewest first.
+const bySize = (group) => Object.keys(group.credit).sort((a, b) => group.credit[a].trained - group.credit[b].trained);
+
 // The group that says most at first sight: split evenly, with several forks.
 function first() {
   const worth = (group) => {
     const share = group.num_right / group.size;
-    const forks = Math.min(12, group.credit["t-spmo"].trained) + Math.min(6, group.segments.length) / 10;
-    const sparse = group.credit["t-spmo"].trained < 0.05 * group.sampled ? 1.5 : 1;
-    return Math.min(0.16, share * (1 - share)) * forks * sparse * (ownOf(group) === "t-spmo" ? 1.3 : 1);
+    const [sparsest] = bySize(group);
+    const { trained } = group.credit[sparsest];
+    const forks = Math.min(12, trained) + Math.min(6, group.segments.length) / 10;
+    const sparse = trained < 0.05 * group.sampled ? 1.5 : 1;
+    return Math.min(0.16, share * (1 - share)) * forks * sparse * (ownOf(group) === sparsest ? 1.3 : 1);
   };
   return DATA.groups.reduce((best, group) => (worth(group) > worth(best) ? group : best));
 }
 
 function lead(group) {
-  const sparse = group.credit["t-spmo"];
-  if (!sparse.trained) {
-    return `All ${group.size} answers got the same reward, so no token of theirs is better than another: no algorithm gives credit here.`;
-  }
-  return `${group.size} answers to one problem, merged where they begin alike: T-SPMO gives credit only to a token where ` +
-    `answers part and one branch ends better, so it trains ${group3(sparse.trained)} tokens, ` +
-    `${percent(sparse.trained / group.sampled)} of the ${group3(group.sampled)} that were sampled, where GRPO trains them all.`;
+  const names = bySize(group);
+  const most = Math.max(...names.map((name) => group.credit[name].trained));
+  const [sparsest, densest] = [names[0], names.find((name) => group.credit[name].trained === most)];
+  const { trained } = group.credit[sparsest];
+  const answers = `${group.size} answers to one problem, merged where they begin alike.`;
+  if (!most) return `${answers} All got the same reward, so no algorithm gives credit to any token.`;
+  const { title, summary } = DATA.algorithms[sparsest];
+  const others = sparsest === densest ? "" : `, ${named(densest)} ${group3(most)}`;
+  return `${answers} ${title}${summary ? ": " + summary + ". It" : ""} trains ${group3(trained)} of the ${group3(group.distinct)} different tokens${others}.`;
 }
 
 function show(group) {
@@ -328,10 +334,11 @@ function show(group) {
   credit.group = group;
   const { parts } = credit;
   const names = Object.keys(group.credit);
+  const own = Math.max(0, names.indexOf(ownOf(group))); // it is not drawn if its code was not run
   parts.lead.textContent = lead(group);
   const long = group.prompt.length > 60;
   const left = group.size > group.completions.length ? `; ${group.completions.length} of them drawn` : "";
-  const again = group.prefix ? `; goes on from ${group.prefix} tokens of an earlier answer` : "";
+  const again = group.prefix ? `; continues ${group.prefix} tokens of an earlier answer` : "";
   parts.problem.replaceChildren(
     h("p", { class: "prompt" + (long ? " long" : ""), ...(long ? { tabindex: 0, role: "region", "aria-label": "The problem" } : {}) }, visible(group.prompt)),
     h("span", { class: "quiet" }, `step ${group.step}, problem ${group.problem}: ${group.num_right} of ${group.size} answers right, mean reward ${score(group.mean)}${left}${again}`));
@@ -339,8 +346,8 @@ function show(group) {
   parts.panels.replaceChildren(...names.map((name, column) => panelOf(group, name, column)));
   drawPanels();
   parts.choices.replaceChildren(h("legend", {}, "Text under:"), ...names.map((name, column) =>
-    h("label", {}, h("input", { type: "radio", name: "shown", checked: name === ownOf(group), onchange: () => (parts.tree.dataset.show = column) }), named(name))));
-  parts.tree.dataset.show = names.indexOf(ownOf(group));
+    h("label", {}, h("input", { type: "radio", name: "shown", checked: column === own, onchange: () => (parts.tree.dataset.show = column) }), named(name))));
+  parts.tree.dataset.show = own;
   drawTree();
 }
 
@@ -356,7 +363,7 @@ function legendOf() {
 }
 
 function options(pairs) {
-  return pairs.map(([value, words]) => h("option", { value }, words));
+  return pairs.map(([value, text]) => h("option", { value }, text));
 }
 
 function buildCredit(host) {
@@ -367,20 +374,20 @@ function buildCredit(host) {
   const { parts } = credit;
   parts.lead = h("p", { class: "lead" });
   const steps = [...new Set(DATA.groups.map(step))].sort((a, b) => a - b);
-  const field = (words, control, css) => h("label", { class: css }, words, control);
+  const field = (text, control, css) => h("label", { class: css }, text, control);
   parts.run = DATA.runs.length > 1 ? h("select", { onchange: find }, options([["", "all"], ...DATA.runs.map((run, i) => [i, run.name])])) : null;
   parts.step = h("select", { onchange: find }, options([["", "all"], ...steps.map((each) => [each, String(each)])]));
-  parts.reward = h("select", { onchange: find }, options(Object.entries(REWARDS).map(([key, [words]]) => [key, words])));
-  parts.words = h("input", { type: "search", oninput: find, placeholder: "text or number" });
+  parts.reward = h("select", { onchange: find }, options(Object.entries(REWARDS).map(([key, [text]]) => [key, text])));
+  parts.search = h("input", { type: "search", oninput: find, placeholder: "text or number" });
   parts.list = h("select", { onchange: () => show(credit.matches[Number(parts.list.value)]) });
-  parts.found = h("span", { class: "quiet", role: "status" });
+  parts.count = h("span", { class: "quiet", role: "status" });
   const controls = h("div", { class: "find", role: "search", "aria-label": "Groups" },
-    parts.run && field("Run", parts.run), field("Step", parts.step), field("Reward", parts.reward), field("Problem", parts.words),
+    parts.run && field("Run", parts.run), field("Step", parts.step), field("Reward", parts.reward), field("Problem", parts.search),
     field("Group", parts.list, "wide"),
     h("span", { class: "step-buttons" },
       h("button", { type: "button", "aria-label": "Previous group", onclick: () => move(-1) }, "‹"),
       h("button", { type: "button", "aria-label": "Next group", onclick: () => move(1) }, "›")),
-    parts.found);
+    parts.count);
   parts.problem = h("div", { class: "asked" });
   parts.panels = h("div", { class: "panels" });
   parts.choices = h("fieldset", { class: "switch" });

@@ -1,5 +1,5 @@
 "use strict";
-// What charts and credit maps share: elements, numbers in words, the tip. Text only ever becomes text nodes.
+// What charts and credit maps share: elements, numbers as text, the tip. Text only ever becomes text nodes.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";

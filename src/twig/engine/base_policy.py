@@ -1,0 +1,200 @@
+"""What a policy is, whichever engine runs it: a frozen language model with a LoRA adapter.
+
+`policy.Policy` runs packed tries layer by layer, `plain_policy.PlainPolicy` calls the model whole, one row
+per completion. Updates, sampling, evaluation and training know only the base class here. Log-probs and the
+loss are float32 or better. The base model is never merged into and always in eval mode, so the sampled and
+the trained distribution are one.
+
+Knows nothing of tries, rewards or algorithms. Legend: R head rows, N targets, C cells, D hidden, V
+vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from twig.core.algorithms.base import Objective
+from twig.core.objective import loss
+from twig.engine.loops import Loop, choose_loop
+from twig.engine.pack import Pack, Stem
+
+
+@dataclass(frozen=True)
+class OpenStem:
+    """A stem shared by its packs: keys and values by layer, as leaves whose `grad` sums that of the packs."""
+
+    stem: Stem
+    pairs: dict[int, tuple[Tensor, Tensor]]
+
+    def leaves(self) -> list[Tensor]:
+        return [leaf for pair in self.pairs.values() for leaf in pair if leaf.requires_grad]
+
+
+class BasePolicy(ABC):
+    """A model with a LoRA adapter, ready to sample from and to train.
+
+    `temperature` and `suppress_tokens` belong to the policy because the trained distribution must be the
+    sampled one. `head_chunk` logits are computed at once in the update; with `checkpoint_layers` it keeps
+    only the inputs of the upper layers and runs these again in the backward pass: both affect only an engine
+    that `can_checkpoint`. `decode` is how tokens are sampled: plain, graph or compiled, as in the settings.
+    """
+
+    engine: ClassVar[str]  # its value of `model.engine`
+    shares_prefixes: ClassVar[bool]  # whether completions of a pack share what they have in common
+    can_checkpoint: ClassVar[bool]  # whether one path can be run with less memory
+
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        *,
+        temperature: float = 1.0,
+        suppress_tokens: Sequence[int] = (),
+        head_chunk: int = 2**22,
+        checkpoint_layers: bool = False,
+        decode: str = "auto",
+    ) -> None:
+        self.peft_model = peft_model.eval()
+        self.model = cast(PreTrainedModel, peft_model.get_base_model())
+        self.temperature = temperature
+        self.head_chunk, self.checkpoint_layers = head_chunk, checkpoint_layers
+        self.device: torch.device = self.embeddings.device
+        self.suppressed = torch.tensor(sorted(suppress_tokens), dtype=torch.long, device=self.device)
+        self.parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+        self.decode = decode
+        self.decode_refusal: str | None = None  # why sampling fell back to a slower loop
+        self.adapter_is_on = True
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The matrix of the input embeddings, on the model's device and in its dtype."""
+        return cast(nn.Embedding, self.model.get_input_embeddings()).weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base model."""
+        return cast(torch.dtype, self.model.dtype)
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens the model was made for; None if it has no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def records_boundary(self) -> bool:
+        """Whether sampling can record what leaves the frozen layers, for the update."""
+        return False
+
+    def loop(self, stop: Sequence[str]) -> Loop:
+        """Returns the loop that samples from this policy."""
+        return choose_loop(self.engine, self.decode, stop)
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Turns the adapter off inside: the model is the base, the reference of the KL term."""
+        before, self.adapter_is_on = self.adapter_is_on, False
+        try:
+            with self.peft_model.disable_adapter():
+                yield
+        finally:
+            self.adapter_is_on = before
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Keeps attention on a CUDA device off the kernels of cuDNN inside.
+
+        cuDNN plans for each new shape, which takes tens of milliseconds and more (docs/performance.md), and
+        nearly every shape is new: prompts, packs and, in the plain loop, each position.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            yield
+
+    def fall_back(self, why: str) -> None:
+        """Samples in a slower loop from here on; keeps why in `decode_refusal`."""
+        raise AssertionError(f"this engine has no slower loop: {why}")
+
+    def release(self) -> bool:
+        """Frees the buffers that sampling keeps for its next wave; returns whether there were any."""
+        return False
+
+    def sampled_logits(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        """Returns logits of the sampled distribution: temperature and suppressed tokens applied."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if len(self.suppressed):
+            logits = logits.index_fill(-1, self.suppressed, float("-inf"))
+        return logits
+
+    @torch.no_grad()
+    def logps(
+        self, pack: Pack, boundary: Float[Tensor, "C D"] | None = None, opened: OpenStem | None = None
+    ) -> Float[Tensor, " N"]:
+        """Returns log-probs of the pack's targets, without gradient; `pack.cells` index `boundary`."""
+        return self._target_logps(pack, boundary, opened)
+
+    def backward(
+        self,
+        pack: Pack,
+        objective: Objective,
+        boundary: Float[Tensor, "C D"] | None = None,
+        old_logp: Float[Tensor, " N"] | None = None,
+        ref_logp: Float[Tensor, " N"] | None = None,
+        opened: OpenStem | None = None,
+    ) -> tuple[Float[Tensor, " N"], float]:
+        """Adds the gradient of the pack's loss to the adapter; returns the targets' log-probs and the loss.
+
+        The gradient is added whole or, if this raises, not at all. With `opened`, the pack's stem is not run:
+        `close_stem` adds its part of the gradient, once for all packs.
+        """
+        logps = self._target_logps(pack, boundary, opened)
+        targets = pack.targets
+        plus, minus, kl = (self._tensor(w) for w in (targets.plus, targets.minus, targets.kl))
+        value = loss(objective, logps, plus, minus, kl, old_logp, ref_logp)
+        leaves = [*self.parameters.values(), *(opened.leaves() if opened else [])]
+        add_gradients(leaves, torch.autograd.grad(value, leaves, allow_unused=True))
+        return logps.detach(), float(value.detach())
+
+    def open_stem(self, stem: Stem, boundary: Float[Tensor, "C D"] | None, gradient: bool) -> OpenStem:
+        """Runs a stem once for all of its packs; only an engine that shares prefixes has stems."""
+        raise AssertionError("packs of this engine have no stems")
+
+    def close_stem(self, opened: OpenStem, boundary: Float[Tensor, "C D"] | None) -> None:
+        """Adds the stem's part of the gradient to the adapter."""
+        raise AssertionError("packs of this engine have no stems")
+
+    def update_flops(self, nodes: int, rows: int, backward: int = 1, forward: int = 0) -> int | None:
+        """Returns the operations of an update; None if the engine does not count them."""
+        return None
+
+    @abstractmethod
+    def _target_logps(
+        self, pack: Pack, boundary: Tensor | None, opened: OpenStem | None
+    ) -> Float[Tensor, " N"]:
+        """Returns the targets' log-probs, differentiable in the adapter."""
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        """Moves a numpy array to the device; floats in the precision of the loss."""
+        tensor = torch.from_numpy(array)
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.promote_types(self.dtype, torch.float32))
+        return tensor.to(self.device)
+
+
+def add_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Adds `gradients` to the `grad` of the leaves."""
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        if gradient is not None:
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient

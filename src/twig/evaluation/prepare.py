@@ -1,0 +1,115 @@
+"""Builds what an evaluation and a training run work with: task, tokenizer, model and policy.
+
+Knows nothing of training steps or run folders.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from twig.common.errors import UserError
+from twig.common.progress import Progress
+from twig.common.python_files import file_checksum
+from twig.common.tokenizer import Tokenizer
+from twig.config.load import Settings
+from twig.config.schema import Model
+from twig.engine.base_policy import BasePolicy
+from twig.engine.build import build_policy
+from twig.engine.load import end_ids, load_model, load_tokenizer, remote_code_warning
+from twig.engine.lora import attach
+from twig.engine.sampler import SamplingParams
+from twig.planner.choose import Sized
+from twig.tasks.base import Task
+from twig.tasks.load import load_task
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller passes in place of what the settings name; None: take that of the settings."""
+
+    model: PreTrainedModel | None = None
+    tokenizer: Tokenizer | None = None
+    reward_funcs: Any = None
+    train_dataset: Any = None
+    eval_dataset: Any = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what was passed."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an evaluation or a run works with: `sized` has the settings with every size set.
+
+    `sampling` is how completions are sampled while training; `passed` are the names of what the caller
+    passed; `reward_file_sha256` is the checksum of `task.reward_file` as it was run (None: there is none, or
+    other rewards were passed).
+    """
+
+    sized: Sized
+    task: Task
+    tokenizer: Tokenizer
+    policy: BasePolicy
+    sampling: SamplingParams
+    passed: tuple[str, ...] = ()
+    reward_file_sha256: str | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return self.sized.settings
+
+
+def prepare(
+    settings: Settings,
+    given: Given,
+    size: Callable[[Settings, Task, Tokenizer, PreTrainedModel | None], Sized],
+    progress: Progress,
+    model_settings: Model | None = None,
+) -> Parts:
+    """Loads everything that can fail before anything is computed; raises UserError for what can be fixed.
+
+    `size` chooses the sizes from settings, task, tokenizer and the model that was passed, before a model is
+    loaded. `model_settings` are those to load the model by (None: as in the settings).
+    """
+    progress.phase("loading")
+    reward_file = settings.task.reward_file if given.reward_funcs is None else None
+    checksum = None if reward_file is None else file_checksum(reward_file, "task.reward_file")
+    datasets = given.train_dataset, given.eval_dataset
+    task = load_task(settings, *datasets, given.reward_funcs, progress.notice)
+    tokenizer = _tokenizer(settings, given, progress)
+    sized = size(settings, task, tokenizer, given.model)
+    settings, model = sized.settings, given.model
+    if model is None:
+        model, _ = load_model(model_settings or settings.model, tokenizer)
+    # A new adapter changes nothing until it is trained.
+    adapter = {"seed": settings.train.seed, "adapter": settings.model.adapter}
+    peft_model = attach(model, **dict(settings.lora), **adapter)
+    if given.model is None:  # the name of the base, not the folder that it lies in on this machine
+        for config in peft_model.peft_config.values():
+            config.base_model_name_or_path = settings.model.name
+    ends = end_ids(model, tokenizer)
+    policy = build_policy(peft_model, settings)
+    sampling = SamplingParams.of(settings, tokenizer, ends)
+    return Parts(sized, task, tokenizer, policy, sampling, given.names, checksum)
+
+
+def _tokenizer(settings: Settings, given: Given, progress: Progress) -> Tokenizer:
+    """Returns the tokenizer: the one that was passed, or that of the model."""
+    if given.model is None:
+        if settings.model.trust_remote_code:
+            progress.notice(remote_code_warning(settings.model))
+        return given.tokenizer or load_tokenizer(settings.model)
+    if given.tokenizer is None:
+        raise UserError("tokenizer", "a model was passed without its tokenizer", "Pass tokenizer=")
+    if any(isinstance(module, LoraLayer) for module in given.model.modules()):
+        raise UserError(
+            "model",
+            "it already has an adapter, perhaps of an earlier run",
+            "Pass run.model.unload(), or load the model again",
+        )
+    return given.tokenizer
