@@ -1,6 +1,7 @@
 """What the tests of running out of memory share."""
 
 from gradients import scored
+
 from twig.common.progress import Progress
 from twig.config.sizes import Sizes
 from twig.core.algorithms.base import Objective
@@ -19,7 +20,9 @@ def gradient_of(policy, batch, sizes=None, progress=None, beta=0.0, old=False):
     """The whole update of a batch: (loss, gradients), and its passes."""
     for parameter in policy.parameters.values():
         parameter.grad = None
-    passes = Passes(policy, sizes or Sizes(128, 64, 2**22, False), progress or Progress(), scored(*batch), None)
+    passes = Passes(
+        policy, sizes or Sizes(128, 64, 2**22, False), progress or Progress(), scored(*batch), None
+    )
     before = passes.logps() if old else None
     with policy.base():
         ref = passes.logps() if beta else None

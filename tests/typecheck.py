@@ -8,7 +8,7 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def checked(function):
-    """Returns the function with its types checked, but for Self, which beartype knows only in whole classes."""
+    """Returns the function with its types checked, except Self, which needs the whole class."""
     hints = getattr(function, "__annotations__", {})
     if Self in hints.values():
         function.__annotations__ = {name: hint for name, hint in hints.items() if hint is not Self}

@@ -1,7 +1,7 @@
 """Twig: reinforcement learning for language models on small hardware.
 
-`import twig` loads nothing heavy. The names below are stable and are fetched from their modules when first used,
-so the command line starts quickly and credit can be computed if torch is not installed.
+`import twig` loads nothing heavy. The names below are stable and are fetched from their modules when first
+used, so the command line starts quickly and credit can be computed if torch is not installed.
 """
 
 from importlib import import_module

@@ -129,7 +129,8 @@ def test_nodes_give_the_loss_and_the_gradient_of_completions(name, fresh, step, 
 def test_a_node_shared_by_completions_of_different_ratios_by_hand():
     # "1 2" (R 1) and "1 3" (R 0) share the node of 1. Without scaling A = +-1/2, and each token's share is
     # 1 / (G |o|) = 1/4. Ratios: s of the first is e^((0.2 + 0.4) / 2) = e^0.3, of the second
-    # e^((0.2 - 0.4) / 2) = e^-0.1. With wide clipping the shared node has + 1/2 * e^0.3 / 4 and - 1/2 * e^-0.1 / 4.
+    # e^((0.2 - 0.4) / 2) = e^-0.1. With wide clipping the shared node has
+    # + 1/2 * e^0.3 / 4 and - 1/2 * e^-0.1 / 4.
     trie = PrefixTrie.build([[1, 2], [1, 3]], [1.0, 0.0])
     rule = algorithm("gspo", scale_rewards="none", epsilon=0.5, epsilon_high=0.5)
     (credit,), _ = assign(rule, [trie], [np.random.default_rng(0)], 1)

@@ -1,7 +1,6 @@
 """Packs against their definition: each weighted node once, each token behind its own prefix and nothing
 else."""
 
-from gradients import scored
 from collections import Counter
 
 import numpy as np
@@ -9,12 +8,13 @@ import oracles
 import pytest
 import random_groups
 import tiny
+from gradients import scored
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twig.core.algorithms.base import Credit
 from twig.core.algorithms.registry import algorithm
 from twig.core.credit import assign, assign_one
-from twig.core.algorithms.base import Credit
 from twig.core.trie import PrefixTrie
 from twig.core.types import Completion, Example, Group
 from twig.engine.pack import Pack, Targets, build_packs, head_columns

@@ -314,11 +314,11 @@ def test_found_and_right_are_separate():
     for example in task.eval:
         a, b, gold = (example.columns[name] for name in ("a", "b", "answer"))
         for text in (at_once(a, b), worked(a, b)):
-            assert task.score(text, example) == Score(found=True, right=True)
-        assert task.score(f"#{int(gold) + 1}", example) == Score(found=True, right=False)
-        assert task.score("#0", example) == Score(found=True, right=False)
+            assert task.score(text, example) == Score(answered=True, right=True)
+        assert task.score(f"#{int(gold) + 1}", example) == Score(answered=True, right=False)
+        assert task.score("#0", example) == Score(answered=True, right=False)
         for text in ("", gold, f"#{gold} ", f"#{gold}#"):
-            assert task.score(text, example) == Score(found=False, right=False)
+            assert task.score(text, example) == Score(answered=False, right=False)
 
 
 def test_a_template_of_ones_own_reads_the_answer_as_in_word_problems():

@@ -1,4 +1,4 @@
-"""An algorithm in a file of the user's: trained, compared, drawn, shared and resumed, without touching the package."""
+"""An algorithm in a file of the user's: trained, compared, drawn, shared and resumed."""
 
 import json
 import re
@@ -92,7 +92,8 @@ def test_it_is_compared_with_another_drawn_and_shared(mine, tmp_path, monkeypatc
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "base.yaml").write_text(
         f"model: {{name: {tmp_path / 'model'}}}\n"
-        f"task: {{name: custom, path: {tmp_path / 'data.jsonl'}, reward_file: '{tmp_path / 'rewards.py'}:digits'}}\n"
+        f"task:\n  name: custom\n  path: {tmp_path / 'data.jsonl'}\n"
+        f"  reward_file: {tmp_path / 'rewards.py'}:digits\n"
         "rollout: {num_generations: 4, prompts_per_step: 2, max_completion_length: 7}\n"
         "train: {max_steps: 3}\n"
         "log: {completions_steps: 1}\n"

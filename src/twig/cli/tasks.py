@@ -60,7 +60,7 @@ def _show_task(name: str, overrides: Sequence[str]) -> None:
     forms = [f"#### {example.columns['answer']}", f"#{example.columns['answer']}"]
     gold = next((form for form in forms if task.score(form, example).right), forms[0])
     score = task.score(gold, example)
-    verdict = f"answer {'found' if score.found else 'not found'}, {'right' if score.right else 'wrong'}"
+    verdict = f"answer {'found' if score.answered else 'not found'}, {'right' if score.right else 'wrong'}"
     _say(f"\nA right answer ends with:\n\n{clean(gold)}\n\nIts score: {float(score.right):g} ({verdict})")
 
 

@@ -141,7 +141,7 @@ def settings_with(kind: type[Algorithm]) -> type[Settings]:
 
 def json_schema() -> dict[str, Any]:
     """Returns the JSON schema of a settings file, with every shipped algorithm, for editors."""
-    kinds: Any = Union[(*shipped().values(), Unloaded)]  # noqa: UP007 - of classes known when it runs
+    kinds: Any = Union[(*shipped().values(), Unloaded)]
     schema = create_model("Settings", __base__=Settings, algorithm=(kinds, Field())).model_json_schema()
     schema["required"].remove("algorithm")
     schema["$defs"][Unloaded.__name__]["required"] = ["file"]  # or it would take any name

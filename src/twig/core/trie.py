@@ -144,7 +144,7 @@ class PrefixTrie:
         return np.where(low == high, low, self.reward_sum / self.count)
 
     def position(self, nodes: np.ndarray) -> np.ndarray:
-        """Returns the places of the tokens of `nodes` in the completions laid end to end; not for the root."""
+        """Returns the places of the tokens of `nodes` (not the root) in the completions end to end."""
         first = np.cumsum(self.lengths) - self.lengths
         return first[self.owner[nodes]] + self.depth[nodes] - 1
 

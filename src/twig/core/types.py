@@ -24,7 +24,7 @@ class Example:
 class Score:
     """How one answer reads: was there an answer at all, and is it right."""
 
-    found: bool
+    answered: bool
     right: bool
 
 

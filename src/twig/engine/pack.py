@@ -190,7 +190,7 @@ def _ancestors(trie: PrefixTrie, node: int) -> np.ndarray:
 
 
 def _fill(segments: list[_Segment], size: int, share: bool) -> list[list[list[_Segment]]]:
-    """Fills packs of rows of segments by first-fit decreasing; a row has its pack's longest segment's length."""
+    """Fills packs of rows of segments by first-fit decreasing; rows are as long as the longest segment."""
     packs: list[list[list[_Segment]]] = []
     free: list[int] = []  # of each row of the last pack
     width = 0

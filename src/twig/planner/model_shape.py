@@ -83,7 +83,7 @@ class Shape:
     stored: str | None
 
     @property
-    def known(self) -> bool:
+    def is_measured(self) -> bool:
         """Whether the family was compared with its real model; any other counts as a Llama."""
         return self.family in _FAMILIES
 

@@ -321,7 +321,7 @@ def _cheapest_first(settings: Settings, shape: Shape, device_kind: str) -> Itera
 
 
 def _notes(shape: Shape, settings: Settings, kind: str, decode: str | None) -> Iterator[str]:
-    if not shape.known:
+    if not shape.is_measured:
         yield f"model type '{shape.family}' is unknown to the planner and counted as a Llama"
     if kind not in MEASURED:
         yield "the memory of the device's own libraries is a guess: it was never measured"

@@ -80,8 +80,8 @@ def texts_after(
 ) -> Callable[[Sequence[int]], list[str]]:
     """Returns a function from the ids of a completion of one prompt to the text that each token adds.
 
-    Laid end to end the texts are the decoded completion. A token that ends inside a character adds "", the one
-    that completes the character adds it whole.
+    Laid end to end the texts are the decoded completion. A token that ends inside a character adds "", the
+    one that completes the character adds it whole.
 
     >>> texts_after([1], lambda ids: "".join("abcd"[i] for i in ids))([2, 3])
     ['c', 'd']

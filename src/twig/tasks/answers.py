@@ -139,7 +139,7 @@ def score_answer(text: str, gold: str) -> Score:
     """Scores the strict reading of a completion: has it an answer, and is that the gold one.
 
     >>> score_answer("The answer is 12 apples.", "12")
-    Score(found=True, right=True)
+    Score(answered=True, right=True)
     """
     expected = _gold(gold)
     letters = letters_of(expected.latex) if isinstance(expected, Expression) else ""
@@ -151,12 +151,12 @@ def score_lenient(text: str, gold: str) -> Score:
     """Scores the lenient reading of a completion; if the gold answer is an expression, first the strict one.
 
     >>> score_lenient("So 12 apples are left.", "12")
-    Score(found=True, right=True)
+    Score(answered=True, right=True)
     """
     expected = _gold(gold)
     if isinstance(expected, Expression):
         strict = score_answer(text, gold)
-        if strict.found:
+        if strict.answered:
             return strict
     number = read_number(text, strict=False)
     return Score(number is not None, _same(number, expected))

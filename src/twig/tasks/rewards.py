@@ -206,7 +206,7 @@ def judge(task: Task, examples: Sequence[Example], texts: Sequence[str], totals:
     if task.score is None:
         return Judged(None, np.asarray(totals) >= task.correct_at)
     scores = [task.score(text, example) for text, example in zip(texts, examples, strict=True)]
-    return Judged(np.array([s.found for s in scores], bool), np.array([s.right for s in scores], bool))
+    return Judged(np.array([s.answered for s in scores], bool), np.array([s.right for s in scores], bool))
 
 
 def read_leniently(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray | None:
@@ -217,7 +217,7 @@ def read_leniently(task: Task, examples: Sequence[Example], texts: Sequence[str]
     if task.score_lenient is None:
         return None
     scores = [task.score_lenient(text, example) for text, example in zip(texts, examples, strict=True)]
-    return np.array([[s.found for s in scores], [s.right for s in scores]], bool)
+    return np.array([[s.answered for s in scores], [s.right for s in scores]], bool)
 
 
 def weighted_total(values: np.ndarray, weights: Sequence[float] | None) -> np.ndarray:

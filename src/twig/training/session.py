@@ -235,8 +235,8 @@ class Session:
         if every and step % every == 0 and not self._is_over():
             result = self._evaluate(f"step {step}")
             if result is not None:
-                named = {"accuracy": "value", "found": "found", "right_lenient": "right_lenient"}
-                self._log({f"eval/{name}": result[key] for name, key in named.items()})
+                columns = {"accuracy": "value", "found": "found", "right_lenient": "right_lenient"}
+                self._log({f"eval/{name}": result[key] for name, key in columns.items()})
 
     def _skipped(self, batch: Batch) -> None:
         """Warns that a step was skipped; raises UserError if it was the last of too many."""
