@@ -1,5 +1,6 @@
 """Sets up all tests: offline, deterministic, one thread; TWIG_TYPECHECK=1 adds run-time type checks."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -29,10 +30,19 @@ hypothesis.settings.register_profile("thorough", max_examples=100, deadline=None
 hypothesis.settings.load_profile("quick")
 
 
+gc.disable()  # until the tests are collected: nothing of that is garbage
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hides GPUs from all but their own tests: the others compare with what a CPU computes."""
     if "gpu" not in (config.option.markexpr or "").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported and collected out of every later collection of garbage."""
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -166,7 +166,7 @@ TABLE = {
         ("train quickstart max_steps", ["override max_steps", "not group.key=value"]),
         ("train quickstart max_steps=3", ["max_steps is not group.key", "train.max_steps="]),
         ("train quickstart =3", ["override =3", "not group.key=value"]),
-        ("train quickstart train=3", ["train is not group.key", "train.learning_rate=..."]),
+        ("train quickstart train=3", ["train is not group.key", "train.learning_rate=VALUE"]),
         ("train quickstart train..seed=3", ["train..seed", "train.seed="]),
         (
             "train quickstart train.learning_rat=1e-5",

@@ -231,7 +231,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", RULES)
 def test_gradients_of_other_losses_equal_those_of_trl(tmp_path, name, steps):
     """The first optimizer step on a batch, and the second, from TRL's own adapter after its first."""

@@ -212,6 +212,7 @@ def test_a_merge_is_added_up_in_wide_numbers_and_rounded_once(dtype, tmp_path):
     assert f"differ by at most {merged.merge.difference:.2g} on one text ({ids.shape[1]} tokens" in card
 
 
+@pytest.mark.slow
 def test_the_tokenizer_and_the_endings_are_those_of_the_base(tmp_path, test_data):
     base = save_model(tmp_path / "base")
     shutil.copy(test_data / "qwen2_tokenizer" / "tokenizer.json", base)
@@ -266,6 +267,7 @@ def test_the_six_lines_of_the_card_run(form, trained, tmp_path, monkeypatch, cap
         assert loaded["tokenizer"]("12*3=")["input_ids"] == trained.tokenizer("12*3=")["input_ids"]
 
 
+@pytest.mark.slow
 def test_an_export_can_be_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     overrides = ["train.max_steps=1", "eval.limit=8", "train.learning_rate=0.05"]

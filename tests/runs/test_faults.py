@@ -335,7 +335,7 @@ CHANGES = {
     "train.seed=3": "train.seed=0",
     "algorithm.num_iterations=2": "algorithm.num_iterations=1",
     "rollout.num_generations=5": "rollout.num_generations=4",
-    "task.prompt_template=a{prompt}": "task.prompt_template=None",
+    "task.prompt_template=a{prompt}": "task.prompt_template=null",
 }
 
 

@@ -72,6 +72,7 @@ def assert_same_run(folder, expected, steps):
         assert_close(*rows, f"completions of step {step}")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Tokens, rewards, metrics, restarts and the adapter; three prompts on two processes, of which one may
     have no signal."""

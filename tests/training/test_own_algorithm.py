@@ -82,6 +82,7 @@ def test_an_object_trains_like_the_file(run, mine, settings, tmp_path, monkeypat
     assert run("local", resume=True, algorithm=Local()).summary["steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_another_drawn_and_shared(mine, tmp_path, monkeypatch, capsys):
     save_model(tmp_path / "model")
     (tmp_path / "rewards.py").write_text(

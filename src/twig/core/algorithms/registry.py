@@ -66,10 +66,10 @@ def class_for(values: dict[str, Any]) -> type[Algorithm]:
         return Unloaded
     name = values.get("name", DEFAULT)
     if not isinstance(name, str) or name not in shipped():
-        near = difflib.get_close_matches(str(name), shipped(), 1)
+        near = difflib.get_close_matches(str(name), shipped(), 2)
         fix = f"Set it to {either(sorted(shipped()))}, or set algorithm.file=FILE.py:CLASS"
         if near:
-            fix = f"Did you mean algorithm.name={near[0]}?"
+            fix = f"Did you mean algorithm.name={either(near)}?"
         raise UserError("algorithm.name", f"{name!r} is no algorithm", fix)
     return shipped()[name]
 
