@@ -75,7 +75,7 @@ def test_an_error_that_follows_from_it_is_one_too():
 
     assert out_of_memory(raised(torch.OutOfMemoryError("x"), RuntimeError("capture was invalidated")))
     assert not out_of_memory(raised(ValueError("x"), RuntimeError("capture was invalidated")))
-    assert not out_of_memory(raised(torch.OutOfMemoryError("x"), UserError("train.pack_size: too small")))
+    assert not out_of_memory(raised(torch.OutOfMemoryError("x"), UserError("train.pack_size", "too small")))
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------

@@ -15,14 +15,10 @@ class UserError(ValueError):
     'my\\\\x1b[31m.yaml: no file.'
     """
 
-    def __init__(self, key: str, problem: str = "", fix: str = "") -> None:
+    def __init__(self, key: str, problem: str, fix: str = "") -> None:
         self.key, self.problem, self.fix = key, problem, fix
-        text = ": ".join(part for part in (key, problem.rstrip(".")) if part)
-        if fix:
-            text += f". {fix}" if fix.endswith("?") else f". {fix}."
-        elif problem:
-            text += "."
-        super().__init__(one_line(text))
+        sentences = [f"{key}: {problem}", *([fix] if fix else [])]
+        super().__init__(one_line(" ".join(s if s.endswith((".", "?")) else f"{s}." for s in sentences)))
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str]]:
         return type(self), (self.key, self.problem, self.fix)

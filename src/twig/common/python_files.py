@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class FileError(UserError):
     """A Python file of the user's failed; `traceback_text` is the whole traceback."""
 
-    def __init__(self, key: str, problem: str = "", fix: str = "", traceback_text: str = "") -> None:
+    def __init__(self, key: str, problem: str, fix: str = "", traceback_text: str = "") -> None:
         super().__init__(key, problem, fix)
         self.traceback_text = traceback_text
 
