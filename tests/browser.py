@@ -116,8 +116,8 @@ class Browser:
     def picture(self, path: Path, clip: dict[str, float] | None = None) -> None:
         """Writes a PNG of the whole page, or of a part of it (x, y, width, height)."""
         if clip is None:
-            found = self.tell("Page.getLayoutMetrics")["cssContentSize"]
-            clip = {"x": 0, "y": 0, "width": found["width"], "height": found["height"]}
+            actual = self.tell("Page.getLayoutMetrics")["cssContentSize"]
+            clip = {"x": 0, "y": 0, "width": actual["width"], "height": actual["height"]}
         shot = self.tell("Page.captureScreenshot", captureBeyondViewport=True, clip=clip | {"scale": 1})
         path.write_bytes(base64.b64decode(shot["data"]))
 

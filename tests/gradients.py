@@ -44,11 +44,11 @@ def engine_gradient(policy, groups, tries, credits, surrogate, size=4096, bounda
                 ref = policy.logps(pack, boundary)
         old_logp = None
         if old is not None:
-            found = [
+            actual = [
                 old[g][n]
                 for g, n in zip(pack.targets.group.tolist(), pack.targets.node.tolist(), strict=True)
             ]
-            old_logp = torch.tensor(found, dtype=torch.float64, device=policy.device)
+            old_logp = torch.tensor(actual, dtype=torch.float64, device=policy.device)
         total += policy.backward(pack, surrogate, boundary, old_logp, ref)[1]
     return total, {n: p.grad.clone() for n, p in policy.parameters.items()}
 

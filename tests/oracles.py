@@ -93,7 +93,7 @@ def path_loss(policy, groups, tries, credits) -> tuple[torch.Tensor, list[dict[i
 
     Faster than `node_loss`, and as far from a trie: nothing is shared.
     """
-    total, found = torch.zeros((), dtype=torch.float64, device=policy.device), []
+    total, actual = torch.zeros((), dtype=torch.float64, device=policy.device), []
     for group, trie, credit in zip(groups, tries, credits, strict=True):
         logp: dict[int, torch.Tensor] = {}
         for completion, path in zip(group.completions, trie.paths, strict=True):
@@ -102,8 +102,8 @@ def path_loss(policy, groups, tries, credits) -> tuple[torch.Tensor, list[dict[i
         for node in np.flatnonzero(credit.weighted):
             weight = float(credit.plus[node]) + float(credit.minus[node])
             total = total - weight * (logp[int(node)] - logp[int(node)].detach()).exp()
-        found.append({node: value.detach() for node, value in logp.items()})
-    return total, found
+        actual.append({node: value.detach() for node, value in logp.items()})
+    return total, actual
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ PAGES = {
 
 def blocks(page: str) -> list[tuple[str, str, str | None]]:
     """(language, text, file) of each fenced block; the line before a block may end with the `file` it is."""
-    found = []
+    actual = []
     for match in re.finditer(r"([^\n]*)\n\n```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
         file = re.search(r"`([\w.]+)`:$", match[1])
-        found.append((match[2], match[3], file[1] if file else None))
-    assert len(found) == page.count("\n```") // 2, "a block is not seen"
-    return found
+        actual.append((match[2], match[3], file[1] if file else None))
+    assert len(actual) == page.count("\n```") // 2, "a block is not seen"
+    return actual
 
 
 def examples(page: str) -> list[str]:

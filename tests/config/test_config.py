@@ -146,8 +146,8 @@ def test_a_value_may_hold_equals_signs():
     ],
 )
 def test_plain_values(text, value):
-    found = parse_yaml(text, "test")
-    assert found == value and type(found) is type(value)
+    actual = parse_yaml(text, "test")
+    assert actual == value and type(actual) is type(value)
 
 
 def test_settings_survive_being_written_and_read(tmp_path):

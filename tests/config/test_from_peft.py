@@ -123,8 +123,8 @@ def test_the_script_of_the_page_runs(model, tmp_path, monkeypatch, capsys):
     metrics = read_metrics(run.folder)
     assert {"rewards/is_right/mean", "rewards/is_short/mean", "longest", "kl"} <= set(metrics[-1])
     config = LoraConfig.from_pretrained(run.folder / "adapter")
-    wanted = names["peft_config"]
-    assert (config.r, config.lora_alpha, config.target_modules) == (8, 16, wanted.target_modules)
+    expected = names["peft_config"]
+    assert (config.r, config.lora_alpha, config.target_modules) == (8, 16, expected.target_modules)
     assert config.layers_to_transform == [0, 1, 2]
     base = AutoModelForCausalLM.from_pretrained(model)
     PeftModel.from_pretrained(base, run.folder / "adapter")

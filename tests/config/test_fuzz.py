@@ -112,9 +112,9 @@ def test_settings_from_dicts(number):
     @examples(number, groups(), st.booleans())
     def check(values, whole):
         values = {**least, **values} if whole else values
-        found = taken_or_refused(lambda: Settings.from_dict(values))
-        if found is not None:
-            assert Settings.from_dict(parse_yaml(found.to_yaml(), "test")) == found
+        actual = taken_or_refused(lambda: Settings.from_dict(values))
+        if actual is not None:
+            assert Settings.from_dict(parse_yaml(actual.to_yaml(), "test")) == actual
 
 
 @tiers(500)
@@ -152,7 +152,7 @@ def rewarded(completions, **columns):
     return [0.5 for _ in completions]
 
 
-def use(task, wanted, tokenizer):
+def use(task, expected, tokenizer):
     """All that a run does with a task's problems before and after the model has its say."""
     for example in [*task.train, *task.eval]:
         ids = taken_or_refused(lambda example=example: encode_prompt(task, example, tokenizer))
@@ -179,17 +179,17 @@ def test_rows_of_any_json(number, tmp_path):
     @examples(number, rows | likely, st.booleans(), st.none() | TEXT)
     def check(rows, own_reward, template):
         file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-        wanted = task_settings(file)
+        expected = task_settings(file)
         if template:
-            task = wanted.task.model_copy(update={"prompt_template": template})
-            wanted = wanted.model_copy(update={"task": task})
+            task = expected.task.model_copy(update={"prompt_template": template})
+            expected = expected.model_copy(update={"task": task})
         functions = [rewarded] if own_reward else None
         for given_rows in (None, [row for row in rows if isinstance(row, dict)]):
             task = taken_or_refused(
-                lambda given_rows=given_rows: load_task(wanted, given_rows, None, functions)
+                lambda given_rows=given_rows: load_task(expected, given_rows, None, functions)
             )
             if task is not None:
-                taken_or_refused(lambda task=task: use(task, wanted, tokenizer))
+                taken_or_refused(lambda task=task: use(task, expected, tokenizer))
 
 
 @tiers(500)
@@ -223,6 +223,6 @@ def test_any_text_can_be_shown_and_written(number, tmp_path):
         log.log(1, {first: second, "reward": 0.5})
         log.save_summary({"task": first, second: [first, {first: second}]})
         row = {"completion": first, "prompt": second, "tokens": [first, second], "rewards": json.dumps(first)}
-        (found,) = parquet.read_table(log.save_completions(1, [row])).to_pylist()
-        for text, kept in ((first, found["completion"]), (second, found["prompt"])):
+        (actual,) = parquet.read_table(log.save_completions(1, [row])).to_pylist()
+        for text, kept in ((first, actual["completion"]), (second, actual["prompt"])):
             assert kept == text or any("\ud800" <= c <= "\udfff" for c in text)

@@ -137,10 +137,10 @@ def test_a_base_model_is_asked_in_plain_text(tmp_path, test_data, qwen2_tokenize
     settings = settings_of("svamp-qwen2-1.5b", tmp_path, test_data)
     task, tokenizer = load_task(settings), with_template(qwen2_tokenizer, chat=True)
     example = task.eval[0]
-    wanted = ASKED.replace("{question}", example.prompt)
-    assert render_prompt(task, example, tokenizer) == wanted
+    expected = ASKED.replace("{question}", example.prompt)
+    assert render_prompt(task, example, tokenizer) == expected
     ids = encode_prompt(task, example, tokenizer)
-    assert tokenizer.decode(ids) == wanted
+    assert tokenizer.decode(ids) == expected
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_a_chat_model_is_asked_through_its_template(name, ending, tmp_path, test
     if task.name == "gsm8k":
         question = question.replace(" Think step by step in a few short sentences.", "")
         question = question.replace("problem.\n", "problem step by step.\n")
-    wanted = f"<|im_start|>user\n{question}<|im_end|>\n{ending}"
-    assert render_prompt(task, example, tokenizer) == wanted
+    expected = f"<|im_start|>user\n{question}<|im_end|>\n{ending}"
+    assert render_prompt(task, example, tokenizer) == expected
     marks = {tokenizer.convert_tokens_to_ids(mark) for mark in ("<|im_start|>", "<|im_end|>")}
     assert marks <= set(encode_prompt(task, example, tokenizer).tolist())
 

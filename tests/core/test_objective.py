@@ -234,9 +234,9 @@ def test_only_with_the_ratio_is_the_expected_gradient_that_of_the_divergence(cor
     zero = torch.zeros_like(ref)
     surrogate = Objective(beta=1.0, bias_correction=correction)
     expected = loss(surrogate, logp, zero, zero, logp.detach().exp(), ref_logp=ref)
-    (found,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    (actual,) = torch.autograd.grad(expected, logits, retain_graph=True)
     (true,) = torch.autograd.grad(divergence(logp, ref), logits)
-    assert torch.allclose(found, true, atol=1e-12) == correction
+    assert torch.allclose(actual, true, atol=1e-12) == correction
 
 
 def test_the_settings_of_the_objective_are_used_only_where_they_apply():

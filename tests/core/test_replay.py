@@ -49,9 +49,9 @@ def grid(size: int) -> np.ndarray:
 
 def cuts(done: Completion, how: str, size: int = 1024) -> dict[int, Fraction]:
     """The share of all uniform numbers that gives each cut, by walking over a grid."""
-    found = [choose_cut(done, how, float(uniform)) for uniform in grid(size)]
-    assert found == sorted(found), "a larger number never cuts earlier"
-    return {cut: Fraction(found.count(cut), size) for cut in sorted(set(found))}
+    actual = [choose_cut(done, how, float(uniform)) for uniform in grid(size)]
+    assert actual == sorted(actual), "a larger number never cuts earlier"
+    return {cut: Fraction(actual.count(cut), size) for cut in sorted(set(actual))}
 
 
 def test_a_uniform_cut_is_before_each_later_token_alike():
@@ -71,8 +71,8 @@ def test_a_uniform_cut_is_before_each_later_token_alike():
     ],
 )
 def test_an_entropy_cut_is_in_proportion_to_the_entropy_there(entropies, shares):
-    found = cuts(completion(range(len(entropies)), entropies), "entropy")
-    assert found == {cut: Fraction(*share) for cut, share in shares.items()}
+    actual = cuts(completion(range(len(entropies)), entropies), "entropy")
+    assert actual == {cut: Fraction(*share) for cut, share in shares.items()}
 
 
 @given(st.lists(st.integers(0, 40), min_size=2, max_size=30), st.integers(0, 4095))
@@ -106,8 +106,8 @@ def test_a_cut_leaves_a_token_on_either_side(entropies, uniform, how):
 
 def test_probability_0_and_1():
     group = group_of(completion([6, 7, 1]))
-    for wanted in (0.0, 0.5, 1 - 2**-53):
-        rng = Given(wanted, 0, 0, 0)
+    for target in (0.0, 0.5, 1 - 2**-53):
+        rng = Given(target, 0, 0, 0)
         assert choose_restart(group, [False], Replay(probability=0.0), rng) is None
         assert choose_restart(group, [False], Replay(probability=1.0), rng) == Restart(17, [6])
 
@@ -135,14 +135,14 @@ def test_the_whole_distribution_by_walking_over_all_four_numbers():
             expected[prefix] = Fraction(3, 4) * chosen * Fraction(weight, sum(weights))
 
     options = Replay(probability=0.75, prefer_correct=0.25, cut="entropy")
-    found: dict[tuple[int, ...], int] = {}
+    actual: dict[tuple[int, ...], int] = {}
     numbers = list(itertools.product(grid(4), grid(4), grid(8), grid(8)))
     for four in numbers:
         restart = choose_restart(group, right, options, Given(*four))
         if restart is not None:
             assert restart.prompt_index == 17
-            found[tuple(restart.prefix)] = found.get(tuple(restart.prefix), 0) + 1
-    assert {prefix: Fraction(count, len(numbers)) for prefix, count in found.items()} == expected
+            actual[tuple(restart.prefix)] = actual.get(tuple(restart.prefix), 0) + 1
+    assert {prefix: Fraction(count, len(numbers)) for prefix, count in actual.items()} == expected
     assert sum(expected.values()) == Fraction(3, 4)
 
 

@@ -40,8 +40,8 @@ class LogProbs:
     def gradient(self, total):
         if not total.requires_grad:
             return {}
-        found = torch.autograd.grad(total, list(self.leaves.values()), allow_unused=True)
-        return {k: 0.0 if v is None else float(v) for k, v in zip(self.leaves, found, strict=True)}
+        actual = torch.autograd.grad(total, list(self.leaves.values()), allow_unused=True)
+        return {k: 0.0 if v is None else float(v) for k, v in zip(self.leaves, actual, strict=True)}
 
 
 def advantage(step, g, scale_rewards):
@@ -135,13 +135,13 @@ def test_a_node_shared_by_completions_of_different_ratios_by_hand():
     rule = algorithm("gspo", scale_rewards="none", epsilon=0.5, epsilon_high=0.5)
     (credit,), _ = assign(rule, [trie], [np.random.default_rng(0)], 1)
     old, logp = np.zeros(4), np.array([0.0, 0.2, 0.4, -0.4])
-    found = sequence_weights(rule.objective(), trie, credit, logp, old)
-    np.testing.assert_allclose(found.plus, np.exp(0.3) / 8 * np.array([0, 1, 1, 0]))
-    np.testing.assert_allclose(found.minus, -np.exp(-0.1) / 8 * np.array([0, 1, 0, 1]))
+    actual = sequence_weights(rule.objective(), trie, credit, logp, old)
+    np.testing.assert_allclose(actual.plus, np.exp(0.3) / 8 * np.array([0, 1, 1, 0]))
+    np.testing.assert_allclose(actual.minus, -np.exp(-0.1) / 8 * np.array([0, 1, 0, 1]))
     # Clipped at 1.1, the first completion counts 1/2 * 1.1 / 2 in the value and has no gradient.
     tight = algorithm("gspo", scale_rewards="none", epsilon=0.5, epsilon_high=0.1).objective()
-    found = sequence_weights(tight, trie, credit, logp, old)
-    assert not found.plus.any() and found.constant == pytest.approx(1.1 / 4)
+    actual = sequence_weights(tight, trie, credit, logp, old)
+    assert not actual.plus.any() and actual.constant == pytest.approx(1.1 / 4)
 
 
 @given(steps)

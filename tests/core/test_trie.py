@@ -152,10 +152,10 @@ def test_a_group_of_real_size():
     rewards = rng.random(32)
     trie = PrefixTrie.build(completions, rewards)
     through = oracles.all_prefixes(completions, rewards)
-    found = dict(zip(prefixes_of(trie), zip(trie.count, trie.reward_sum, strict=True), strict=True))
-    assert found.keys() == through.keys()
-    assert len(found) > 500
-    for prefix, (count, total) in found.items():
+    actual = dict(zip(prefixes_of(trie), zip(trie.count, trie.reward_sum, strict=True), strict=True))
+    assert actual.keys() == through.keys()
+    assert len(actual) > 500
+    for prefix, (count, total) in actual.items():
         assert count == len(through[prefix])
         assert total == pytest.approx(sum(through[prefix]))
 

@@ -114,16 +114,16 @@ def trl_updates(adapter, folder, steps=1, **options) -> list[Update]:
     from trl import GRPOConfig, GRPOTrainer
 
     size = len(COMPLETIONS[0])
-    wanted = {words(p): (c, r) for p, c, r in zip(PROMPTS, COMPLETIONS, REWARDS, strict=True)}
+    expected = {words(p): (c, r) for p, c, r in zip(PROMPTS, COMPLETIONS, REWARDS, strict=True)}
 
     def rollout(prompts, trainer):
-        completions = [wanted[prompt][0][i % size] for i, prompt in enumerate(prompts)]
+        completions = [expected[prompt][0][i % size] for i, prompt in enumerate(prompts)]
         ids = [[int(word[1:]) for word in prompt.split()] for prompt in prompts]
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
     def reward(prompts, completion_ids, **kwargs):
-        assert completion_ids == [wanted[prompt][0][i % size] for i, prompt in enumerate(prompts)]
-        return [wanted[prompt][1][i % size] for i, prompt in enumerate(prompts)]
+        assert completion_ids == [expected[prompt][0][i % size] for i, prompt in enumerate(prompts)]
+        return [expected[prompt][1][i % size] for i, prompt in enumerate(prompts)]
 
     updates: list[Update] = []
 
@@ -156,7 +156,7 @@ def trl_updates(adapter, folder, steps=1, **options) -> list[Update]:
         model=tiny.build_model("qwen2", dtype=numerics.now().rerun),
         reward_funcs=reward,
         args=GRPOConfig(**arguments | options),
-        train_dataset=Dataset.from_dict({"prompt": list(wanted)}),
+        train_dataset=Dataset.from_dict({"prompt": list(expected)}),
         processing_class=word_tokenizer(),
         peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=8.0, layers_to_transform=[2, 3], **LORA),
         rollout_func=rollout,

@@ -43,8 +43,8 @@ def drawn_by(policy, requests, on_finished=None, **options):
 def assert_same(ours, theirs):
     """Equal tokens, and log-probs, entropies and boundary to 1e-9."""
     lengths = set()
-    for found, wanted in zip(ours.completions, theirs.completions, strict=True):
-        for a, b in zip(found, wanted, strict=True):
+    for actual, expected in zip(ours.completions, theirs.completions, strict=True):
+        for a, b in zip(actual, expected, strict=True):
             assert a.ids.tolist() == b.ids.tolist()
             assert (a.finished, a.text) == (b.finished, b.text)
             np.testing.assert_allclose(a.logps, b.logps, atol=1e-9)

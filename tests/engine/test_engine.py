@@ -107,7 +107,7 @@ def test_a_stem_shared_by_its_packs_and_a_last_layer_on_head_rows_give_the_same_
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "granite"])
 def test_checkpointed_layers_share_stems_too_in_float32(family):
-    groups, found = groups_of(count=2), []
+    groups, actual = groups_of(count=2), []
     tries, credits = credit_of(groups, "s-grpo")
     for checkpointed in (False, True):
         dtype = numerics.now().rerun
@@ -116,8 +116,8 @@ def test_checkpointed_layers_share_stems_too_in_float32(family):
             policy, Sizes(1, 9, 2**22, checkpointed), Progress(), scored(groups, tries, credits), None
         )
         assert any(pack.stem for pack in passes.packs)
-        found.append((passes.backward(Objective())[1], {n: p.grad for n, p in policy.parameters.items()}))
-    assert_same(found[1], found[0], bound=1e-12)
+        actual.append((passes.backward(Objective())[1], {n: p.grad for n, p in policy.parameters.items()}))
+    assert_same(actual[1], actual[0], bound=1e-12)
 
 
 def recorded_by_hand(policy, groups):
@@ -186,7 +186,7 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(layers, monkeyp
 def test_checkpointed_layers_give_the_same_gradient_and_only_they_run_again_in_float32(family):
     groups = groups_of(count=2)
     tries, credits = credit_of(groups)
-    found, runs = [], []
+    actual, runs = [], []
     for checkpointed in (False, True):
         dtype = numerics.now().rerun
         policy = tiny.build_policy(family, layers=[2], dtype=dtype, checkpoint_layers=checkpointed)
@@ -200,9 +200,9 @@ def test_checkpointed_layers_give_the_same_gradient_and_only_they_run_again_in_f
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            found.append(engine_gradient(policy, groups, tries, credits, Objective()))
+            actual.append(engine_gradient(policy, groups, tries, credits, Objective()))
         runs.append((count, sum(saved)))
-    assert_same(found[1], found[0], bound=1e-12)
+    assert_same(actual[1], actual[0], bound=1e-12)
     (plain, kept), (again, fewer) = runs
     assert plain[2] > 0 and again == [plain[0], plain[1], 2 * plain[2], 2 * plain[3]]
     assert fewer < kept, "what is saved at all, recomputed tensors included"
@@ -306,7 +306,7 @@ def test_requests_expected_to_be_long_are_sampled_first_and_waves_are_told_of():
     policy, requests = tiny.build_policy(), requests_of(num=2)
     whole = sample(policy, requests, SamplingParams([5, 6, 7], texts_of, seed=1)).completions
     requests = [replace(r, expected=e) for r, e in zip(requests, (3.0, 9.0, 3.0), strict=True)]
-    for wave_size, wanted in ((2, [[1], [0], [2]]), (4, [[1, 0], [2]]), (6, [[0, 1, 2]])):
+    for wave_size, target in ((2, [[1], [0], [2]]), (4, [[1, 0], [2]]), (6, [[0, 1, 2]])):
         waves = []
         drawn = sample(
             policy,
@@ -315,7 +315,7 @@ def test_requests_expected_to_be_long_are_sampled_first_and_waves_are_told_of():
             on_wave=waves.append,
         )
         # of two that are expected to be as long, that with the longer prompt (4 tokens against 3) comes first
-        assert [list(dict.fromkeys(each.request for each in wave)) for wave in waves] == wanted
+        assert [list(dict.fromkeys(each.request for each in wave)) for wave in waves] == target
         assert_same_text(policy, requests, drawn.completions, whole, seed=1)
         for each in (each for wave in waves for each in wave):
             assert drawn.completions[each.request][each.number] is each.completion

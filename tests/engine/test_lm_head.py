@@ -81,8 +81,8 @@ def test_log_probs_and_gradient_equal_those_of_a_whole_softmax(options, surrogat
         return logps.detach(), torch.autograd.grad(value, rows)[0]
 
     ours, theirs = both(head.logps(rows, row, token)), both(obvious(head, rows, row, token))
-    for found, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     assert not ours[1][ROWS - 1].any() and ours[1][: ROWS - 1].any(-1).sum() > 3
 
 
@@ -99,13 +99,13 @@ def test_a_bfloat16_head_gives_float32_log_probs_and_a_gradient_as_near_as_autog
     head, rows, row, token, (plus, *_) = problem(torch.bfloat16, chunk=5 * ROWS)
     exact = Head(head.weight.double(), chunk=head.chunk)
     wide = rows.detach().double().requires_grad_()
-    wanted = torch.autograd.grad((exact.logps(wide, row, token) * plus).sum(), wide)[0]
+    expected = torch.autograd.grad((exact.logps(wide, row, token) * plus).sum(), wide)[0]
     logps = head.logps(rows, row, token)
     assert logps.dtype == torch.float32
     ours = torch.autograd.grad((logps * plus).sum(), rows)[0]
     theirs = torch.autograd.grad((obvious(head, rows, row, token) * plus).sum(), rows)[0]
     assert ours.dtype == torch.bfloat16
-    assert (ours - wanted).norm() < max(1.5 * (theirs - wanted).norm(), 0.02 * wanted.norm())
+    assert (ours - expected).norm() < max(1.5 * (theirs - expected).norm(), 0.02 * expected.norm())
 
 
 def test_no_targets_and_no_gradient():

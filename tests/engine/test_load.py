@@ -11,12 +11,12 @@ from twig.config.schema import Model
 from twig.engine.load import end_ids, load_model
 
 
-@pytest.mark.parametrize(("wanted", "got"), [(2, 2), (None, 1)])
-def test_threads_are_set_where_asked_for(wanted, got):
+@pytest.mark.parametrize(("expected", "got"), [(2, 2), (None, 1)])
+def test_threads_are_set_where_asked_for(expected, got):
     before = torch.get_num_threads()
     assert before == 1, "tests run on one thread"
     try:
-        load_model(Model(name="tiny-arithmetic", num_threads=wanted))
+        load_model(Model(name="tiny-arithmetic", num_threads=expected))
         assert torch.get_num_threads() == got
     finally:
         torch.set_num_threads(before)
@@ -42,7 +42,7 @@ def saved(tmp_path_factory, test_data) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("generation", "end_token", "wanted"),
+    ("generation", "end_token", "expected"),
     [
         # Qwen2-1.5B
         pytest.param({"eos_token_id": 151643}, "<|endoftext|>", [151643], marks=pytest.mark.slow),
@@ -54,7 +54,7 @@ def saved(tmp_path_factory, test_data) -> Path:
         ({"eos_token_id": 151643}, "<|im_end|>", [151643, 151645]),
     ],
 )
-def test_end_tokens_are_those_of_the_generation_config(generation, end_token, wanted, saved):
+def test_end_tokens_are_those_of_the_generation_config(generation, end_token, expected, saved):
     """With a generation config as the Hub has it, or none."""
     (saved / "generation_config.json").unlink(missing_ok=True)
     if generation is not None:
@@ -63,4 +63,4 @@ def test_end_tokens_are_those_of_the_generation_config(generation, end_token, wa
     (saved / "tokenizer_config.json").write_text(json.dumps(options | {"eos_token": end_token}))
     model, tokenizer = load_model(str(saved))
     assert tokenizer.eos_token == end_token
-    assert end_ids(model, tokenizer) == wanted
+    assert end_ids(model, tokenizer) == expected

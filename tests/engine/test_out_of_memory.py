@@ -34,14 +34,14 @@ def _float64(request):
         yield
 
 
-def break_at(monkeypatch, owner, name, wanted, error=None, when=lambda *args: True):
+def break_at(monkeypatch, owner, name, expected, error=None, when=lambda *args: True):
     """Makes one call of a method, number `wanted`, fail for want of memory; returns the list of calls."""
     own, calls = getattr(owner, name), []
 
     def broken(*args, **kwargs):
         if when(*args):
             calls.append(1)
-            if len(calls) == wanted:
+            if len(calls) == expected:
                 raise error or torch.OutOfMemoryError("out of memory")
         return own(*args, **kwargs)
 
@@ -70,8 +70,8 @@ def test_an_error_that_follows_from_it_is_one_too():
                 raise cause
             finally:
                 raise error
-        except Exception as found:
-            return found
+        except Exception as actual:
+            return actual
 
     assert out_of_memory(raised(torch.OutOfMemoryError("x"), RuntimeError("capture was invalidated")))
     assert not out_of_memory(raised(ValueError("x"), RuntimeError("capture was invalidated")))
@@ -245,5 +245,5 @@ def test_halves_have_the_same_targets_once_each():
         for part in parts
         for g, n, w in zip(part.targets.group, part.targets.node, part.targets.plus, strict=True)
     ]
-    wanted = list(zip(pack.targets.group, pack.targets.node, pack.targets.plus, strict=True))
-    assert sorted(every) == sorted(wanted)
+    expected = list(zip(pack.targets.group, pack.targets.node, pack.targets.plus, strict=True))
+    assert sorted(every) == sorted(expected)

@@ -128,8 +128,8 @@ def test_each_weighted_node_is_computed_once_from_the_right_row(step, size, shar
             assert targets.plus[i] == credits[g].plus[node]
             assert targets.minus[i] == credits[g].minus[node]
             assert targets.kl[i] == credits[g].kl[node]
-    wanted = {(g, int(n)) for g, c in enumerate(credits) for n in np.flatnonzero(c.weighted)}
-    assert seen == Counter(wanted)
+    expected = {(g, int(n)) for g, c in enumerate(credits) for n in np.flatnonzero(c.weighted)}
+    assert seen == Counter(expected)
 
 
 @given(steps().map(shifted), st.sampled_from(SIZES))

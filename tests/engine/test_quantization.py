@@ -48,14 +48,14 @@ def base(tmp_path) -> Path:
     return folder
 
 
-def wanted(base, kind="nf4", **changes) -> Model:
+def expected(base, kind="nf4", **changes) -> Model:
     return Model(**{"name": str(base), "device": "cpu", "quantization": kind} | changes)
 
 
 def test_without_the_library_one_line_names_the_extra(base, monkeypatch):
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="^model.quantization: nf4 .*'twig-rl.quantization.'"):
-        models.load_model(wanted(base))
+        models.load_model(expected(base))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_without_the_library_one_line_names_the_extra(base, monkeypatch):
     [("mps", torch.float32, "model.device=cpu"), ("cpu", torch.float64, "model.dtype=float32")],
 )
 def test_what_cannot_be_quantised_is_one_line(device, dtype, change, base):
-    asked = wanted(base, "int8")
+    asked = expected(base, "int8")
     with pytest.raises(UserError, match=f"^model.quantization: int8 .*{change}"):
         models._quantised(asked, models.load_config(asked), torch.device(device), dtype)
 
@@ -79,9 +79,9 @@ def test_what_cannot_be_quantised_is_one_line(device, dtype, change, base):
 def test_a_base_that_is_quantised_already_is_not_quantised_again(stored, kind, base):
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
-    assert models.quantization_of(models.load_config(wanted(base))) == kind
+    assert models.quantization_of(models.load_config(expected(base))) == kind
     with pytest.raises(UserError, match=rf"^model.quantization: .*\({kind}\)"):
-        models.load_model(wanted(base))
+        models.load_model(expected(base))
 
 
 def test_the_plan_of_memory_counts_quantised_layers(base):
@@ -97,7 +97,7 @@ def test_the_plan_of_memory_counts_quantised_layers(base):
 
 
 def policy_on(base, kind, dtype="float32") -> Policy:
-    model, _ = models.load_model(wanted(base, kind, dtype=dtype))
+    model, _ = models.load_model(expected(base, kind, dtype=dtype))
     peft_model = attach(
         model, r=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"], layers=[2, 3]
     )
@@ -154,9 +154,9 @@ def test_packs_and_boundary_give_the_gradient_of_the_quantised_models_own_forwar
         _, ours = engine_gradient(policy, groups, tries, credits, Objective(), 40, boundary)
         gap = max(float((ours[n] - g).abs().max()) for n, g in own.items()) / scale
         assert gap < GRADIENT[kind], gap
-    for group, found, trie in zip(groups, logps, tries, strict=True):
+    for group, actual, trie in zip(groups, logps, tries, strict=True):
         for completion, path in zip(group.completions, trie.paths, strict=True):
-            values = [float(found[int(node)]) for node in path]
+            values = [float(actual[int(node)]) for node in path]
             np.testing.assert_allclose(completion.logps, values, atol=LOGP[kind])
     torch.optim.AdamW(policy.parameters.values(), lr=0.1).step()
     assert bytes_of(policy) == before

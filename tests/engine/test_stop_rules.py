@@ -34,7 +34,7 @@ def shortest(ids, prefix=()):
     """A completion, cut behind the first token whose text so far has a stop text; and whether it was."""
     for stop in range(1, len(ids) + 1):
         text = text_of([*prefix, *ids[:stop]])
-        if any(wanted in text for wanted in STOP):
+        if any(expected in text for expected in STOP):
             return ids[:stop].tolist(), True
     return ids.tolist(), False
 

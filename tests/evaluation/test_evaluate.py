@@ -55,25 +55,25 @@ def test_pass_at_k_of_many_and_of_none():
 
 
 @pytest.mark.parametrize(
-    ("answers", "wanted"),
+    ("answers", "expected"),
     [(["1", "2", "2"], "2"), (["1", "2"], "1"), ([None, None, "3"], "3"), ([None], None), ([], None)],
 )
-def test_majority(answers, wanted):
-    assert majority(answers) == wanted
+def test_majority(answers, expected):
+    assert majority(answers) == expected
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (5, 0), (1, 7), (4, 4), (30, 12)])
 def test_mcnemar_is_the_two_tails_of_a_fair_coin(only_first, only_second):
     first = np.array([1] * only_first + [0] * only_second + [1, 1, 0], bool)
     second = np.array([0] * only_first + [1] * only_second + [1, 1, 0], bool)
-    found, apart = mcnemar(first, second), only_first + only_second
+    actual, apart = mcnemar(first, second), only_first + only_second
     # every outcome of the coin that is no likelier than this one, one by one
     chance = [math.comb(apart, i) / 2**apart for i in range(apart + 1)]
     p_value = sum(c for c in chance if c <= chance[only_first] * (1 + 1e-9))
-    assert found.p_value == pytest.approx(p_value)
-    assert (found.only_first, found.only_second, found.n) == (only_first, only_second, len(first))
-    assert found.difference == pytest.approx((only_first - only_second) / len(first))
-    assert found.low <= found.difference <= found.high
+    assert actual.p_value == pytest.approx(p_value)
+    assert (actual.only_first, actual.only_second, actual.n) == (only_first, only_second, len(first))
+    assert actual.difference == pytest.approx((only_first - only_second) / len(first))
+    assert actual.low <= actual.difference <= actual.high
 
 
 def test_bootstrap_has_the_width_of_the_normal_interval_and_is_always_the_same():
@@ -150,7 +150,7 @@ def generated(adapter, stop):
     model, tokenizer = load_model("tiny-arithmetic")
     ends = end_ids(model, tokenizer)
     model = PeftModel.from_pretrained(model, adapter) if adapter else model
-    found = []
+    actual = []
     for a, b in PROBLEMS:
         prompt = tokenizer(f"{a}*{b}=", return_tensors="pt").input_ids
         how = {"do_sample": False, "max_new_tokens": 48, "eos_token_id": ends, "pad_token_id": ends[0]}
@@ -159,8 +159,8 @@ def generated(adapter, stop):
         with torch.no_grad():
             ids = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **how)[0]
         ids = ids[prompt.shape[1] :]
-        found.append((tokenizer.decode(ids, skip_special_tokens=True), len(ids)))
-    return found
+        actual.append((tokenizer.decode(ids, skip_special_tokens=True), len(ids)))
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -181,22 +181,22 @@ def test_the_command_agrees_with_a_loop_over_generate_item_by_item(
         *([f"rollout.stop=['{stop}']"] * bool(stop)),
     ]
     assert main(words) == 0
-    found = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
-    wanted = generated(adapter if adapted else None, stop)
-    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
-    assert [(row["completion"], row["tokens"]) for row in found] == wanted
+    actual = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    expected = generated(adapter if adapted else None, stop)
+    assert [row["prompt"] for row in actual] == [row["prompt"] for row in rows]
+    assert [(row["completion"], row["tokens"]) for row in actual] == expected
     right = [
-        text.rpartition("#")[2] == str(a * b) for (a, b), (text, _) in zip(PROBLEMS, wanted, strict=True)
+        text.rpartition("#")[2] == str(a * b) for (a, b), (text, _) in zip(PROBLEMS, expected, strict=True)
     ]
-    assert [row["right"] for row in found] == right
+    assert [row["right"] for row in actual] == right
     assert read_evaluation(tmp_path / "out").greedy["value"] == sum(right) / len(right)
-    assert len({length for _, length in wanted}) > 1
+    assert len({length for _, length in expected}) > 1
     if adapted:
-        assert wanted != generated(None, stop), "the adapter is in the answers"
+        assert expected != generated(None, stop), "the adapter is in the answers"
     else:
         assert 0 < sum(right) < len(right)
     if stop:
-        assert sum(text.endswith(stop) for text, _ in wanted) > 2, "the stop text ends some"
+        assert sum(text.endswith(stop) for text, _ in expected) > 2, "the stop text ends some"
 
 
 @pytest.mark.slow
@@ -210,12 +210,12 @@ def test_an_evaluation_answers_as_many_at_once_as_memory_has_room_for(monkeypatc
     monkeypatch.setattr("twig.evaluation.evaluate.evaluate_policy", seen)
     values = {"model": {"name": "tiny-arithmetic"}, "task": {"name": "multiplication", "eval_size": 96}}
     values |= {"rollout": {"max_completion_length": 64}}
-    found = [
+    actual = [
         measure_model(Settings.from_dict(values | {"memory": {"budget": budget}})).greedy
         for budget in ("auto", "78MiB")
     ]
     assert sizes[0] == 96 > sizes[1] >= 8
-    assert found[0] == found[1]
+    assert actual[0] == actual[1]
     few = values | {"eval": {"limit": 5}}
     measure_model(Settings.from_dict(few), samples=4)
     assert sizes[2] == 20, "with several answers to each problem"
@@ -233,23 +233,23 @@ def test_samples_are_summed_up_as_by_hand(tmp_path):
     def drawn(**changes):
         return sample_policy(policy, tokenizer, task, replace(params, **changes), samples=6)
 
-    found, groups = drawn()
-    assert found == drawn(wave_size=5)[0], "whatever is answered at once"
-    assert found != drawn(seed=4)[0]
+    actual, groups = drawn()
+    assert actual == drawn(wave_size=5)[0], "whatever is answered at once"
+    assert actual != drawn(seed=4)[0]
     right = np.array(
         [[task.score(c.text, e).right for c in g] for e, g in zip(task.eval, groups, strict=True)]
     )
     assert 0 < right.mean() < 1
-    assert found.mean[0] == pytest.approx(right.mean())
-    assert sorted(found.pass_at) == [1, 2, 4, 6]
-    assert found.pass_at[1][0] == pytest.approx(right.mean())
-    assert found.pass_at[6][0] == pytest.approx(right.any(1).mean())
+    assert actual.mean[0] == pytest.approx(right.mean())
+    assert sorted(actual.pass_at) == [1, 2, 4, 6]
+    assert actual.pass_at[1][0] == pytest.approx(right.mean())
+    assert actual.pass_at[6][0] == pytest.approx(right.any(1).mean())
     votes = 0
     for example, group in zip(task.eval, groups, strict=True):
         said = [c.text.rpartition("#")[2] for c in group]
         votes += max(said, key=said.count) == example.columns["answer"]
-    assert found.vote[0] == pytest.approx(votes / 6)
-    for value, low, high in (found.mean, found.vote, *found.pass_at.values()):
+    assert actual.vote[0] == pytest.approx(votes / 6)
+    for value, low, high in (actual.mean, actual.vote, *actual.pass_at.values()):
         assert low <= value <= high
 
 
@@ -342,7 +342,7 @@ def test_other_problems_are_not_compared(run):
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("words", "expected"),
     [
         (["--against", "nowhere"], "nowhere holds no evaluation.json"),
         (["--output", "taken"], "taken holds mine.txt"),
@@ -352,12 +352,12 @@ def test_other_problems_are_not_compared(run):
         (["--samples", "1"], "--samples"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_changes_nothing(words, wanted, run, tmp_path):
+def test_what_cannot_be_is_one_line_and_changes_nothing(words, expected, run, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "evaluation.json").write_text('{"greedy": {}, "prob')
     (tmp_path / "torn" / "completions.jsonl").write_text("")
     status, shown, said = run("--limit", "3", *words)
-    assert status == 2 and wanted in said and said.count("\n") == 1 and not shown
+    assert status == 2 and expected in said and said.count("\n") == 1 and not shown
     assert [p.name for p in (tmp_path / "taken").iterdir()] == ["mine.txt"]

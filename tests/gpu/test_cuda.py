@@ -173,8 +173,8 @@ def test_a_checkpoint_has_what_the_device_holds(tmp_path):
         other = again.policy.parameters[name]
         assert other.device == parameter.device and torch.equal(other, parameter)
         for key, value in trainer.optimizer.state[parameter].items():
-            found = again.optimizer.state[other][key]
-            assert found.device == value.device and torch.equal(found, value), key
+            actual = again.optimizer.state[other][key]
+            assert actual.device == value.device and torch.equal(actual, value), key
     trainer.step(2), again.step(2)
     for name, parameter in policy.parameters.items():
         torch.testing.assert_close(again.policy.parameters[name], parameter, rtol=0.05, atol=2e-3)

@@ -108,14 +108,14 @@ def test_float32_sampling_runs_out_and_goes_on_with_the_same_tokens(decode):
     requests = [Request(rng.integers(3, 50_000, 12), 16, 12, slot) for slot in range(8)]
 
     def draw():
-        found = sample(policy, requests, SamplingParams([1], texts, seed=SEED, wave_size=128))
+        actual = sample(policy, requests, SamplingParams([1], texts, seed=SEED, wave_size=128))
         policy.release()
-        return found
+        return actual
 
     whole, again = draw(), limited(draw, 0.6)
     assert again.wave_size < 128 == whole.wave_size
     same = numerics.assert_same_text(policy, requests, again.completions, whole.completions, SEED)
-    ours, theirs = ([c for each in found.completions for c in each] for found in (again, whole))
+    ours, theirs = ([c for each in actual.completions for c in each] for actual in (again, whole))
     for one, other, length in zip(ours, theirs, same, strict=True):
         numerics.assert_values(one.logps[:length], other.logps[:length])
 

@@ -66,8 +66,8 @@ def on_a_boundary(policy, request, number, ids, t):
 def compare(policy, requests, ours, theirs, tolerance):
     """Checks each row up to where two ways part; returns how many rows never do."""
     whole = 0
-    for request, found, wanted in zip(requests, ours.completions, theirs.completions, strict=True):
-        for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
+    for request, actual, expected in zip(requests, ours.completions, theirs.completions, strict=True):
+        for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
             length = min(len(a), len(b))
             differs = np.flatnonzero(a.ids[:length] != b.ids[:length])
             same = int(differs[0]) if len(differs) else length
@@ -104,8 +104,8 @@ def test_in_bfloat16_log_probs_stay_near_those_of_the_plain_loop(family):
     policy, requests = policy_of(family, torch.bfloat16), requests_of()
     ours, theirs = (drawn_by(policy, way, requests) for way in ("graph", "plain"))
     gaps = []
-    for found, wanted in zip(ours.completions, theirs.completions, strict=True):
-        for a, b in zip(found, wanted, strict=True):
+    for actual, expected in zip(ours.completions, theirs.completions, strict=True):
+        for a, b in zip(actual, expected, strict=True):
             length = min(len(a), len(b))
             differs = np.flatnonzero(a.ids[:length] != b.ids[:length])
             same = int(differs[0]) if len(differs) else length

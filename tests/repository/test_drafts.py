@@ -60,7 +60,7 @@ def test_a_tree_of_drafts_holds_both_branches():
 def test_block_masks_say_what_the_dense_masks_say():
     import flex
 
-    found = 0
+    actual = 0
     for generations, forks in ((8, "early"), (8, "late")):
         for size in (512, 1024):
             pack = flex.packs_of(generations, forks, size)[0]
@@ -80,6 +80,6 @@ def test_block_masks_say_what_the_dense_masks_say():
                         seen[0, row * block : (row + 1) * block, column * block : (column + 1) * block] = (
                             False
                         )
-                        found += 1
+                        actual += 1
             assert not seen.any()  # no block was left out
-    assert found
+    assert actual

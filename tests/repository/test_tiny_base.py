@@ -94,11 +94,11 @@ def test_it_is_a_plain_qwen2_in_float32(model):
 def test_twig_loads_it_by_its_name(model):
     settings = load("quickstart", ["model.device=cpu"])
     assert settings.model.name == FOLDER.name
-    found, tokenizer = load_model(settings.model)
+    actual, tokenizer = load_model(settings.model)
     ids = torch.tensor([tokenizer.encode("347*26=")])
     with torch.no_grad():
-        torch.testing.assert_close(found(ids).logits, model(ids).logits)
-    assert end_ids(found, tokenizer) == [tokenizer.eos_token_id]
+        torch.testing.assert_close(actual(ids).logits, model(ids).logits)
+    assert end_ids(actual, tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_special_tokens_agree(model, tokenizer):
@@ -183,11 +183,11 @@ def test_it_answers_in_both_forms_and_ends(model, tokenizer, asked):
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     ended = (answers == tokenizer.eos_token_id).any(1)
     assert ended.float().mean() > 0.97
-    found = [read_answer(text) for text in texts]
-    assert sum(answer is not None for answer in found) > 0.97 * len(asked)
+    actual = [read_answer(text) for text in texts]
+    assert sum(answer is not None for answer in actual) > 0.97 * len(asked)
     forms = [text.startswith("#") for text in texts]
     assert 0.1 < np.mean(forms) < 0.9, "both forms among the most likely answers"
-    right = [answer == a * b for answer, (a, b) in zip(found, asked, strict=True)]
+    right = [answer == a * b for answer, (a, b) in zip(actual, asked, strict=True)]
     worked_right = [r for r, at_once in zip(right, forms, strict=True) if not at_once]
     at_once_right = [r for r, at_once in zip(right, forms, strict=True) if at_once]
     assert np.mean(worked_right) > 0.85 > 0.5 > np.mean(at_once_right), "working it out is what helps"
@@ -217,11 +217,11 @@ def figures(card: str) -> dict[str, float]:
 
 
 def test_the_measured_figures_are_shares_that_agree_with_each_other():
-    found = figures(card_of(FOLDER))
-    assert len(found) == len(build.Measured.__dataclass_fields__) == 7
-    assert all(0 < share < 1 for share in found.values())
-    greedy, greedy_worked, sampled, sampled_worked, worked_right, at_once_right, least = found.values()
-    assert [label.partition(":")[0] for label in list(found)[:2]] == ["greedy"] * 2
+    actual = figures(card_of(FOLDER))
+    assert len(actual) == len(build.Measured.__dataclass_fields__) == 7
+    assert all(0 < share < 1 for share in actual.values())
+    greedy, greedy_worked, sampled, sampled_worked, worked_right, at_once_right, least = actual.values()
+    assert [label.partition(":")[0] for label in list(actual)[:2]] == ["greedy"] * 2
     # What is right is the mixture of both ways; each figure has its own draws, of 2,000 problems.
     mixture = sampled_worked * worked_right + (1 - sampled_worked) * at_once_right
     assert sampled == pytest.approx(mixture, abs=0.04)

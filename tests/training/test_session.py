@@ -6,7 +6,7 @@ from twig.training.session import COMPILED_FROM, decode_of
 
 
 @pytest.mark.parametrize(
-    ("chosen", "found", "steps", "expected"),
+    ("chosen", "actual", "steps", "expected"),
     [
         ("auto", "graph", COMPILED_FROM, "compiled"),
         ("auto", "graph", COMPILED_FROM - 1, "graph"),
@@ -16,5 +16,5 @@ from twig.training.session import COMPILED_FROM, decode_of
         ("plain", "plain", COMPILED_FROM, "plain"),
     ],
 )
-def test_auto_compiles_captured_steps_in_long_runs_only(chosen, found, steps, expected):
-    assert decode_of(chosen, found, steps) == expected
+def test_auto_compiles_captured_steps_in_long_runs_only(chosen, actual, steps, expected):
+    assert decode_of(chosen, actual, steps) == expected
