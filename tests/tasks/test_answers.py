@@ -168,10 +168,11 @@ def test_ten_thousand_random_texts_of_up_to_100_kilobytes() -> None:
 def test_one_line_of_a_megabyte(seed: int) -> None:
     text = fuzzed_text(seed).replace("\n", " ") or "12 "
     text = (text * (1_000_000 // len(text) + 1))[:1_000_000]
+    # A pattern that backtracks takes hours; the limit has room for a slow machine with type checks.
     start = time.process_time()
     score_answer(text, "12")
     score_lenient(text, "12")
-    assert time.process_time() - start < 4
+    assert time.process_time() - start < 60
 
 
 FORMS = {

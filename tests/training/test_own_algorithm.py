@@ -43,7 +43,7 @@ def test_it_trains_with_its_settings_and_its_weights_are_saved(run, mine):
         num_nodes = len({tuple(c[: t + 1]) for c in ids for t in range(len(c))})
         trie = twig.PrefixTrie.build(ids, group.rewards)
         step = np.append(0.0, trie.value[1:] - trie.value[trie.parent[1:]]) * 0.5**trie.depth
-        credit = group.credit["Shallow"]
+        credit = group.credit(settings)["Shallow"]
         assert len(trie) - 1 == num_nodes
         divisor = completions_of(done.folder, 2)[0]["divisor"]
         np.testing.assert_allclose(credit.plus + credit.minus, step / divisor, atol=1e-15)

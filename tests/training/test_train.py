@@ -526,7 +526,7 @@ def test_completions_agree_with_metrics_and_summary(run):
         weighted += row["tokens/selected"]
         path = done.folder / "completions" / f"step-{row['step']}.parquet"
         for group in read_groups(row["step"], path, set_to):
-            trie, again = group.trie, group.credit[set_to.algorithm.name]
+            trie, again = group.trie, group.credit(set_to)[set_to.algorithm.name]
             saved = found[4 * group.slot : 4 * group.slot + 4]
             for path, c in zip(trie.paths, saved, strict=True):
                 assert (again.plus + again.minus)[path].tolist() == c["weights"], "the very weights, again"
@@ -580,7 +580,7 @@ def test_credit_of_a_saved_step_is_computed_again_to_the_last_bit(run, overrides
     groups = read_groups(step, path, set_to)
     assert len(groups) == 2
     for group in groups:
-        trie, credit = group.trie, group.credit[set_to.algorithm.name]
+        trie, credit = group.trie, group.credit(set_to)[set_to.algorithm.name]
         assert group.saved_credit() is None
         saved = found[4 * group.slot : 4 * group.slot + 4]
         for path, c in zip(trie.paths, saved, strict=True):

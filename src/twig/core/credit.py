@@ -1,9 +1,11 @@
 """The credit of a step: an algorithm's weights on every group, divided and selected over all of them."""
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from twig.common.python_files import FileError
 from twig.core.algorithms.base import Algorithm, Credit, Scale, Step
 from twig.core.trie import PrefixTrie
 from twig.core.types import Group
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,26 +31,62 @@ class Scored:
     slot: int = 0
 
 
+class Lazy(Sequence[T]):
+    """A sequence whose items are made when they are read, once."""
+
+    def __init__(self, length: int, make: Callable[[int], T]) -> None:
+        self.length, self.make = length, cache(make)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> T:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return self.make(index)
+
+
+class StepCredit:
+    """The credit of a step with `num_prompts` prompts; that of a group is computed when it is asked for.
+
+    `tries` and `rngs` have one entry per group in which a completion has a reward.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        tries: Sequence[PrefixTrie],
+        rngs: Sequence[np.random.Generator],
+        num_prompts: int,
+    ) -> None:
+        self.algorithm = algorithm
+        weights = Lazy(len(tries), lambda index: _weights(algorithm, tries[index], rngs[index]))
+        self.step = Step(tries, weights, num_prompts)
+
+    @cached_property
+    def scale(self) -> Scale:
+        """What divides and selects. Raises UserError if the divisor is no finite number above 0."""
+        with _failing(self.algorithm):
+            scale = self.algorithm.scale(self.step)
+        if not (np.isfinite(scale.divisor) and scale.divisor > 0):
+            raise UserError(
+                f"algorithm {self.algorithm.name}",
+                f"its divisor is {scale.divisor}",
+                "Return a finite number above 0",
+            )
+        return scale
+
+    def of(self, index: int) -> Credit:
+        """Returns the credit of a group; raises UserError if a weight is not one finite number per node."""
+        return self.scale.apply(index, self.step.tries[index], self.step.credits[index])
+
+
 def assign(
     algorithm: Algorithm, tries: Sequence[PrefixTrie], rngs: Sequence[np.random.Generator], num_prompts: int
 ) -> tuple[list[Credit], Scale]:
-    """Returns the credit of each group of a step with `num_prompts` prompts, and the scale that it was given.
-
-    `tries` and `rngs` have one entry per group in which a completion has a reward. Raises UserError if the
-    algorithm's weights are not one finite number per node.
-    """
-    with _failing(algorithm):
-        raw = [algorithm.weights(trie, rng) for trie, rng in zip(tries, rngs, strict=True)]
-    for trie, credit in zip(tries, raw, strict=True):
-        _check(algorithm, trie, credit)
-    step = Step(tries, raw, num_prompts)
-    with _failing(algorithm):
-        scale = algorithm.scale(step)
-    if not (np.isfinite(scale.divisor) and scale.divisor > 0):
-        raise UserError(
-            f"algorithm {algorithm.name}", f"its divisor is {scale.divisor}", "Return a finite number above 0"
-        )
-    return scale.apply(step), scale
+    """Returns the credit of each group of a step, and the scale that it was given; see `StepCredit`."""
+    step = StepCredit(algorithm, tries, rngs, num_prompts)
+    return [step.of(index) for index in range(len(tries))], step.scale
 
 
 def assign_one(algorithm: Algorithm, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
@@ -80,7 +120,9 @@ def _failing(algorithm: Algorithm) -> Iterator[None]:
         ) from error
 
 
-def _check(algorithm: Algorithm, trie: PrefixTrie, credit: Credit) -> None:
+def _weights(algorithm: Algorithm, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
+    with _failing(algorithm):
+        credit = algorithm.weights(trie, rng)
     for name in ("plus", "minus", "kl"):
         weight = np.asarray(getattr(credit, name))
         sign_is_right = (weight <= 0).all() if name == "minus" else (weight >= 0).all()
@@ -96,3 +138,4 @@ def _check(algorithm: Algorithm, trie: PrefixTrie, credit: Credit) -> None:
                 f"{'up to 0' if name == 'minus' else 'from 0 up'}, with 0 at the root",
                 "Return Credit.signed(weight) with one number per node of the trie",
             )
+    return credit

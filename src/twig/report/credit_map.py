@@ -17,7 +17,7 @@ import numpy as np
 from twig.config.load import Settings
 from twig.core.algorithms.base import Algorithm, Credit
 from twig.core.algorithms.registry import Unloaded, shipped
-from twig.core.credit import assign
+from twig.core.credit import Lazy, StepCredit
 from twig.core.rng import CREDIT, generator
 from twig.core.trie import PrefixTrie
 from twig.runs.reader import COMPLETIONS
@@ -31,15 +31,16 @@ _COLUMNS += ("reward", "right", "entropies", "plus", "minus")
 class SavedGroup:
     """A group as its step saved it.
 
-    `slot` is its place among the groups of the step; `rows` are those of its completions that have a reward;
-    `credit` is that of each algorithm that a map compares, by name.
+    `slot` is its place among the groups of the step; `rows` are those of its completions that have a reward.
+    `step_credit` is that of each algorithm that a map compares, by name, and `place` the group's in it.
     """
 
     step: int
     slot: int
     rows: list[dict[str, Any]]
     mask_truncated: bool
-    credit: dict[str, Credit] = field(default_factory=dict)
+    step_credit: dict[str, StepCredit] = field(default_factory=dict)
+    place: int = 0
 
     @property
     def rewards(self) -> np.ndarray:
@@ -64,6 +65,17 @@ class SavedGroup:
         for row, path in zip(self.rows, self.trie.paths, strict=True):
             plus[path], minus[path] = row["plus"], row["minus"]
         return Credit(plus, minus, np.zeros(len(plus)))
+
+    def credit(self, settings: Settings) -> dict[str, Credit]:
+        """Returns the credit by algorithm: as it was trained, and as the others would give it."""
+        saved = self.saved_credit()
+        return {
+            name: saved
+            if name == settings.algorithm.name and saved
+            else self.step_credit[name].of(self.place)
+            for name in compared(settings)
+            if name in self.step_credit or (saved and name == settings.algorithm.name)
+        }
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:
@@ -95,26 +107,20 @@ def read_groups(step: int, path: Path, settings: Settings) -> list[SavedGroup]:
         for slot, rows in enumerate(slots)
         if (rewarded := [row for row in rows if row["reward"] is not None])
     ]
-    credits = _credits(groups, settings, len(slots))
-    groups = [replace(group, credit=credit) for group, credit in zip(groups, credits, strict=True)]
+    credits = _step_credits(groups, settings, len(slots))
+    groups = [replace(group, step_credit=credits, place=place) for place, group in enumerate(groups)]
     return sorted(groups, key=lambda group: -float(group.rewards.var()))
 
 
-def _credits(groups: list[SavedGroup], settings: Settings, num_prompts: int) -> list[dict[str, Credit]]:
-    """Returns the credit of each group by algorithm: as it was trained, and as the others would give it."""
-    credits: list[dict[str, Credit]] = [{} for _ in groups]
-    saved = [credit for group in groups if (credit := group.saved_credit()) is not None]
-    for name, algorithm in compared(settings).items():
-        if name == settings.algorithm.name and len(saved) == len(groups):
-            each = saved
-        elif isinstance(algorithm, Unloaded):
-            continue
-        else:
-            rngs = [generator(settings.train.seed, CREDIT, group.slot, group.step) for group in groups]
-            each, _ = assign(algorithm, [group.trie for group in groups], rngs, num_prompts)
-        for credit, by_name in zip(each, credits, strict=True):
-            by_name[name] = credit
-    return credits
+def _step_credits(groups: list[SavedGroup], settings: Settings, num_prompts: int) -> dict[str, StepCredit]:
+    """Returns the credit of the step by algorithm, without those whose class is in a file of the user's."""
+    tries = Lazy(len(groups), lambda place: groups[place].trie)
+    rngs = [generator(settings.train.seed, CREDIT, group.slot, group.step) for group in groups]
+    return {
+        name: StepCredit(algorithm, tries, rngs, num_prompts)
+        for name, algorithm in compared(settings).items()
+        if not isinstance(algorithm, Unloaded)
+    }
 
 
 def compared(settings: Settings) -> dict[str, Algorithm]:
@@ -151,7 +157,7 @@ class Strings:
         return list(self.places)
 
 
-def group_map(group: SavedGroup, strings: Strings) -> dict[str, Any]:
+def group_map(group: SavedGroup, settings: Settings, strings: Strings) -> dict[str, Any]:
     """A group as the page draws it: plain values only.
 
     `segments`, depth first: [parent segment or -1, depth of its first token, completions through it, their
@@ -168,7 +174,7 @@ def group_map(group: SavedGroup, strings: Strings) -> dict[str, Any]:
     ends: dict[int, list[int]] = {}
     for number, row in enumerate(shown):
         ends.setdefault(int(trie.paths[row][-1]) if len(trie.paths[row]) else 0, []).append(number)
-    credit = {name: _runs(each, segments) for name, each in group.credit.items()}
+    credit = {name: _runs(each, segments) for name, each in group.credit(settings).items()}
     first = group.rows[0]
     return {
         "step": group.step,
@@ -260,7 +266,7 @@ def choose(runs: Sequence[tuple[Path, Settings]], strings: Strings, budget: int)
     """
     chosen, size, num_texts = [], 0, 0
     for number, group in _by_worth(runs):
-        drawn = {"run": number, **group_map(group, strings)}
+        drawn = {"run": number, **group_map(group, runs[number][1], strings)}
         size += len(json.dumps(drawn, separators=(",", ":")))
         size += sum(len(json.dumps(text)) + 1 for text in strings.texts[num_texts:])
         num_texts = len(strings.places)

@@ -103,22 +103,14 @@ class Scale:
     divisor: float
     keep: Sequence[np.ndarray] | None = None
 
-    def apply(self, step: Step) -> list[Credit]:
-        """Returns the credit of each group of the step after division and selection."""
-        return [
-            _scaled(trie, credit, self.divisor, None if self.keep is None else self.keep[number])
-            for number, (trie, credit) in enumerate(zip(step.tries, step.credits, strict=True))
+    def apply(self, index: int, trie: PrefixTrie, credit: Credit) -> Credit:
+        """Returns the credit of the group `index` of the step after division and selection."""
+        keep = np.ones(len(trie), bool) if self.keep is None else self.keep[index]
+        tokens = credit.tokens and [
+            weight / self.divisor * keep[path] for weight, path in zip(credit.tokens, trie.paths, strict=True)
         ]
-
-
-def _scaled(trie: PrefixTrie, credit: Credit, divisor: float, keep: np.ndarray | None) -> Credit:
-    if keep is None:
-        keep = np.ones(len(trie), bool)
-    tokens = credit.tokens and [
-        weight / divisor * keep[path] for weight, path in zip(credit.tokens, trie.paths, strict=True)
-    ]
-    plus, minus = credit.plus / divisor * keep, credit.minus / divisor * keep
-    return Credit(plus, minus, credit.kl / divisor, tokens)
+        plus, minus = credit.plus / self.divisor * keep, credit.minus / self.divisor * keep
+        return Credit(plus, minus, credit.kl / self.divisor, tokens)
 
 
 @dataclass(frozen=True)
