@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from twig.common.errors import UserError
 from twig.common.python_files import FileError
-from twig.core.algorithms.base import Algorithm, Credit, Scale, Step
+from twig.core.algorithms.base import Algorithm, Credit, Items, Scale, Step
 from twig.core.trie import PrefixTrie
 from twig.core.types import Group
 
@@ -31,8 +31,8 @@ class Scored:
     slot: int = 0
 
 
-class Lazy(Sequence[T]):
-    """A sequence whose items are made when they are read, once."""
+class Lazy(Generic[T]):
+    """Items that are made when they are read, once."""
 
     def __init__(self, length: int, make: Callable[[int], T]) -> None:
         self.length, self.make = length, cache(make)
@@ -40,10 +40,11 @@ class Lazy(Sequence[T]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> T:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
+    def __getitem__(self, index: int, /) -> T:
         return self.make(index)
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self.make, range(self.length))
 
 
 class StepCredit:
@@ -55,7 +56,7 @@ class StepCredit:
     def __init__(
         self,
         algorithm: Algorithm,
-        tries: Sequence[PrefixTrie],
+        tries: Items[PrefixTrie],
         rngs: Sequence[np.random.Generator],
         num_prompts: int,
     ) -> None:

@@ -19,9 +19,9 @@ Lee & Tong, "Token-Efficient RL for LLM Reasoning", arXiv 2504.20834, fixes the 
 The options marked "ours" are not in the paper.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -31,6 +31,7 @@ from twig.common.python_files import check_spec, split_spec
 from twig.core.replay import Replay
 from twig.core.trie import PrefixTrie
 
+T_co = TypeVar("T_co", covariant=True)
 PASSED = "<python>"  # stands in `algorithm.file` for a class that was passed from Python
 
 
@@ -65,6 +66,17 @@ class Credit:
         return (self.plus != 0) | (self.minus != 0) | (self.kl != 0)
 
 
+@runtime_checkable
+class Items(Protocol[T_co]):
+    """Things that are read by their number: a list, or made when they are read (`core.credit.Lazy`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> T_co: ...
+
+    def __iter__(self) -> Iterator[T_co]: ...
+
+
 @dataclass(frozen=True)
 class Step:
     """All groups of an optimizer step, those of other processes included, with their unnormalised credit.
@@ -72,8 +84,8 @@ class Step:
     `num_prompts` is P. `tries` and `credits` have one entry per group in which a completion has a reward.
     """
 
-    tries: Sequence[PrefixTrie]
-    credits: Sequence[Credit]
+    tries: Items[PrefixTrie]
+    credits: Items[Credit]
     num_prompts: int
 
     @property
@@ -374,7 +386,7 @@ def per_length(trie: PrefixTrie) -> list[float]:
     return [1 / max(len(path), 1) for path in trie.paths]
 
 
-def entropy_at_quantile(tries: Sequence[PrefixTrie], top: float) -> float:
+def entropy_at_quantile(tries: Items[PrefixTrie], top: float) -> float:
     """Returns the quantile 1 - `top` of the entropies of the trained tokens, linear between them.
 
     A token counts as often as it was sampled.
