@@ -81,6 +81,8 @@ def test_a_file_in_place_of_a_name_drops_the_recipes_own_keys(caplog):
     assert settings.flat()["algorithm.decay"] == 0.5
     assert settings.algorithm.file == "mine.py:MyRule"
     assert not any(key.startswith("algorithm.replay") for key in settings.flat())
+    assert settings.with_overrides(["algorithm.file=mine.py:MyRule"]) == settings, "it is the same one"
+    assert load("quickstart", ["algorithm.name=grpo", "algorithm.file=null"]).algorithm.name == "grpo"
     back = settings.with_overrides(["algorithm.name=grpo"])
     assert (back.algorithm.name, back.algorithm.file) == ("grpo", None)
     assert "algorithm.decay=0.5" in caplog.text

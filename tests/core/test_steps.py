@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twig.common.errors import UserError
 from twig.core.algorithms.base import Algorithm, Credit, Scale, Step
 from twig.core.algorithms.registry import algorithm
 from twig.core.credit import assign
@@ -228,6 +229,10 @@ class Wrong(Deep):
         good = super().weights(trie, rng)
         if self.make == "raise":
             return good.plus["x"]
+        if self.make == "none":
+            return None
+        if self.make == "tokens":
+            return Credit(good.plus, good.minus, good.kl, [np.ones(1)] * 2)
         return Credit(
             {
                 "short": good.plus[1:],
@@ -240,13 +245,59 @@ class Wrong(Deep):
         )
 
 
-@pytest.mark.parametrize("make", ["short", "nan", "negative", "root", "raise"])
+@pytest.mark.parametrize("make", ["short", "nan", "negative", "root", "raise", "none", "tokens"])
 def test_weights_that_are_none_stop_the_run_in_one_line(make):
     trie = PrefixTrie.build([[1, 5], [2]], [1.0, 0.0])
     with pytest.raises(ValueError, match=r"^algorithm Wrong: .*\.$") as caught:
         assign(Wrong(make=make), [trie], [np.random.default_rng(0)], 1)
     if make == "raise":
         assert "test_steps.py:" in str(caught.value) and "IndexError" in caught.value.traceback_text
+
+
+class Scales(Deep):
+    """Returns what `make` says in place of a scale."""
+
+    make: str
+
+    def scale(self, step):
+        few = [np.ones(1, bool)] * len(step.tries)
+        return {"number": 2.0, "short": Scale(1.0, few), "nan": Scale(np.nan), "fewer": Scale(1.0, [])}[
+            self.make
+        ]
+
+
+@pytest.mark.parametrize("make", ["number", "short", "nan", "fewer"])
+def test_a_scale_that_is_none_stops_the_run_in_one_line(make):
+    trie = PrefixTrie.build([[1, 5], [2]], [1.0, 0.0])
+    with pytest.raises(UserError, match=r"^algorithm Scales: .*\.$"):
+        assign(Scales(make=make), [trie], [np.random.default_rng(0)], 1)
+
+
+def test_an_objective_has_what_it_needs_or_is_refused():
+    class Sequences(Deep):
+        objective_kind = "sequence ratio"
+
+    class Misspelt(Deep):
+        objective_kind = "sequence-ratio"
+
+    trie = PrefixTrie.build([[1, 5], [2]], [1.0, 0.0])
+    with pytest.raises(UserError, match=r"^algorithm Sequences: .*each token of each completion"):
+        assign(Sequences(), [trie], [np.random.default_rng(0)], 1)
+    with pytest.raises(
+        UserError, match=r"^objective_kind: 'sequence-ratio' is no objective.*'sequence ratio'"
+    ):
+        assign(Misspelt(), [trie], [np.random.default_rng(0)], 1)
+
+
+def test_weights_may_be_lists():
+    class Lists(Deep):
+        def weights(self, trie, rng):
+            good = super().weights(trie, rng)
+            return Credit(good.plus.tolist(), good.minus.tolist(), good.kl.tolist())
+
+    trie = PrefixTrie.build([[1, 5], [2]], [1.0, 0.0])
+    pair = [assign(each, [trie], [np.random.default_rng(0)], 1)[0][0] for each in (Lists(), Deep())]
+    np.testing.assert_array_equal(pair[0].plus, pair[1].plus)
 
 
 def test_a_divisor_that_is_no_number_above_zero_stops_the_run():

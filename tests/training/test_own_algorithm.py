@@ -9,7 +9,7 @@ import pytest
 from pages import examples
 from project import ROOT
 from saved import save_model
-from small_runs import STEPS, completions_of, record, rows_of
+from small_runs import EVAL, STEPS, TRAIN, completions_of, digits, record, rows_of
 
 import twig
 from twig.cli.app import main
@@ -18,6 +18,13 @@ from twig.config.load import load
 from twig.core.algorithms.base import PASSED
 from twig.report.credit_map import read_groups, saved_steps
 from twig.runs.reader import read_summary
+
+GIVEN = {"reward_funcs": digits, "train_dataset": TRAIN, "eval_dataset": EVAL}
+
+
+def run_settings(settings, algorithm):
+    """The settings with an object in place of the group `algorithm`."""
+    return settings.model_copy(update={"algorithm": algorithm})
 
 
 @pytest.fixture
@@ -70,6 +77,11 @@ def test_an_object_trains_like_the_file(run, mine, settings, tmp_path, monkeypat
     for name in ("adapter", "tensors", "metrics", "completions"):
         assert record(passed.folder)[name] == record(filed.folder)[name], name
     assert load(str(passed.folder)).algorithm.file == f"{module.__file__}:Shallow", "it can be loaded again"
+
+    inside = run_settings(settings(), module.Shallow(decay=0.7))
+    placed = twig.train(inside, output=tmp_path / "inside", **GIVEN)
+    assert record(placed.folder)["adapter"] == record(filed.folder)["adapter"]
+    assert load(str(placed.folder)).algorithm.file == f"{module.__file__}:Shallow"
 
     class Local(module.Shallow):
         """Can be found in no file."""
@@ -130,6 +142,7 @@ def test_it_is_compared_with_another_drawn_and_shared(mine, tmp_path, monkeypatc
         (None, ["algorithm.dekay=1.0"], "algorithm.dekay: extra inputs are not permitted"),
         (None, ["algorithm.decay=x"], "algorithm.decay: input should be a valid number"),
         (None, ["algorithm.name=grpo"], "algorithm.name"),
+        (None, ["algorithm.file=mine.py:Shallow,Shallow"], "names several classes"),
     ],
 )
 def test_what_is_wrong_with_it_is_one_line_before_anything_is_written(

@@ -226,15 +226,14 @@ def _switch_algorithm(values: dict[str, Any], overrides: dict[str, Any]) -> None
     group = values.get("algorithm") if isinstance(values, dict) else None
     if not isinstance(group, dict):
         return
-    choice = {
-        key: overrides[f"algorithm.{key}"] for key in ("name", "file") if f"algorithm.{key}" in overrides
-    }
+    keys = {key: overrides.get(f"algorithm.{key}") for key in ("name", "file")}
+    choice = {key: value for key, value in keys.items() if value is not None}
     before = {key: group[key] for key in ("name", "file") if group.get(key) is not None} or {"name": DEFAULT}
     try:
         old, new = class_for(before), class_for(choice or before)
     except UserError:
         return  # it is refused when the group is built, with the place where it was written
-    if not choice or (choice == before):
+    if choice.items() <= before.items():
         for key in [key for key in group if key not in new.model_fields and new is not Unloaded]:
             if _is_default_of_another(key, group[key]):
                 del group[key]

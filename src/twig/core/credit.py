@@ -66,15 +66,19 @@ class StepCredit:
 
     @cached_property
     def scale(self) -> Scale:
-        """What divides and selects. Raises UserError if the divisor is no finite number above 0."""
+        """What divides and selects. Raises UserError if it is no `Scale` that fits the step."""
         with _failing(self.algorithm):
             scale = self.algorithm.scale(self.step)
+        if not isinstance(scale, Scale):
+            problem = f"scale() returned a {type(scale).__name__}"
+            raise _wrong(self.algorithm, problem, "Return twig.Scale(divisor)")
         if not (np.isfinite(scale.divisor) and scale.divisor > 0):
-            raise UserError(
-                f"algorithm {self.algorithm.name}",
-                f"its divisor is {scale.divisor}",
-                "Return a finite number above 0",
-            )
+            raise _wrong(self.algorithm, f"its divisor is {scale.divisor}", "Return a finite number above 0")
+        if scale.keep is not None:
+            sizes = [np.shape(keep) for keep in scale.keep]
+            if sizes != [(len(trie),) for trie in self.step.tries]:
+                problem = f"scale() returned a keep of sizes {sizes}"
+                raise _wrong(self.algorithm, problem, "Return one array of bool per group, over its nodes")
         return scale
 
     def of(self, index: int) -> Credit:
@@ -121,22 +125,35 @@ def _failing(algorithm: Algorithm) -> Iterator[None]:
         ) from error
 
 
+def _wrong(algorithm: Algorithm, problem: str, fix: str) -> UserError:
+    return UserError(f"algorithm {algorithm.name}", problem, fix)
+
+
 def _weights(algorithm: Algorithm, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
+    """Returns the algorithm's weights as arrays; raises UserError if they do not fit the trie."""
     with _failing(algorithm):
         credit = algorithm.weights(trie, rng)
+        kind = algorithm.objective().kind
+    if not isinstance(credit, Credit):
+        raise _wrong(algorithm, f"weights() returned a {type(credit).__name__}", "Return a twig.Credit")
+    arrays = {}
     for name in ("plus", "minus", "kl"):
-        weight = np.asarray(getattr(credit, name))
+        arrays[name] = weight = np.asarray(getattr(credit, name))
         sign_is_right = (weight <= 0).all() if name == "minus" else (weight >= 0).all()
-        if (
-            weight.shape != (len(trie),)
-            or not np.isfinite(weight).all()
-            or weight[0] != 0
-            or not sign_is_right
-        ):
-            raise UserError(
-                f"algorithm {algorithm.name}",
+        fits = weight.shape == (len(trie),) and np.isfinite(weight).all() and weight[0] == 0
+        if not (fits and sign_is_right):
+            raise _wrong(
+                algorithm,
                 f"weights() returned a {name} that is not {len(trie)} finite numbers "
                 f"{'up to 0' if name == 'minus' else 'from 0 up'}, with 0 at the root",
                 "Return Credit.signed(weight) with one number per node of the trie",
             )
-    return credit
+    tokens = credit.tokens and [np.asarray(each) for each in credit.tokens]
+    lengths = [(len(path),) for path in trie.paths]
+    if (tokens is None and kind == "sequence ratio") or (tokens and [t.shape for t in tokens] != lengths):
+        raise _wrong(
+            algorithm,
+            f"the objective {kind!r} has no weight for each token of each completion",
+            "Return what twig.core.algorithms.base.on_tokens returns, or set Credit.tokens",
+        )
+    return Credit(**arrays, tokens=tokens)

@@ -122,8 +122,7 @@ def _with_lora(settings: Settings, peft_config: Any, model: PreTrainedModel | No
 
 def _with_algorithm(settings: Settings, algorithm: Algorithm | None, progress: Progress) -> Settings:
     """Returns the settings with the algorithm that was passed, or with that of `algorithm.file` loaded."""
-    if algorithm is None:
-        chosen = load_algorithm(settings.algorithm, progress.notice)
-    else:
-        chosen = passed_algorithm(algorithm)
+    chosen = algorithm or load_algorithm(settings.algorithm, progress.notice)
+    if algorithm is not None or chosen.file is None:
+        chosen = passed_algorithm(chosen)
     return settings.model_copy(update={"algorithm": chosen.resolved(settings.rollout.max_completion_length)})

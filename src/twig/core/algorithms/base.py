@@ -21,16 +21,19 @@ The options marked "ours" are not in the paper.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import ClassVar, Literal, Protocol, Self, TypeVar, get_args, runtime_checkable
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from twig.common.errors import UserError
 from twig.common.frozen import Frozen
 from twig.common.python_files import check_spec, split_spec
 from twig.core.replay import Replay
 from twig.core.trie import PrefixTrie
 
+Kind = Literal["token ratio", "sequence ratio", "clipped weight"]
+KINDS = get_args(Kind)
 T_co = TypeVar("T_co", covariant=True)
 PASSED = "<python>"  # stands in `algorithm.file` for a class that was passed from Python
 
@@ -133,11 +136,19 @@ class Objective:
     weight of the KL term; `bias_correction`: multiply it by the ratio (TRL's `use_bias_correction_kl`).
     """
 
-    kind: Literal["token ratio", "sequence ratio", "clipped weight"] = "token ratio"
+    kind: Kind = "token ratio"
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     beta: float = 0.0
     bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(
+                "objective_kind",
+                f"{self.kind!r} is no objective",
+                f"Set it to {' or '.join(map(repr, KINDS))}",
+            )
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,7 @@ class Algorithm(Frozen):
     summary: ClassVar[str] = ""  # one clause: what a token gets credit for
     citation: ClassVar[str | None] = None  # BibTeX of the paper, if it is another than `PAPER`
     in_credit_map: ClassVar[bool] = False  # whether reports draw it beside a run's own algorithm
-    objective_kind: ClassVar[Literal["token ratio", "sequence ratio", "clipped weight"]] = "token ratio"
+    objective_kind: ClassVar[Kind] = "token ratio"
 
     name: str = Field(default="", description="The algorithm; see docs/algorithms.md.")
     file: str | None = Field(
@@ -189,7 +200,11 @@ class Algorithm(Frozen):
     @field_validator("file")
     @classmethod
     def _names_a_class(cls, value: str | None) -> str | None:
-        return value if value in (None, PASSED) else check_spec(value, "algorithm.file")
+        if value is None or value == PASSED:
+            return value
+        if len(split_spec(check_spec(value, "algorithm.file"))[1]) > 1:
+            raise UserError("algorithm.file", f"{value!r} names several classes", "Name one class")
+        return value
 
     @model_validator(mode="after")
     def _fill_in(self) -> Self:

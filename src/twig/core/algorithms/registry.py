@@ -4,6 +4,7 @@ import difflib
 import importlib
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from pydantic import ConfigDict, ValidationError
 
 from twig.common.errors import UserError
-from twig.common.python_files import load_names, split_spec
+from twig.common.python_files import FileError, load_names, split_spec
 from twig.common.text import either
 from twig.core.algorithms.base import PASSED, Algorithm, Credit
 from twig.core.trie import PrefixTrie
@@ -116,10 +117,16 @@ def load_algorithm(algorithm: Algorithm, notice: Callable[[str], None] | None = 
             f"{kind.__name__} has {', '.join(own)}" if own else f"{kind.__name__} has no settings of its own"
         )
         raise UserError(key, f"{fault['msg'][0].lower()}{fault['msg'][1:]}", fix) from None
+    except UserError:
+        raise
+    except Exception as error:  # of the class's own validators
+        problem = f"{kind.__name__} raised {type(error).__name__}: {error}"
+        text = "".join(traceback.format_exception(error))
+        raise FileError("algorithm.file", problem, traceback_text=text) from error
 
 
 def passed_algorithm(algorithm: Algorithm) -> Algorithm:
-    """Returns an algorithm passed from Python with the `name` and `file` that its run folder will have.
+    """Returns an algorithm made in Python with the `name` and `file` that its run folder will have.
 
     `file` is where its class is written, if it can be loaded from there again, else `PASSED`.
     """
