@@ -75,7 +75,7 @@ def hidden(text: str) -> str:
 def public(value: Any) -> Any:
     """Returns the value without secrets, and with only the last part of each path.
 
-    >>> public({"file": "/home/ann/work/rewards.py:exact", "api_key": "abc", "n": 3})
+    >>> public({"file": "/home/ann/rewards.py:exact", "api_key": "abc", "n": 3})
     {'file': 'rewards.py:exact', 'api_key': '(removed)', 'n': 3}
     """
     if isinstance(value, Mapping):

@@ -73,6 +73,11 @@ class BasePolicy(ABC):
         self.decode = decode
         self.decode_refusal: str | None = None  # why sampling fell back to a slower loop
         self.adapter_is_on = True
+        self._set_up()
+
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Prepares what the engine needs beyond that; raises UserError if it does not serve the model."""
 
     @property
     def embeddings(self) -> Tensor:

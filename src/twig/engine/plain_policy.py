@@ -20,6 +20,9 @@ class PlainPolicy(BasePolicy):
     shares_prefixes = False
     can_checkpoint = False
 
+    def _set_up(self) -> None:
+        """Needs nothing more: any model can be called whole."""
+
     def _target_logps(
         self, pack: Pack, boundary: Tensor | None, opened: OpenStem | None
     ) -> Float[Tensor, " N"]:

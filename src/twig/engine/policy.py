@@ -8,13 +8,12 @@ Knows nothing of tries, rewards or algorithms. Legend: B rows, L columns, R head
 hidden, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -49,25 +48,8 @@ class Policy(BasePolicy):
     shares_prefixes = True
     can_checkpoint = True
 
-    def __init__(
-        self,
-        peft_model: PeftModel,
-        *,
-        temperature: float = 1.0,
-        suppress_tokens: Sequence[int] = (),
-        head_chunk: int = 2**22,
-        checkpoint_layers: bool = False,
-        decode: str = "auto",
-    ) -> None:
-        super().__init__(
-            peft_model,
-            temperature=temperature,
-            suppress_tokens=suppress_tokens,
-            head_chunk=head_chunk,
-            checkpoint_layers=checkpoint_layers,
-            decode=decode,
-        )
-        self.decode = resolve_decode(decode, self.device.type)
+    def _set_up(self) -> None:
+        self.decode = resolve_decode(self.decode, self.device.type)
         self.decoder = Decoder(self.model)
         self.decode_steps: KeptBuffers | None = None
         if _has_signal(self.parameters):
