@@ -212,20 +212,28 @@ def quantile(values, q) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
-def t_spmo_weights(completions, rewards, normalise="unique") -> dict[tuple[int, ...], float]:
-    """prefix -> (V(prefix) - V(prefix without its last token)) / |U|, from the dictionary of all prefixes."""
+def value_steps(completions, rewards) -> dict[tuple[int, ...], float]:
+    """prefix -> V(prefix) - V(prefix without its last token), from the dictionary of all prefixes."""
     through = all_prefixes(completions, rewards)
-    value = {}
-    for prefix, values in through.items():
-        equal = min(values) == max(values)
-        value[prefix] = values[0] if equal else sum(values) / len(values)
-    gained = {}
-    for prefix in through:
-        if prefix:
-            fork = len(through[prefix]) < len(through[prefix[:-1]])
-            gained[prefix] = value[prefix] - value[prefix[:-1]] if fork else 0.0
-    size = len(gained) if normalise == "unique" else sum(g != 0 for g in gained.values())
-    return {prefix: g / max(size, 1) for prefix, g in gained.items()}
+    value = {prefix: sum(values) / len(values) for prefix, values in through.items()}
+    gained = {prefix: value[prefix] - value[prefix[:-1]] for prefix in through if prefix}
+    return {prefix: 0.0 if is_rounding(g, rewards) else g for prefix, g in gained.items()}
+
+
+def is_rounding(difference, rewards) -> bool:
+    """Whether a difference of rewards is below a relative 1e-9 of them."""
+    return abs(difference) <= 1e-9 * max(map(abs, rewards))
+
+
+def t_spmo_weights(groups, normalise="step") -> list[dict[tuple[int, ...], float]]:
+    """The step in value of each prefix over |U|: of all groups, of those with a step, or of each group."""
+    gained = [value_steps(*group) for group in groups]
+    sizes = [sum(g != 0 or normalise != "branches" for g in each.values()) for each in gained]
+    divisors = [size * len(groups) if normalise == "group" else sum(sizes) for size in sizes]
+    return [
+        {prefix: g / max(divisor, 1) for prefix, g in each.items()}
+        for each, divisor in zip(gained, divisors, strict=True)
+    ]
 
 
 def clipped_sum(terms, logp, old_logp, epsilon, epsilon_high) -> torch.Tensor:

@@ -136,7 +136,10 @@ def test_t_spmo_by_hand():
     branches = weights_of(*HAND, name="t-spmo", normalise="branches")[1]
     np.testing.assert_allclose(branches.plus, credit.plus * 5 / 4)
     np.testing.assert_allclose(branches.minus, credit.minus * 5 / 4)
-    np.testing.assert_allclose(weights_of(*HAND, name="t-spmo", prompts=4)[1].plus, credit.plus / 4)
+    # |U| is that of the step whatever its number of prompts, under `group` that of each prompt's group.
+    np.testing.assert_array_equal(weights_of(*HAND, name="t-spmo", prompts=4)[1].plus, credit.plus)
+    own = weights_of(*HAND, name="t-spmo", normalise="group", prompts=4)[1]
+    np.testing.assert_allclose(own.plus, credit.plus / 4)
 
 
 def test_neighbours_by_hand():
@@ -263,11 +266,11 @@ def test_s_grpo_is_the_sum_over_chosen_tokens(group, options, seed):
     assert_sums(trie, credit, oracles.token_terms(completions, rewards, scales))
 
 
-@given(random_groups.groups(), st.sampled_from(["unique", "branches"]))
+@given(random_groups.groups(), st.sampled_from(["step", "branches", "group"]))
 @random_groups.bounded
 def test_t_spmo_is_the_step_in_value_of_each_unique_prefix(group, normalise):
     trie, credit = weights_of(*group, name="t-spmo", normalise=normalise)
-    expected = oracles.t_spmo_weights(*group, normalise)
+    (expected,) = oracles.t_spmo_weights([group], normalise)
     for node in range(1, len(trie)):
         weight = expected[oracles.prefix_of(trie, node)]
         assert credit.plus[node] + credit.minus[node] == pytest.approx(weight, abs=1e-12)
@@ -429,6 +432,34 @@ def test_rewards_of_a_tenth_would_have_a_spurious_deviation():
     rewards = np.array([0.1] * 3)
     assert rewards.std(ddof=1) != 0
     assert (rewards - rewards.mean()).any()
+
+
+@every_option
+def test_rewards_that_differ_by_rounding_are_equal(options):
+    _, credit = weights_of([[1, 2], [1, 3], [2]], [0.3, 0.1 + 0.2, 0.3], **options)
+    assert not credit.plus.any() and not credit.minus.any()
+
+
+@every_option
+def test_a_reward_that_is_the_mean_but_for_rounding_has_no_credit(options):
+    # (0.1 + 0.2 + 0.3) / 3 is above 0.2: without a tolerance the second completion would be trained.
+    trie, credit = weights_of([[1], [2], [3]], [0.1, 0.2, 0.3], **options)
+    assert credit.minus[1] < 0 < credit.plus[3], "signal stays"
+    assert credit.plus[2] == credit.minus[2] == 0
+    assert trie.value[0] == trie.rewards[1]
+
+
+def test_rounding_is_no_branch():
+    # Two of three nodes have credit, as they would with rewards of 1, 2 and 3.
+    _, credit = weights_of([[1], [2], [3]], [0.1, 0.2, 0.3], name="t-spmo", normalise="branches")
+    np.testing.assert_allclose(credit.plus + credit.minus, [0, -0.05, 0, 0.05])
+
+
+def test_a_small_difference_of_large_rewards_is_no_signal_and_of_small_ones_is():
+    for scale, signal in ((1e6, False), (1e-6, True)):
+        rewards = [scale, scale + 1e-9]
+        assert weights_of([[1], [2]], rewards, name="t-spmo")[1].plus.any() == signal
+        assert weights_of([[1], [2]], rewards, name="grpo")[1].plus.any() == signal
 
 
 def test_a_group_of_equal_rewards_stays_in_the_number_of_prompts():

@@ -145,20 +145,17 @@ def test_a_node_shared_by_completions_of_different_ratios_by_hand():
     assert not actual.plus.any() and actual.constant == pytest.approx(1.1 / 4)
 
 
-@given(steps)
+@given(steps, st.sampled_from(["step", "branches", "group"]))
 @random_groups.bounded
-def test_t_spmo_under_the_divisor_of_the_step(step):
+def test_t_spmo_divides_all_groups_of_a_step_alike(step, normalise):
     tries = [PrefixTrie.build(*group) for group in step]
     rngs = [np.random.default_rng(0) for _ in tries]
-    credits, scale = assign(algorithm("t-spmo", normalise="step"), tries, rngs, len(step))
-    prefixes = [oracles.all_prefixes(*group) for group in step]
-    size = sum(len(each) - 1 for each in prefixes)
-    assert scale.divisor == max(size, 1)
-    for trie, credit, through in zip(tries, credits, prefixes, strict=True):
+    credits, _ = assign(algorithm("t-spmo", normalise=normalise), tries, rngs, len(step))
+    expected = oracles.t_spmo_weights(step, normalise)
+    for trie, credit, weights in zip(tries, credits, expected, strict=True):
         for node in range(1, len(trie)):
-            prefix = oracles.prefix_of(trie, node)
-            value, before = (sum(through[p]) / len(through[p]) for p in (prefix, prefix[:-1]))
-            assert credit.plus[node] + credit.minus[node] == pytest.approx((value - before) / size, abs=1e-12)
+            weight = weights[oracles.prefix_of(trie, node)]
+            assert credit.plus[node] + credit.minus[node] == pytest.approx(weight, rel=1e-9, abs=1e-15)
 
 
 def test_the_divisor_of_the_step_makes_a_short_group_count_like_a_long_one():
@@ -167,9 +164,11 @@ def test_the_divisor_of_the_step_makes_a_short_group_count_like_a_long_one():
     short, long = ([[1], [2]], [1.0, 0.0]), ([[1, *tail], [2, *tail]], [1.0, 0.0])
     tries = [PrefixTrie.build(*group) for group in (short, long)]
     rngs = [np.random.default_rng(0)] * 2
-    (a, b), _ = assign(algorithm("t-spmo", normalise="step"), tries, rngs, 2)
-    assert a.plus.max() == b.plus.max() == 0.5 / 22
     (a, b), _ = assign(algorithm("t-spmo"), tries, rngs, 2)
+    assert a.plus.max() == b.plus.max() == 0.5 / 22
+    (a, b), _ = assign(algorithm("t-spmo", normalise="branches"), tries, rngs, 2)
+    assert a.plus.max() == b.plus.max() == 0.5 / 4
+    (a, b), _ = assign(algorithm("t-spmo", normalise="group"), tries, rngs, 2)
     assert a.plus.max() == pytest.approx(10 * b.plus.max())
 
 

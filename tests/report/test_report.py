@@ -191,7 +191,7 @@ def test_runs_that_differ_by_seed_only_are_one_arm(tmp_path):
     ]
     table = differing(arms)
     assert table["train.learning_rate"] == [1e-4, 0.5, 1e-4]
-    assert table["algorithm.normalise"] == ["unique", "unique", None], "grpo has no such setting"
+    assert table["algorithm.normalise"] == ["step", "step", None], "grpo has no such setting"
     assert not {"train.seed", "log.completions_steps", "memory.budget", "model.name"} & set(table)
 
 

@@ -14,6 +14,31 @@ from functools import cached_property
 import numpy as np
 
 ROOT = 0
+ROUNDING = 1e-9  # differences of rewards up to this share of the largest are rounding
+
+
+def rounding(rewards: np.ndarray) -> float:
+    """Returns the largest difference of two of `rewards`, or of their means, that is no signal."""
+    return ROUNDING * float(np.abs(rewards).max(initial=0.0))
+
+
+def without_rounding(values: np.ndarray) -> np.ndarray:
+    """Returns `values` with those that differ by rounding only made equal, to the first of them.
+
+    A sum of 0.1 or 1/3 divided by its count can differ from it in the last bit, and 0.1 + 0.2 differs from
+    0.3: the difference of two such values would be spurious credit.
+
+    >>> without_rounding(np.array([0.3, 0.1 + 0.2, 0.5])).tolist()
+    [0.3, 0.3, 0.5]
+    """
+    if not len(values):
+        return values
+    order = np.argsort(values, kind="stable")
+    new = np.diff(values[order], prepend=-np.inf) > rounding(values)
+    first = np.minimum.reduceat(order, np.flatnonzero(new))
+    snapped = np.empty_like(values)
+    snapped[order] = values[first[np.cumsum(new) - 1]]
+    return snapped
 
 
 @dataclass(frozen=True)
@@ -61,7 +86,7 @@ class PrefixTrie:
         Sorted completions share each prefix with a neighbour, so row i adds exactly the nodes behind its
         longest common prefix with row i - 1: linear in the number of tokens after one sort.
         """
-        rewards = np.asarray(rewards, np.float64)
+        rewards = without_rounding(np.asarray(rewards, np.float64))
         lengths = np.array([len(c) for c in completions], np.int64)
         assert len(lengths) == len(rewards) > 0, "one reward per completion, at least one completion"
         table, order = _sorted_rows(completions, int(lengths.max()))
@@ -132,16 +157,13 @@ class PrefixTrie:
 
     @cached_property
     def value(self) -> np.ndarray:
-        """V(n), the mean reward of the completions through n.
+        """V(n), the mean reward of the completions through n, `without_rounding`.
 
-        If they all have one reward, V is that reward itself: a sum of 0.1 or 1/3 divided by its count can
-        differ from it in the last bit, and the difference of two such values would be spurious credit.
+        So V is a reward itself if all completions through n have that reward, and the difference of two
+        values, or of a value and a reward, is 0 or signal.
         """
-        low, high = np.full(len(self), np.inf), np.full(len(self), -np.inf)
-        for path, reward in zip(self.paths, self.rewards, strict=True):
-            nodes = np.append(path, ROOT)
-            low[nodes], high[nodes] = np.minimum(low[nodes], reward), np.maximum(high[nodes], reward)
-        return np.where(low == high, low, self.reward_sum / self.count)
+        both = np.concatenate([self.rewards, self.reward_sum / self.count])
+        return without_rounding(both)[len(self.rewards) :]
 
     def position(self, nodes: np.ndarray) -> np.ndarray:
         """Returns the places of the tokens of `nodes` (not the root) in the completions end to end."""

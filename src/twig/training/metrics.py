@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from twig.core.trie import without_rounding
 from twig.training.batch import Batch
 
 
@@ -13,7 +14,7 @@ def batch_metrics(batch: Batch) -> dict[str, Any]:
     lengths = np.array([len(c) for c in completions])
     rewards = np.array([g.rewards for g in batch.groups])
     given = rewards[~np.isnan(rewards)]
-    equal = [bool(len(r := row[~np.isnan(row)]) == 0 or r.min() == r.max()) for row in rewards]
+    equal = [len(np.unique(without_rounding(row[~np.isnan(row)]))) <= 1 for row in rewards]
     deviations = [each.group.rewards.std(ddof=1) for each in batch.scored if len(each.group.rewards) > 1]
     metrics = {
         "reward": float(given.mean()) if len(given) else None,

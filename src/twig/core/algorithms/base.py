@@ -30,7 +30,7 @@ from twig.common.errors import UserError
 from twig.common.frozen import Frozen
 from twig.common.python_files import check_spec, split_spec
 from twig.core.replay import Replay
-from twig.core.trie import PrefixTrie
+from twig.core.trie import PrefixTrie, without_rounding
 
 Kind = Literal["token ratio", "sequence ratio", "clipped weight"]
 KINDS = get_args(Kind)
@@ -337,18 +337,15 @@ class TopEntropy(Algorithm):
 def advantages(rewards: np.ndarray, scale_rewards: str) -> np.ndarray:
     """Returns A_i = (R_i - mean) / (std + 1e-4), std with ddof 1.
 
-    Only `scale_rewards="group"` divides here.
-
-    Exactly 0 if all rewards are equal: the std of three times 0.1 is not 0 in floating point.
+    Only `scale_rewards="group"` divides here. Exactly 0 for a reward that differs from the mean by rounding.
 
     >>> advantages(np.array([0.1, 0.1, 0.1]), "group").tolist()
     [0.0, 0.0, 0.0]
     >>> advantages(np.array([1.0, 0.0]), "none").tolist()
     [0.5, -0.5]
     """
-    if rewards.min() == rewards.max():
-        return np.zeros(len(rewards))
-    centred = rewards - rewards.mean()
+    same = without_rounding(np.append(rewards, rewards.mean()))
+    centred = same[:-1] - same[-1]
     return centred / reward_deviation(rewards) if scale_rewards == "group" else centred
 
 

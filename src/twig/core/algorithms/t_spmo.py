@@ -13,10 +13,11 @@ from twig.core.trie import PrefixTrie
 class TSpmo(Algorithm):
     """Each unique node n gets (V(n) - V(parent(n))) / |U|, once, however often it is visited.
 
-    T-SPMO, arXiv 2504.20834. U is the set of unique nodes of the group, or, with `normalise: branches`
-    (ours), of those with non-zero credit; with `normalise: step` (ours) it is that of all groups of the step.
-    Nodes with the count of their parent get exactly 0: only forks have credit. The regulariser is the L2 norm
-    of the adapter, so there are no KL weights. A node that only untrained completions pass gets nothing.
+    T-SPMO, arXiv 2504.20834. |U| (ours, as the paper's own divisor is not known to us) counts the unique
+    nodes of all groups of the step: every fork of a step is pushed alike, also in a group that restarts from
+    inside a completion and so has few nodes. Nodes with the count of their parent get exactly 0: only forks
+    have credit. The regulariser is the L2 norm of the adapter, so there are no KL weights. A node that only
+    untrained completions pass gets nothing.
     """
 
     title: ClassVar = "T-SPMO"
@@ -27,10 +28,10 @@ class TSpmo(Algorithm):
     in_credit_map: ClassVar = True
 
     name: Literal["t-spmo"] = "t-spmo"
-    normalise: Literal["unique", "branches", "step"] = Field(
-        default="unique",
-        description="Divide by all unique nodes of a group, by those with credit only, or (`step`) by the "
-        "unique nodes of all groups of the step.",
+    normalise: Literal["step", "branches", "group"] = Field(
+        default="step",
+        description="Divide by the unique nodes of all groups of the step, by those of them with credit only "
+        "(`branches`), or each group by its own unique nodes and the step by its prompts (`group`).",
     )
     l2: float = Field(
         default=0.0, ge=0, description="Lambda, the weight of the adapter's squared L2 norm (decoupled)."
@@ -38,10 +39,10 @@ class TSpmo(Algorithm):
     replay: Replay = Field(default_factory=Replay, description="Groups restarted from inside a completion.")
 
     def weights(self, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
-        """Returns the step in value at each node, divided by |U| if U is that of the group."""
+        """Returns the step in value at each node, divided by the nodes of the group under `group`."""
         weight = value_steps(trie)
-        if self.normalise != "step":
-            weight /= max(len(trie) - 1 if self.normalise == "unique" else np.count_nonzero(weight), 1)
+        if self.normalise == "group":
+            weight /= max(len(trie) - 1, 1)
         passed = np.zeros(len(trie), bool)
         for path, train in zip(trie.paths, trie.trained, strict=True):
             passed[path] |= train
@@ -49,8 +50,12 @@ class TSpmo(Algorithm):
         return Credit.signed(weight)
 
     def step_divisor(self, step: Step) -> float:
-        """Returns the unique nodes of all groups under `normalise: step`, else the number of prompts."""
-        return max(step.num_nodes, 1) if self.normalise == "step" else step.num_prompts
+        """Returns the nodes that are counted over all groups, or the number of prompts under `group`."""
+        if self.normalise == "group":
+            return step.num_prompts
+        if self.normalise == "step":
+            return max(step.num_nodes, 1)
+        return max(sum(int(np.count_nonzero(value_steps(trie))) for trie in step.tries), 1)
 
     @property
     def l2_weight(self) -> float:

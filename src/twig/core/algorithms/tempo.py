@@ -9,13 +9,14 @@ from twig.core.algorithms.base import (
     KlTerm,
     ScaledRewards,
     TopEntropy,
+    advantages,
     arxiv_entry,
     on_tokens,
     per_length,
     reward_deviation,
     value_steps,
 )
-from twig.core.trie import PrefixTrie
+from twig.core.trie import PrefixTrie, rounding
 
 
 class Tempo(TopEntropy, ScaledRewards, KlTerm):
@@ -40,8 +41,8 @@ class Tempo(TopEntropy, ScaledRewards, KlTerm):
 
     def weights(self, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
         """Returns the advantage plus the step in value, over |o_i|, summed over completions, / G."""
-        step = value_steps(trie)
-        if self.scale_rewards == "group":
-            step = step / reward_deviation(trie.rewards)
-        both = [a + step[path] for a, path in zip(self.advantages(trie), trie.paths, strict=True)]
-        return on_tokens(trie, both, per_length(trie), kl=self.beta != 0)
+        step, centred = value_steps(trie), advantages(trie.rewards, "none")
+        deviation = reward_deviation(trie.rewards) if self.scale_rewards == "group" else 1.0
+        both = [a + step[path] for a, path in zip(centred, trie.paths, strict=True)]
+        signal = [np.where(abs(each) > rounding(trie.rewards), each / deviation, 0.0) for each in both]
+        return on_tokens(trie, signal, per_length(trie), kl=self.beta != 0)
