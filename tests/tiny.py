@@ -98,7 +98,10 @@ def build_policy(
     kwargs = {"target_modules": ["q_proj", "v_proj"]} | kwargs
     options = {
         k: kwargs.pop(k)
-        for k in ("temperature", "suppress_tokens", "head_chunk", "checkpoint_layers", "decode")
+        for k in (
+            *("temperature", "suppress_tokens", "head_chunk", "checkpoint_layers", "decode"),
+            *("kernels", "packed_weights"),
+        )
         if k in kwargs
     }
     options = {"decode": "plain"} | options

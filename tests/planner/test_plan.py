@@ -176,6 +176,32 @@ def test_what_the_settings_say_is_not_chosen():
     assert planned.sizes == Sizes(3, 77, 99, True, 5)
 
 
+def test_weights_are_packed_only_if_there_is_room():
+    fast = settings_of(*HAND, "model.kernels=onednn")
+    # three layers of 8 x (8 + 4 + 4 + 8) and 3 x 8 x 16 numbers, and a head of 10 x 8, in float32
+    packed = 4 * (3 * (8 * 24 + 3 * 8 * 16) + 10 * 8)
+    roomy = plan(SMALL, fast, GIB, "cpu", prompt_tokens=3)
+    assert roomy.sizes.packed_weights
+    assert (
+        items(roomy, "sampling")["packed weights"] == items(roomy, "evaluation")["packed weights"] == packed
+    )
+    assert "packed weights" not in items(roomy, "update")
+    # A budget that is just enough without copies
+    larger = SMALL | {"hidden_size": 2048, "intermediate_size": 8192}
+    bare = plan(larger, settings_of(*HAND, "model.kernels=torch"), GIB, "cpu", prompt_tokens=3)
+    tight = plan(larger, fast, int(bare.peak / 0.95) + 1, "cpu", prompt_tokens=3)
+    assert tight.fits and not tight.sizes.packed_weights
+
+
+def test_packed_weights_are_as_set_and_only_where_onednn_multiplies():
+    for value in (True, False):
+        fast = settings_of(*HAND, "model.kernels=onednn", f"rollout.packed_weights={value}".lower())
+        assert plan(SMALL, fast, GIB, "cpu").sizes.packed_weights is value
+    for overrides in (["model.kernels=torch"], ["model.kernels=onednn", "model.dtype=bfloat16"]):
+        asked = settings_of(*HAND, *overrides, "rollout.packed_weights=true")
+        assert not plan(SMALL, asked, GIB, "cpu").sizes.packed_weights
+
+
 def test_restarts_are_planned_for():
     """One whose prompt has nearly a whole completion may lie beside one that has none."""
     plain, replayed = (

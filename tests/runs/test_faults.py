@@ -372,6 +372,7 @@ def test_what_changed_is_said_and_what_auto_stood_for_is_kept(run, settings, tmp
         "model.device": "cpu",
         "model.dtype": "float32",
         "model.attn_implementation": "sdpa",
+        "model.kernels": "torch",
     }
     path.write_text(json.dumps(state | {"decided": state["decided"] | {"model.dtype": "float64"}}))
     kept = decided_model(settings().model, start)

@@ -23,9 +23,18 @@ def env_command() -> None:
         "processors": record["cpu_count"],
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
         "device": device,
+        "products": _products(),
     }
     for name, value in rows.items():
         show_row(name, value)
     warning = gpu_warning(torch.version.cuda, torch.version.hip, torch.cuda.is_available(), has_nvidia_gpu())
     if warning:
         result_console().print(Text(f"\nwarning: {warning}"), soft_wrap=True)
+
+
+def _products() -> str:
+    """Returns what `model.kernels=auto` takes on the CPU here for a model of half a billion parameters."""
+    from twig.engine.kernels import choose
+
+    choice = choose("auto", "cpu", "float32", [(896, 896), (896, 4864), (4864, 896)])
+    return f"model.kernels={choice.kernels} for a float32 model on the CPU ({choice.why})"

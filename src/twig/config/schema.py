@@ -171,6 +171,12 @@ class Model(Frozen):
         description="`trie` runs each shared prefix once and reuses the frozen lower layers. `plain` is the "
         "ordinary batched forward: slower, the same gradient, for families that the trie engine refuses.",
     )
+    kernels: Literal["auto", "onednn", "torch"] = Field(
+        default="auto",
+        description="What multiplies by the frozen float32 matrices on a CPU. `auto`: oneDNN if it is at "
+        "least 1.3 times as fast as torch's own library, measured for a second before the run; `twig env` "
+        "shows both. `config.yaml` keeps what was chosen. Results differ by rounding.",
+    )
     num_threads: int | None = Field(
         default=None,
         ge=1,
@@ -220,6 +226,14 @@ class Rollout(Frozen):
         ge=1,
         description=f"Completions sampled at once. {_PLANNED}",
         examples=[128],
+        json_schema_extra=SPEED,
+    )
+    packed_weights: bool | None = Field(
+        default=None,
+        description="Whether `model.kernels=onednn` samples with copies of the frozen matrices in a layout "
+        "that is faster at few rows. They are freed before the update. Changes memory and speed, not "
+        "results. null: if there is room.",
+        examples=[False],
         json_schema_extra=SPEED,
     )
     suppress_tokens: list[Index] = Field(

@@ -16,6 +16,7 @@ SIZE_KEYS = (
     "train.head_chunk",
     "train.checkpoint_layers",
     "eval.batch_size",
+    "rollout.packed_weights",
 )
 
 
@@ -23,7 +24,8 @@ SIZE_KEYS = (
 class Sizes:
     """How much is computed at once: completions sampled, tokens of a pack, logits, and problems evaluated.
 
-    The plan chooses them before a run, and a run takes smaller ones on out-of-memory.
+    `packed_weights` is whether sampling may copy the frozen matrices to be faster. The plan chooses all of
+    them before a run, and a run takes smaller ones on out-of-memory.
     """
 
     wave_size: int
@@ -31,6 +33,7 @@ class Sizes:
     head_chunk: int
     checkpoint_layers: bool
     eval_batch_size: int = 128
+    packed_weights: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> "Sizes":
@@ -61,6 +64,13 @@ def open_sizes(settings: Settings) -> list[str]:
 def with_sizes(settings: Settings, sizes: Mapping[str, Any]) -> Settings:
     """Returns the settings with those of `sizes`, by key, that they leave open."""
     return with_values(settings, {key: sizes[key] for key in open_sizes(settings)})
+
+
+def as_begun(settings: Settings, before: Settings) -> Settings:
+    """Returns the settings with what they leave to the machine as it was chosen when the run began."""
+    if settings.model.kernels == "auto":
+        settings = with_values(settings, {"model.kernels": before.model.kernels})
+    return with_sizes(settings, before.flat())
 
 
 def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:

@@ -22,9 +22,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from twig.core.algorithms.base import Objective
 from twig.core.objective import loss
+from twig.engine.kernels import Packed, onednn_products
 from twig.engine.loops import Loop, choose_loop
 from twig.engine.pack import Pack, Stem
 
@@ -47,6 +49,8 @@ class BasePolicy(ABC):
     sampled one. `head_chunk` logits are computed at once in the update; with `checkpoint_layers` it keeps
     only the inputs of the upper layers and runs these again in the backward pass: both affect only an engine
     that `can_checkpoint`. `decode` is how tokens are sampled: plain, graph or compiled, as in the settings.
+    `kernels` (onednn or torch) multiply by the frozen matrices, with `packed_weights` by packed copies of
+    them while sampling.
     """
 
     engine: ClassVar[str]  # its value of `model.engine`
@@ -62,6 +66,8 @@ class BasePolicy(ABC):
         head_chunk: int = 2**22,
         checkpoint_layers: bool = False,
         decode: str = "auto",
+        kernels: str = "torch",
+        packed_weights: bool = False,
     ) -> None:
         self.peft_model = peft_model.eval()
         self.model = cast(PreTrainedModel, peft_model.get_base_model())
@@ -70,6 +76,9 @@ class BasePolicy(ABC):
         self.device: torch.device = self.embeddings.device
         self.suppressed = torch.tensor(sorted(suppress_tokens), dtype=torch.long, device=self.device)
         self.parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+        self.kernels, self.packed = kernels, Packed() if packed_weights else None
+        base = (module for name, module in peft_model.named_modules() if "lora_" not in name)
+        self._linear = [module for module in base if isinstance(module, nn.Linear | Conv1D)]
         self.decode = decode
         self.decode_refusal: str | None = None  # why sampling fell back to a slower loop
         self.adapter_is_on = True
@@ -114,17 +123,25 @@ class BasePolicy(ABC):
             self.adapter_is_on = before
 
     @contextmanager
-    def attention(self) -> Iterator[None]:
-        """Keeps attention on a CUDA device off the kernels of cuDNN inside.
+    def computing(self, decoding: bool = False) -> Iterator[None]:
+        """Runs the model on the fastest kernels inside; packed weights serve only while `decoding`.
 
-        cuDNN plans for each new shape, which takes tens of milliseconds and more (docs/performance.md), and
-        nearly every shape is new: prompts, packs and, in the plain loop, each position.
+        Attention on a CUDA device stays off cuDNN, which plans for each new shape. That takes tens of
+        milliseconds and more (docs/performance.md), and nearly every shape is new: prompts, packs and, in the
+        plain loop, each position.
         """
-        if self.device.type != "cuda":
+        if self.device.type == "cuda":
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+                yield
+        elif self.kernels == "onednn":
+            with onednn_products(self._linear, self.packed if decoding else None):
+                yield
+        else:
             yield
-            return
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            yield
+
+    def free_packed(self) -> bool:
+        """Frees the packed weights until they are needed again; returns whether there were any."""
+        return self.packed is not None and self.packed.clear()
 
     def fall_back(self, why: str) -> None:
         """Samples in a slower loop from here on; keeps why in `decode_refusal`."""

@@ -31,4 +31,6 @@ def build_policy(peft_model: PeftModel, settings: Settings) -> BasePolicy:
         head_chunk=sizes.head_chunk,
         checkpoint_layers=sizes.checkpoint_layers,
         decode=settings.rollout.decode,
+        kernels=settings.model.kernels,
+        packed_weights=sizes.packed_weights,
     )

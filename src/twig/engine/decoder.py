@@ -235,7 +235,7 @@ class Decoder:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    def open_head(self, temperature: float, suppressed: Tensor, chunk: int) -> Head:
+    def open_head(self, temperature: float, suppressed: Tensor, chunk: int, onednn: bool = False) -> Head:
         """Returns the head at a temperature and without the `suppressed` tokens, for rows behind the norm."""
         bias = None if self.head.bias is None else self.head.bias.detach()
         return Head(
@@ -246,6 +246,7 @@ class Decoder:
             temperature,
             suppressed if len(suppressed) else None,
             chunk,
+            onednn,
         )
 
     @property

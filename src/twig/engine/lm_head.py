@@ -8,6 +8,7 @@ Knows nothing of models or losses. Legend: R rows, N targets, D hidden, V vocabu
 chunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from twig.engine.kernels import linear
+
 
 @dataclass(frozen=True)
 class Head:
     """What becomes of a row x: softcap(scale * (W x + bias)) / temperature, without the suppressed tokens.
 
     `weight` [V, D] and `bias` [V] are constants: no gradient goes to them. `chunk` is the number of logits
-    that are computed at once, over all rows.
+    that are computed at once, over all rows. With `onednn` products go through it (`kernels.linear`).
     """
 
     weight: Float[Tensor, "V D"]
@@ -31,6 +34,12 @@ class Head:
     temperature: float = 1.0
     suppressed: Int[Tensor, " S"] | None = None
     chunk: int = 2**22
+    onednn: bool = False
+
+    @property
+    def product(self) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """The function that multiplies rows by a matrix and adds a bias."""
+        return linear if self.onednn else torch.nn.functional.linear
 
     def logps(
         self, rows: Float[Tensor, "R D"], row: Int[Tensor, " N"], token: Int[Tensor, " N"]
@@ -46,7 +55,7 @@ class Head:
     ) -> tuple[Float[Tensor, "R C"], Tensor | float]:
         """Returns logits of the tokens start .. stop - 1, and their derivative by W x + bias."""
         bias = None if self.bias is None else self.bias[start:stop]
-        logits = torch.nn.functional.linear(rows, self.weight[start:stop], bias)
+        logits = self.product(rows, self.weight[start:stop], bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         slope: Tensor | float = self.scale / self.temperature
         if self.softcap is None:
@@ -92,7 +101,7 @@ class _LogProbs(torch.autograd.Function):
                 if isinstance(slope, Tensor):
                     weights.mul_(slope)
                 expected.mul_(shrink[:, None])
-                expected += weights.to(head.weight.dtype) @ head.weight[start:stop]
+                expected += head.product(weights.to(head.weight.dtype), head.weight[start:stop].t(), None)
             highest = higher
         if expected is not None:
             ctx.head = head

@@ -130,7 +130,9 @@ class Policy(BasePolicy):
     ) -> Float[Tensor, " N"]:
         row, token = self._tensor(pack.targets.row), self._tensor(pack.targets.token)
         hidden = self._hidden(pack, boundary, opened)
-        head = self.decoder.open_head(self.temperature, self.suppressed, self.head_chunk)
+        head = self.decoder.open_head(
+            self.temperature, self.suppressed, self.head_chunk, self.kernels == "onednn"
+        )
         return head.logps(self.decoder.norm(hidden), row, token)
 
     def _hidden(self, pack: Pack, boundary: Tensor | None, opened: OpenStem | None) -> Float[Tensor, "R D"]:

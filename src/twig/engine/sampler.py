@@ -142,20 +142,23 @@ def sample(
     completions: list[list[Completion]] = [[] for _ in requests]
     table = _Table.empty(policy, requests) if params.record and policy.records_boundary else None
     finished = _Finished(on_finished)
-    while finished.rows < len(rows):
-        wave = rows[finished.rows : finished.rows + wave_size]
-        result = _draw(policy, _Wave(wave, params, step, table), finished)
-        if isinstance(result, int):  # again, with the same noise
-            wave_size = min(wave_size, result)
-            policy.release()
-            give_back()
-            continue
-        drawn = [Drawn(row.place, row.number, each) for row, each in zip(wave, result, strict=True)]
-        for each in drawn:
-            completions[each.request].append(each.completion)
-        if on_wave is not None:
-            on_wave(drawn)
-        finished.end_wave(len(wave))
+    try:
+        while finished.rows < len(rows):
+            wave = rows[finished.rows : finished.rows + wave_size]
+            result = _draw(policy, _Wave(wave, params, step, table), finished)
+            if isinstance(result, _Again):  # with the same noise
+                wave_size = min(wave_size, result.wave_size or wave_size)
+                policy.release()
+                give_back()
+                continue
+            drawn = [Drawn(row.place, row.number, each) for row, each in zip(wave, result, strict=True)]
+            for each in drawn:
+                completions[each.request].append(each.completion)
+            if on_wave is not None:
+                on_wave(drawn)
+            finished.end_wave(len(wave))
+    finally:
+        policy.free_packed()
     if table is None:
         return Sampled(completions, [np.empty(0, np.int64) for _ in requests], None, wave_size)
     cells = [table.prompt_cells(request) for request in requests]
@@ -324,26 +327,38 @@ class _Recorder:
         return completions
 
 
-def _draw(policy: BasePolicy, wave: _Wave, finished: _Finished) -> list[Completion] | int:
-    """Samples a wave; returns how many rows to try at once if memory ran out or a step was not captured.
+@dataclass(frozen=True)
+class _Again:
+    """A wave is to be sampled again, with at most `wave_size` rows at once (None: as many)."""
+
+    wave_size: int | None = None
+
+
+def _draw(policy: BasePolicy, wave: _Wave, finished: _Finished) -> list[Completion] | _Again:
+    """Samples a wave; tells how to try again if memory ran out or a step was not captured.
 
     It returns before anybody tries again, as the frames of an error hold the tensors that are in the way.
     """
     loop = _open_loop(policy, wave.params.stop)
     try:
         recorder = _Recorder(policy, wave)
-        with policy.attention():
+        with policy.computing(decoding=True):
             _LOOPS[loop](policy, wave, recorder, finished)
         return recorder.completions(wave)
     except NotCaptured as error:
         policy.fall_back(str(error))
-        return len(wave.rows)
+        return _Again()
     except Exception as error:
-        if not out_of_memory(error) or (len(wave.rows) == 1 and loop != "steps"):
+        if not out_of_memory(error):
+            raise
+        if policy.packed is not None:
+            policy.packed = None
+            return _Again()
+        if len(wave.rows) == 1 and loop != "steps":
             raise
         if len(wave.rows) == 1:
             policy.fall_back("memory ran out")
-        return max(len(wave.rows) // 2, 1)
+        return _Again(max(len(wave.rows) // 2, 1))
 
 
 def _open_loop(policy: BasePolicy, stop: Sequence[str]) -> Loop:

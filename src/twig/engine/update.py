@@ -142,7 +142,7 @@ class Passes:
 
         Packs of one stem follow each other, so one stem at a time is open.
         """
-        with self.policy.attention():
+        with self.policy.computing():
             self.packs = self._run(run, keep, gradient)
 
     def _run(

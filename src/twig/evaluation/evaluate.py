@@ -17,9 +17,10 @@ from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.common.tokenizer import Tokenizer
 from twig.config.load import Settings
-from twig.config.sizes import Sizes
+from twig.config.sizes import Sizes, with_values
 from twig.core.types import Completion, Example
 from twig.engine.base_policy import BasePolicy
+from twig.engine.kernels import obstacle
 from twig.engine.load import pick_device
 from twig.engine.sampler import SamplingParams, sample, take_fallback
 from twig.evaluation.prepare import Given, prepare
@@ -302,6 +303,8 @@ def measure_model(
                 problem = f"task {task.name} has nothing to evaluate on"
                 raise UserError("task.eval_split", problem, "Set task.eval_split= the split to use")
             machine = Machine(memory)
+            if settings.model.kernels == "onednn" and (obstacle() or not memory.device.startswith("cpu")):
+                settings = with_values(settings, {"model.kernels": "torch"})  # trained on another machine
             return size_run(settings, task, tokenizer, model, machine, strict=False, samples=samples or 1)
 
         parts = prepare(settings, Given(), size, progress)

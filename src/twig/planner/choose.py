@@ -11,7 +11,7 @@ from twig.common.errors import UserError
 from twig.common.text import format_size
 from twig.config.load import Settings
 from twig.config.sizes import DEFAULT_SIZES, open_sizes, with_sizes, with_values
-from twig.planner.model_shape import Unplannable
+from twig.planner.model_shape import Shape, Unplannable
 from twig.planner.phases import CUDA_OUTSIDE
 from twig.planner.plan import Plan, budget_bytes, plan
 from twig.runtime.machine import free_memory
@@ -63,16 +63,17 @@ def size_run(
 
     memory, kind = machine.memory, machine.memory.device.partition(":")[0]
     questions = task.eval[: settings.eval.limit]
-    free = free_memory(memory.device, torch)
     if kind != "cuda" and settings.rollout.decode in ("graph", "compiled"):
         raise UserError(
             "rollout.decode",
             f"{settings.rollout.decode} needs a CUDA device, and this run is on {kind}",
             "Set rollout.decode=auto",
         )
+    given = _given_model(settings, model, memory.device)
+    given = replace(given, settings=_with_kernels(given, kind))
+    free = free_memory(memory.device, torch)
     # The plan counts the context of a CUDA device, which exists once free memory was asked for.
     free = free + memory.context() if kind == "cuda" else free // machine.processes
-    given = _given_model(settings, model, memory.device)
     free += given.weights
     prompt = longest_prompt(task, [*task.train, *questions], tokenizer)
     sized = choose_sizes(
@@ -93,7 +94,9 @@ def size_run(
         if kind == "cpu" and sized.plan.tight:
             return_freed_memory()
     chosen = with_sizes(settings, sized.settings.flat())
-    chosen = with_values(chosen, {"rollout.decode": sized.settings.rollout.decode})
+    decided = sized.settings
+    values = {"rollout.decode": decided.rollout.decode, "model.kernels": decided.model.kernels}
+    chosen = with_values(chosen, values)
     return replace(sized, settings=chosen, peak=peak, longest_prompt=prompt)
 
 
@@ -119,6 +122,42 @@ def _given_model(settings: Settings, model: Any, device: str) -> _Given:
     }
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     return _Given(with_values(settings, values), model.config.to_dict(), weights)
+
+
+def with_kernels(settings: Settings) -> Settings:
+    """Returns the settings with what `model.kernels` stands for here, to use it in several runs."""
+    from twig.engine.load import pick_device
+
+    return _with_kernels(_given_model(settings, None, ""), pick_device(settings.model.device).type)
+
+
+def _with_kernels(given: _Given, kind: str) -> Settings:
+    """Returns the settings with what `model.kernels` stands for.
+
+    Raises UserError if this machine lacks what is set.
+    """
+    import torch
+
+    from twig.engine.kernels import choose
+
+    model = given.settings.model
+    if model.num_threads is not None:
+        torch.set_num_threads(model.num_threads)  # as when the model is loaded
+    dtype = "float32" if (model.dtype, kind) == ("auto", "cpu") else model.dtype
+    if model.quantization is not None:
+        dtype = model.quantization
+    choice = choose(model.kernels, kind, dtype, matrices_of(given.config))
+    return with_values(given.settings, {"model.kernels": choice.kernels})
+
+
+def matrices_of(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Returns inputs and outputs of the linear modules of a layer; of a family that is not known, a guess."""
+    try:
+        shape = Shape.from_config(config)
+    except Unplannable:
+        hidden = config.get("hidden_size") or 0
+        return [(hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)]
+    return [(linear.inputs, linear.outputs) for linear in shape.linear().values()]
 
 
 def _torch_share(budget: str | float, free: int) -> int:

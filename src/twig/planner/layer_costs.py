@@ -22,6 +22,7 @@ class Workload:
     adapter. `load`: the most work of a group that the algorithm asks for. `prompt`: tokens of the longest
     prompt. `restarts`: whether a prompt may include a part of a completion. `questions`: problems of an
     evaluation. `static_decode`: whether a captured step over permanent buffers samples the tokens.
+    `packable`: whether sampling can use packed copies of the frozen matrices.
     """
 
     shape: Shape
@@ -45,6 +46,13 @@ class Workload:
     questions: int
     evaluated_between: bool
     static_decode: bool = False
+    packable: bool = False
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of packed copies of the layers' matrices and the head."""
+        layer = sum(linear.weights for linear in self.shape.linear().values())
+        return self.element * (self.shape.layers * layer + self.shape.vocabulary * self.shape.hidden)
 
     @property
     def cut(self) -> int:

@@ -127,11 +127,16 @@ class Footprint:
         if work.recorded:
             ledger.take("trunk's output, recorded", tokens * work.shape.hidden * work.element)
 
+    def _packed(self, ledger: Ledger) -> None:
+        if self.sizes.packed_weights:
+            ledger.take("packed weights", self.work.packed_bytes)
+
     def sampling(self) -> Phase:
         """Predicts sampling: a wave from its prompts to its last token."""
         work = self.work
         ledger = self._trained()
         self._boundary(ledger)
+        self._packed(ledger)
         rows = min(self.sizes.wave_size, work.prompts * work.generations)
         ledger.take("sampled tokens", work.prompts * work.generations * work.length * 36)
         # A restart's prompt has all but one token of a completion, beside a prompt with none of it.
@@ -152,6 +157,7 @@ class Footprint:
         ledger = self._trained()
         if work.evaluated_between:
             self._boundary(ledger)
+        self._packed(ledger)
         rows = min(self.sizes.eval_batch_size, work.questions)
         if work.plain:
             self._plain_wave(ledger, min(rows, 1))

@@ -170,6 +170,8 @@ def workload_of(
         questions=questions,
         evaluated_between=settings.eval.steps > 0,
         static_decode=_decodes_by_graph(settings, device_kind),
+        packable=settings.model.kernels == "onednn"
+        and (device_kind, element, quantised or settings.model.quantization) == ("cpu", 4, None),
     )
 
 
@@ -220,8 +222,17 @@ def _choose(work: Workload, settings: Settings, available: int) -> Plan:
         (replace(sizes, eval_batch_size=n) for n in batches),
         lambda sizes: Footprint(work, sizes).evaluation().peak <= budget,
     )
+    sizes = replace(sizes, packed_weights=_packs(work, settings.rollout.packed_weights, sizes, budget))
     tensors = max(phase.peak for phase in Footprint(work, sizes, tensors=True).phases())
     return Plan(sizes, Footprint(work, sizes).phases(), available, tensors)
+
+
+def _packs(work: Workload, chosen: bool | None, sizes: Sizes, budget: int) -> bool:
+    """Tells whether sampling packs the weights: as `chosen`, or if they are left open and there is room."""
+    if not work.packable or chosen is not None:
+        return bool(work.packable and chosen)
+    packed = Footprint(work, replace(sizes, packed_weights=True))
+    return max(packed.sampling().peak, packed.evaluation().peak) <= budget
 
 
 def _first(candidates: Iterable[Sizes], fits: Callable[[Sizes], bool]) -> Sizes:

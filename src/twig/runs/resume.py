@@ -13,7 +13,7 @@ from twig.common.progress import Progress
 from twig.config.load import Settings, affects
 from twig.config.messages import write
 from twig.config.schema import Model
-from twig.config.sizes import with_sizes
+from twig.config.sizes import as_begun
 from twig.core.algorithms.registry import Unloaded
 from twig.runs import checkpoint
 from twig.runs.folder import NoLog, RunLog
@@ -91,7 +91,7 @@ def changes(before: Settings, now: Settings, decided: dict[str, str]) -> dict[st
     UserError for a setting that affects results, and for one that affects the length if the learning rate
     depends on it.
     """
-    old, new = before.flat(), with_sizes(now, before.flat()).flat()
+    old, new = before.flat(), as_begun(now, before).flat()
     # The class was not loaded when the folder was made: its defaults are no change.
     fresh = set(new) - set(old) if isinstance(before.algorithm, Unloaded) else set()
     differing = {
@@ -125,10 +125,11 @@ def decided_model(model: Model, start: Start) -> Model:
     )
 
 
-def decisions(model: Any) -> dict[str, str]:
+def decisions(model: Any, settings: Settings) -> dict[str, str]:
     """Returns what `auto` stands for in a loaded model, by setting, for `decided_model`."""
     values = (model.device.type, str(model.dtype).removeprefix("torch."), model.config._attn_implementation)
-    return {f"model.{name}": value for name, value in zip(_DECIDED, values, strict=True)}
+    of_model = {f"model.{name}": value for name, value in zip(_DECIDED, values, strict=True)}
+    return of_model | {"model.kernels": settings.model.kernels}
 
 
 def decided_by_main(settings: Settings, start: Start, processes: Processes) -> Any:

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from twig.common.errors import UserError
-from twig.config.load import affects, load
-from twig.config.sizes import with_sizes
+from twig.config.load import Settings, affects, load
+from twig.config.schema import Model
+from twig.config.sizes import as_begun, with_values
+from twig.planner.choose import with_kernels
 from twig.runs.folder import RunLog
 from twig.runs.reader import is_finished, is_run, read_metrics, read_summary
 from twig.runtime.stop import Stop, stoppable
@@ -74,6 +76,7 @@ def run_all(
         _refuse_changes(folder_of(study, run), run)
     waiting = [run for run in runs if not is_finished(read_summary(folder_of(study, run)))]
     outcome.finished = [run.name for run in runs if run not in waiting]
+    waiting = _with_one_choice(waiting, [folder_of(study, run) for run in runs])
     (study / _LOGS).mkdir(parents=True, exist_ok=True)
     under_way: list[_Process] = []
     with stoppable() as stop:
@@ -95,11 +98,38 @@ def run_all(
     return outcome
 
 
+def _with_one_choice(runs: Sequence[Planned], folders: Sequence[Path]) -> list[Planned]:
+    """Returns the runs with what `model.kernels=auto` stands for: the same for all runs of a model.
+
+    It is what an earlier run of the study took, else it is measured once. A model that does not load stays as
+    it is: its own run says why.
+    """
+    chosen: dict[Model, Settings] = {}
+    for folder in folders:
+        if is_run(folder):
+            settings = load(str(folder))
+            chosen.setdefault(settings.model.model_copy(update={"kernels": "auto"}), settings)
+    decided = []
+    for run in runs:
+        model = run.settings.model
+        if model.kernels == "auto":
+            if chosen.get(model, run.settings).model.kernels == "auto":
+                try:
+                    chosen[model] = with_kernels(run.settings)
+                except UserError:
+                    chosen[model] = run.settings
+            kernels = chosen[model].model.kernels
+            run = replace(run, settings=with_values(run.settings, {"model.kernels": kernels}))
+        decided.append(run)
+    return decided
+
+
 def _refuse_changes(folder: Path, run: Planned) -> None:
     if not is_run(folder):
         return
-    old = load(str(folder)).flat()
-    new = with_sizes(run.settings, old).flat()
+    before = load(str(folder))
+    old = before.flat()
+    new = as_begun(run.settings, before).flat()
     for key in {**new, **old}:
         if new.get(key) != old.get(key) and affects(key) not in ("speed", "display"):
             problem = f"began with {key}={old.get(key)!r}, and the study says {new.get(key)!r}"

@@ -23,7 +23,7 @@ from twig.common.python_files import file_checksum
 from twig.common.tokenizer import Tokenizer
 from twig.config.load import Settings
 from twig.config.schema import Model
-from twig.config.sizes import SIZE_KEYS, Sizes
+from twig.config.sizes import SIZE_KEYS, Sizes, with_values
 from twig.core.algorithms.base import PASSED
 from twig.engine.load import quantization_of
 from twig.engine.lora import adapter_shape, refuse_another_shape
@@ -86,6 +86,8 @@ def prepare_run(
 
     def size(settings: Settings, task: Task, tokenizer: Tokenizer, model: PreTrainedModel | None) -> Sized:
         machine, new = Machine(memory, processes.local_size), start.checkpoint is None
+        if not processes.main and settings.model.kernels == "auto":
+            settings = with_values(settings, {"model.kernels": "torch"})  # process 0 measures for all
         own = size_run(settings, task, tokenizer, model, machine, strict=new)
         sized = processes.from_main(replace(own, plan=None), Sized, Settings)
         same = {"algorithm": settings.algorithm}  # it may be a class of the user's
@@ -319,7 +321,10 @@ class Session:
         self.log.flush()  # a checkpoint belongs to the rows up to it
         tensors, state = self.trainer.state()
         tensors["random"] = random_states()
-        state |= {"standing": self.run_state.as_dict(), "decided": decisions(self.policy.model)}
+        state |= {
+            "standing": self.run_state.as_dict(),
+            "decided": decisions(self.policy.model, self.settings),
+        }
         keep = self.settings.train.save_total_limit
         with self._saving("a checkpoint"):
             checkpoint.save(self.log.folder / CHECKPOINTS, self.run_state.step, tensors, state, keep)

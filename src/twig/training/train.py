@@ -14,7 +14,7 @@ from twig.common.python_files import FileError
 from twig.common.tokenizer import Tokenizer
 from twig.config.from_peft import lora_values
 from twig.config.load import Settings, as_settings
-from twig.config.sizes import with_sizes
+from twig.config.sizes import as_begun
 from twig.core.algorithms.base import Algorithm
 from twig.core.algorithms.registry import load_algorithm, passed_algorithm
 from twig.engine.load import load_config, pick_device
@@ -84,7 +84,7 @@ def train(
             own = _with_algorithm(own, algorithm, progress)
             require(own.log.report_to)
             begun = open_run(own, output, resume, progress)
-            own = with_sizes(own, begun.log.settings.flat())
+            own = as_begun(own, begun.log.settings)
             newest = None if begun.checkpoint is None else str(begun.checkpoint)
             agreed = (own, str(begun.log.folder), newest, begun.changed)
         same, folder, newest, changed = processes.from_main(agreed, Settings)
