@@ -149,9 +149,9 @@ def test_a_t_spmo_step_can_lower_the_expected_reward():
     ascent = weight - p * weight.sum()  # the gradient of sum(weight * log p) by the logits
     policy_gradient = p * (reward - p @ reward)  # that of the expected reward
     assert ascent @ policy_gradient < -1e-3
-    # The same weights times count(n) / G are the policy gradient, but for the divisor.
+    # The same weights times count(n) / G are the policy gradient; a divisor changes neither direction.
     visited = weight * p
-    np.testing.assert_allclose(visited - p * visited.sum(), policy_gradient / len(number), atol=1e-15)
+    np.testing.assert_allclose(visited - p * visited.sum(), policy_gradient, atol=1e-15)
 
 
 # What is named exists
