@@ -19,8 +19,17 @@ from twig.evaluation.statistics import bootstrap_gap, bootstrap_runs, mcnemar, p
 from twig.runs.reader import ENVIRONMENT, read_evaluations, read_metrics, read_summary
 
 SCHEMA_VERSION = 1
+_FEWEST = 3  # evaluations of a curve: before training, after it, and one between
+_RESAMPLES = 2000
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the budget, at which accuracy is shown
-_MOST_PAIRS = 6  # variants of which all pairs are compared; of more, only those with the first
+_TARGET = 0.9  # the accuracy of which the tables say after how many tokens it was reached
+_MOST_PAIRS = 7  # variants of which all pairs are compared; of more, only those with the first
+
+_ABOUT_SPEED = (
+    "*Area*: the mean accuracy over the tokens of the budget, with straight lines between evaluations. "
+    f"*Tokens to {100 * _TARGET:.0f} %*: after how many this accuracy was first reached on these lines; the "
+    "median over the seeds, an interval by resampling seeds, and how many of the seeds reached it."
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,53 @@ class Result:
         row = usable[-1]
         return Point(_flags(row), int(sampled[row["step"]]), float(seconds[row["step"]]))
 
+    def curve(self, max_tokens: int) -> "Curve | None":
+        """Returns the run's evaluations up to `max_tokens`; None without one before and one while training.
+
+        The value at `max_tokens` lies on the line between the evaluations beside it; a run that ended earlier
+        keeps its last one.
+        """
+        rows = self.evaluations
+        if len(rows) < _FEWEST or rows[0]["step"] > 0:
+            return None
+        sampled = np.cumsum([0, *(row["tokens/sampled"] for row in self.steps)])
+        tokens = sampled[[row["step"] for row in rows]].astype(float)
+        right = np.stack([_flags(row) for row in rows])
+        inside = int(np.searchsorted(tokens, max_tokens))
+        last = right[-1]
+        if inside < len(tokens):
+            part = (max_tokens - tokens[inside - 1]) / (tokens[inside] - tokens[inside - 1])
+            last = right[inside - 1] + part * (right[inside] - right[inside - 1])
+        return Curve(np.append(tokens[:inside], max_tokens), np.vstack([right[:inside], last]))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Which problems are right over the tokens sampled, with straight lines between evaluations.
+
+    `tokens` [E] go from 0 to the budget; `right` is float [E, problems].
+    """
+
+    tokens: np.ndarray
+    right: np.ndarray
+
+    def area(self) -> np.ndarray:
+        """Returns the mean over the budget of how right each problem is, float [problems]."""
+        middle = (self.right[1:] + self.right[:-1]) / 2
+        return (middle * np.diff(self.tokens)[:, None]).sum(0) / self.tokens[-1]
+
+    def reached(self, accuracy: float) -> float:
+        """Returns after how many tokens the accuracy was first reached; infinity if it never was."""
+        values = self.right.mean(1)
+        above = np.flatnonzero(values >= accuracy)
+        if not len(above):
+            return float("inf")
+        i = int(above[0])
+        if i == 0:
+            return 0.0
+        part = (accuracy - values[i - 1]) / (values[i] - values[i - 1])
+        return float(self.tokens[i - 1] + part * (self.tokens[i] - self.tokens[i - 1]))
+
 
 def _flags(row: dict[str, Any]) -> np.ndarray:
     return np.array([float(digit) for digit in row["right"]])
@@ -109,7 +165,9 @@ def compare_runs(results: Sequence[Result], max_tokens: int) -> dict[str, Any]:
         "commits": sorted(commit or "unknown" for commit in commits),
         "seconds": sum(result.summary["seconds"] for result in results),
         "variants": {name: _variant(runs, max_tokens) for name, runs in by_variant.items()},
-        "pairs": [_pair(first, by_variant[first], second, by_variant[second]) for first, second in pairs],
+        "pairs": [
+            _pair(first, by_variant[first], second, by_variant[second], max_tokens) for first, second in pairs
+        ],
     }
 
 
@@ -130,6 +188,7 @@ def _variant(runs: list[Result], max_tokens: int) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "accuracy": _figure([run.right for run in runs]),
         "by_seed": [float(run.right.mean()) for run in runs],
+        **_speed(runs, max_tokens),
         "before": _mean(before, "value") if before else None,
         "answers": None if after[0]["found"] is None else _answers(before, after),
         "mean_length": _mean(after, "mean_length"),
@@ -143,6 +202,44 @@ def _variant(runs: list[Result], max_tokens: int) -> dict[str, Any]:
         "under_budget": [run.folder.name for run in runs if run.summary["tokens_sampled"] < max_tokens],
         "curve": [_point(runs, share, max_tokens) for share in _SHARES],
     }
+
+
+def _speed(runs: list[Result], max_tokens: int) -> dict[str, Any]:
+    """Returns the mean accuracy over the budget, and the tokens until `_TARGET`; None if a run has no curve.
+
+    The tokens are the median over the runs, infinity where more than half of them never reached it.
+    """
+    curves = _curves(runs, max_tokens)
+    if curves is None:
+        return {"area": None, "tokens_to_target": None}
+    reached = [curve.reached(_TARGET) for curve in curves]
+    medians = _medians(reached, np.random.default_rng(0))
+    low, high = np.quantile(medians, [0.025, 0.975], method="inverted_cdf")  # never between two: inf - inf
+    return {
+        "area": _figure([curve.area() for curve in curves]),
+        "tokens_to_target": {
+            "accuracy": _TARGET,
+            "value": _finite(float(np.median(reached))),
+            "low": _finite(float(low)),
+            "high": _finite(float(high)),
+            "by_seed": [_finite(tokens) for tokens in reached],
+        },
+    }
+
+
+def _curves(runs: list[Result], max_tokens: int) -> list[Curve] | None:
+    curves = [curve for run in runs if (curve := run.curve(max_tokens)) is not None]
+    return curves if len(curves) == len(runs) else None
+
+
+def _medians(values: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+    """Returns the medians of resamples of the values."""
+    return np.median(np.array(values)[rng.integers(len(values), size=(_RESAMPLES, len(values)))], axis=1)
+
+
+def _finite(tokens: float) -> float | None:
+    """Returns the number, None for infinity, which JSON does not have."""
+    return tokens if np.isfinite(tokens) else None
 
 
 def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -175,7 +272,9 @@ def _figure(right: list[np.ndarray]) -> dict[str, float]:
     return {"value": float(table.mean()), "low": low, "high": high}
 
 
-def _pair(first: str, ours: list[Result], second: str, theirs: list[Result]) -> dict[str, Any]:
+def _pair(
+    first: str, ours: list[Result], second: str, theirs: list[Result], max_tokens: int
+) -> dict[str, Any]:
     """Compares two variants on the same problems: over runs and problems, and by McNemar's test per seed."""
     a, b = np.stack([run.right for run in ours]), np.stack([run.right for run in theirs])
     low, high = bootstrap_gap(a, b)
@@ -191,9 +290,27 @@ def _pair(first: str, ours: list[Result], second: str, theirs: list[Result]) -> 
         "difference": float(a.mean() - b.mean()),
         "low": low,
         "high": high,
+        **_speed_pair(ours, theirs, max_tokens),
         "p_runs": permutation(a.mean(1).tolist(), b.mean(1).tolist()),
         "mcnemar": by_seed,
     }
+
+
+def _speed_pair(ours: list[Result], theirs: list[Result], max_tokens: int) -> dict[str, Any]:
+    """Returns the difference in area, and the ratio of the tokens until `_TARGET` if all runs reached it."""
+    first, second = _curves(ours, max_tokens), _curves(theirs, max_tokens)
+    if first is None or second is None:
+        return {"area": None, "tokens_ratio": None}
+    a, b = (np.stack([curve.area() for curve in curves]) for curves in (first, second))
+    low, high = bootstrap_gap(a, b)
+    area = {"difference": float(a.mean() - b.mean()), "low": low, "high": high}
+    reached, other = ([curve.reached(_TARGET) for curve in curves] for curves in (first, second))
+    if not np.isfinite([*reached, *other]).all() or min(other) == 0:
+        return {"area": area, "tokens_ratio": None}
+    rng = np.random.default_rng(0)
+    low, high = np.quantile(_medians(reached, rng) / _medians(other, rng), [0.025, 0.975])
+    ratio = {"value": float(np.median(reached) / np.median(other)), "low": float(low), "high": float(high)}
+    return {"area": area, "tokens_ratio": ratio}
 
 
 def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
@@ -219,12 +336,14 @@ def markdown(comparison: dict[str, Any], differences: bool = True) -> str:
         f"{comparison['problems']:,} problems greedily. An interval is 95 %, by resampling runs and "
         "problems.",
         "",
-        "| | seeds | before | after | answer found | right when found | tokens trained | update FLOPs | "
-        "seconds | entropy at the end | answer, tokens |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| | seeds | before | after | area | tokens to {100 * _TARGET:.0f} % | answer found | "
+        "right when found | tokens trained | update FLOPs | seconds | entropy at the end | answer, tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     variants = comparison["variants"]
-    lines += [_row(name, variant) for name, variant in variants.items()]
+    lines += [_row(name, variant, comparison["max_tokens"]) for name, variant in variants.items()]
+    if any(variant["area"] for variant in variants.values()):
+        lines += ["", _ABOUT_SPEED]
     curves = {name: [_point_text(p) for p in variant["curve"]] for name, variant in variants.items()}
     if any(set(cells[:-1]) != {"-"} for cells in curves.values()):
         shares = [f"{100 * share:.0f} %" for share in _SHARES]
@@ -243,23 +362,28 @@ def _differences(pairs: list[dict[str, Any]]) -> list[str]:
     return [
         "Differences, in points: first minus second.",
         "",
-        "| first | second | difference | p, runs exchanged | McNemar p below 0.05 |",
-        "|---|---|---|---|---|",
+        f"| first | second | difference | in area | tokens to {100 * _TARGET:.0f} %, ratio | "
+        "p, runs exchanged | McNemar p below 0.05 |",
+        "|---|---|---|---|---|---|---|",
         *map(_pair_row, pairs),
         "",
+        "*Ratio*: of the medians, first divided by second, if all runs reached it. "
         "*p, runs exchanged*: the share of all ways to deal the runs to the two variants that give so large "
         "a difference. *McNemar*: in how many seeds the exact test on the same problems has p below 0.05; it "
         "compares two trained models, not two algorithms.",
     ]
 
 
-def _row(name: str, variant: dict[str, Any]) -> str:
+def _row(name: str, variant: dict[str, Any], max_tokens: int) -> str:
     answers, flops, before = variant["answers"], variant["update_flops"], variant["before"]
+    area, tokens = variant["area"], variant["tokens_to_target"]
     cells = [
         _cell(name),
         str(len(variant["seeds"])),
         "-" if before is None else percent(before),
         _figure_text(variant["accuracy"]),
+        "-" if area is None else _figure_text(area),
+        "-" if tokens is None else _tokens_text(tokens, max_tokens),
         "-" if answers is None else percent(answers["found"]),
         "-"
         if answers is None or answers["right_when_found"] is None
@@ -274,11 +398,22 @@ def _row(name: str, variant: dict[str, Any]) -> str:
 
 
 def _pair_row(pair: dict[str, Any]) -> str:
-    difference = f"{100 * pair['difference']:+.1f} ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f})"
+    area, ratio = pair["area"], pair["tokens_ratio"]
     below = sum(each["p_value"] < 0.05 for each in pair["mcnemar"].values())
-    tests = f"{below} of {len(pair['mcnemar'])} seeds" if pair["mcnemar"] else "-"
-    names = f"{_cell(pair['first'])} | {_cell(pair['second'])}"
-    return f"| {names} | {difference} | {pair['p_runs']:.3f} | {tests} |"
+    cells = [
+        _cell(pair["first"]),
+        _cell(pair["second"]),
+        _gap_text(pair),
+        "-" if area is None else _gap_text(area),
+        "-" if ratio is None else f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        f"{pair['p_runs']:.3f}",
+        f"{below} of {len(pair['mcnemar'])} seeds" if pair["mcnemar"] else "-",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _gap_text(gap: dict[str, Any]) -> str:
+    return f"{100 * gap['difference']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
 
 
 def _point_text(point: dict[str, Any]) -> str:
@@ -290,6 +425,19 @@ def _point_text(point: dict[str, Any]) -> str:
 
 def _figure_text(figure: dict[str, Any]) -> str:
     return f"{percent(figure['value'])} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
+
+
+def _tokens_text(figure: dict[str, Any], max_tokens: int) -> str:
+    """Returns after how many tokens the target was reached, with its interval, and in how many runs."""
+
+    def text(tokens: float | None) -> str:
+        return f"more than {max_tokens:,}" if tokens is None else f"{float(f'{tokens:.3g}'):,.0f}"
+
+    runs = figure["by_seed"]
+    reached = sum(tokens is not None for tokens in runs)
+    told = len(runs) > 1 and figure["low"] is not None
+    interval = f" ({text(figure['low'])} to {text(figure['high'])})" if told else ""
+    return f"{text(figure['value'])}{interval}, {reached} of {len(runs)}"
 
 
 def _cell(name: str) -> str:
