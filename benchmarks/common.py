@@ -16,6 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# Columns of a comparison: TRL with the products that Twig takes, and TRL unchanged.
+SAME_KERNEL, AS_IT_COMES = "same kernel", "as it comes"
 PACKAGES = ("torch", "transformers", "peft", "trl", "numpy")
 
 

@@ -8,7 +8,7 @@ Rows = Callable[[Iterable[str], Iterable[Iterable[str]]], list[str]]
 
 def gpu_tables(record: dict[str, Any], rows: Rows) -> list[str]:
     """The lines of all tables; cases that failed or were not run are left out."""
-    cases = _one_by_one({name: found for name, found in record["cases"].items() if "failed" not in found})
+    cases = _usable(record)
     parts = (_ratios, _steps, _update_sizes, _decoding, _kernels, _svamp)
     lines: list[str] = []
     for part in parts:
@@ -16,6 +16,16 @@ def gpu_tables(record: dict[str, Any], rows: Rows) -> list[str]:
         if body:
             lines += [*rows(head, body), ""]
     return lines[:-1]
+
+
+def whole_step(record: dict[str, Any]) -> str:
+    """Returns how many times as long TRL takes for a whole step with eight completions."""
+    return dict(map(tuple, _ratios(_usable(record))[1]))["whole step, GRPO, G = 8, TRL's seconds over Twig's"]
+
+
+def _usable(record: dict[str, Any]) -> dict[str, Any]:
+    """The cases that did not fail."""
+    return _one_by_one({name: case for name, case in record["cases"].items() if "failed" not in case})
 
 
 def _one_by_one(cases: dict[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,22 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "algorithm.name=grpo rollout.num_generations=8 rollout.prompts_per_step=4 rollout.wave_size=32 "
         "rollout.max_completion_length=48 train.pack_size=512",
     ),
+    "s-grpo, 0.5b width, oneDNN": (
+        WIDE,
+        80,
+        "float32",
+        "algorithm.name=s-grpo algorithm.alpha=0 algorithm.p=0.3 algorithm.k=16 rollout.num_generations=8 "
+        "rollout.prompts_per_step=4 rollout.wave_size=32 rollout.max_completion_length=48 "
+        "train.pack_size=512 model.kernels=onednn rollout.packed_weights=false",
+    ),
+    "grpo, 0.5b width, oneDNN, packed weights": (
+        WIDE,
+        80,
+        "float32",
+        "algorithm.name=grpo rollout.num_generations=8 rollout.prompts_per_step=4 rollout.wave_size=32 "
+        "rollout.max_completion_length=48 train.pack_size=512 model.kernels=onednn "
+        "rollout.packed_weights=true",
+    ),
     "s-grpo, 0.5b width, stored in bfloat16": (
         WIDE,
         80,
@@ -224,7 +240,11 @@ def measure(case: str, folder: str) -> dict[str, float]:
         model, r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules, layers=lora.layers
     )
     policy = Policy(
-        peft_model, head_chunk=settings.train.head_chunk, checkpoint_layers=settings.train.checkpoint_layers
+        peft_model,
+        head_chunk=settings.train.head_chunk,
+        checkpoint_layers=settings.train.checkpoint_layers,
+        kernels="onednn" if settings.model.kernels == "onednn" else "torch",  # the plan takes auto as torch
+        packed_weights=bool(settings.rollout.packed_weights),
     )
     task = Task("memory", examples, examples[:QUESTIONS], (reward,))
     sampling = SamplingParams.of(settings, tokenizer, end_ids(model, tokenizer))

@@ -9,8 +9,9 @@ is 8 completions of 32 tokens by the same model, and the embedded model's 8 x 16
 
 Floating point operations are counted by torch as they are run (matrix products and attention). Bytes are the
 weights alone, in float32, once for each time that a phase goes through them: the least that must be read. The
-device's limits are measured in the same process: a product of two matrices of 2048 x 2048, and a copy of 256
-MiB (bytes read and written). A phase's limit is the longer of its two times.
+device's limits are measured in the same process: a product of two matrices of 2048 x 2048, by torch's library
+and by oneDNN, of which the faster counts, and a copy of 256 MiB (bytes read and written). A phase's limit is
+the longer of its two times. Products run on the kernel that `model.kernels=auto` takes for the model here.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -25,8 +28,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from common import write
+from products import KERNELS, counter, resolve
 from sampling import CASES, prepare
-from shapes import ALPHA, LORA, SHAPES, build, completions, early_forks, last_third, randomise
+from shapes import ALPHA, LORA, SHAPES, build, completions, config_of, early_forks, last_third, randomise
 from torch.utils.flop_counter import FlopCounterMode
 from update import GENERATIONS, LENGTH, PROMPT, record
 
@@ -38,11 +42,13 @@ from twig.core.credit import Scored, assign_one
 from twig.core.trie import PrefixTrie
 from twig.core.types import Completion, Example, Group
 from twig.engine.decoder import Decoder
+from twig.engine.kernels import linear, measure, obstacle
 from twig.engine.lm_head import Head
 from twig.engine.lora import attach
 from twig.engine.policy import Policy
 from twig.engine.sampler import Request, SamplingParams, sample
 from twig.engine.update import Passes
+from twig.planner.choose import matrices_of
 
 SAMPLED = 32  # tokens of each completion of the large model
 
@@ -85,9 +91,10 @@ class Phases:
         return patch.object(owner, method, counted)
 
 
-def limits() -> dict[str, float]:
+def limits() -> dict[str, Any]:
     """GFLOP/s of a large matrix product and GB/s of a large copy, the best of several."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    libraries = {"torch": torch.nn.functional.linear} | ({} if obstacle() else {"onednn": linear})
     source = torch.ones(2**26)
     target = torch.empty_like(source)
 
@@ -99,8 +106,10 @@ def limits() -> dict[str, float]:
             times.append(time.perf_counter() - began)
         return min(times)
 
+    products = {name: 2 * 2048**3 / best(partial(run, a, b)) / 1e9 for name, run in libraries.items()}
     return {
-        "gflops": 2 * 2048**3 / best(lambda: a @ b) / 1e9,
+        "gflops": max(products.values()),
+        "products": products,
         "gbytes": 2 * source.numel() * 4 / best(lambda: target.copy_(source)) / 1e9,
     }
 
@@ -140,7 +149,7 @@ def update_phases(policy: Policy, shape: str, recorded: bool, rounds: int) -> li
         found = Phases()
         with ExitStack() as stack:
             if counting:
-                found.counter = stack.enter_context(FlopCounterMode(display=False))
+                found.counter = stack.enter_context(counter())
             stack.enter_context(found.wrap(Decoder, "run", layers))
             stack.enter_context(found.wrap(Decoder, "run_at", lambda *_: "layers, forward"))
             stack.enter_context(found.wrap(Head, "logps", lambda *_: "head, forward and gradient"))
@@ -196,40 +205,56 @@ def sampling_phase(name: str, policy: Policy, requests: list, ends: list[int], r
         steps = max(len(c) for found in drawn.completions for c in found)
         return time.perf_counter() - began
 
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with counter() as counted:
         once(0)
     seconds = median(once(0) for _ in range(rounds))
-    found = line(name, seconds, counter.get_total_flops(), steps * weights(policy)["whole"])
+    found = line(name, seconds, counted.get_total_flops(), steps * weights(policy)["whole"])
     return found | {"steps": steps}
+
+
+def sampling_phases(model: Any, shape: str, kernels: str, rounds: int) -> list[dict[str, Any]]:
+    """Sampling by the large model, with packed matrices too if its kernel has them, and by the embedded."""
+    prompt = np.random.default_rng(0).integers(2, SHAPES[shape]["vocab_size"], PROMPT)
+    request = [Request(prompt, GENERATIONS, SAMPLED, 0)]
+    name = f"{GENERATIONS} completions of {SAMPLED} tokens, {shape.upper()} shape"
+    lines = [sampling_phase(name, Policy(model, kernels=kernels), request, [-1], rounds)]
+    if kernels == "onednn":
+        packed = Policy(model, kernels=kernels, packed_weights=True)
+        lines.append(sampling_phase(f"{name}, packed", packed, request, [-1], rounds))
+    model, prompts, ends = prepare("embedded")
+    requests = [Request(np.array(ids), CASES["embedded"][2], 64, i) for i, ids in enumerate(prompts)]
+    policy = Policy(model, kernels=resolve("auto", model.get_base_model().config))
+    return [*lines, sampling_phase("8 x 16 answers, embedded model", policy, requests, ends, rounds)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Each phase's time against the device's limits.")
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="as model.kernels, of the shape")
     options = parser.parse_args()
-    device = limits()
+    config = config_of(options.shape)
+    device, kernels = limits(), resolve(options.kernels, config)
+    at_load = None if obstacle() else asdict(measure(matrices_of(config.to_dict())))
     model = attach(build(options.shape), alpha=ALPHA, layers=last_third(options.shape), **LORA)
-    policy = Policy(model)
+    policy = Policy(model, kernels=kernels)
     randomise(policy.parameters)
     updates = {
         name: update_phases(policy, options.shape, recorded, options.rounds)
         for name, recorded in (("trunk recorded", True), ("trunk run again", False))
     }
-    draw = np.random.default_rng(0)
-    prompt = draw.integers(2, SHAPES[options.shape]["vocab_size"], PROMPT)
-    name = f"{GENERATIONS} completions of {SAMPLED} tokens, {options.shape.upper()} shape"
-    sampled = [sampling_phase(name, policy, [Request(prompt, GENERATIONS, SAMPLED, 0)], [-1], options.rounds)]
-    model, prompts, ends = prepare("embedded")
-    requests = [Request(np.array(ids), CASES["embedded"][2], 64, i) for i, ids in enumerate(prompts)]
-    sampled.append(
-        sampling_phase("8 x 16 answers, embedded model", Policy(model), requests, ends, options.rounds)
-    )
-    for row in [row for found in (*updates.values(), sampled) for row in found]:
+    sampled = sampling_phases(model, options.shape, kernels, options.rounds)
+    for row in [row for rows in (*updates.values(), sampled) for row in rows]:
         row["limit"] = max(row["gflop"] / device["gflops"], row["gbytes"] / device["gbytes"])
         print(f"{row['phase']:50} {row['seconds']:8.3f} s, at least {row['limit']:8.3f}")
-    result = {"shape": options.shape, "limits": device, "updates": updates, "sampling": sampled}
+    result = {
+        "shape": options.shape,
+        "kernels": kernels,
+        "limits": device,
+        "measured_at_load": at_load,
+        "updates": updates,
+        "sampling": sampled,
+    }
     path = write("phases" if options.shape == "0.5b" else f"phases-{options.shape}", result)
     print(f"written to {path}")
 

@@ -1,4 +1,4 @@
-"""The CPU set of the benchmarks, and the tables and plots of docs/benchmarks.md made from their results.
+"""The CPU set of the benchmarks, and the tables and plots of the pages made from their results.
 
     python benchmarks/run.py             # `make bench`: under 15 minutes on two cores
     python benchmarks/run.py --tables    # the tables and plots only, from benchmarks/results/
@@ -28,8 +28,8 @@ CPU_SET = {
 
 def main() -> int:
     """Runs the set and refreshes the page; the exit status is 1 where a script failed."""
-    parser = argparse.ArgumentParser(description="Runs the CPU benchmarks and refreshes docs/benchmarks.md.")
-    parser.add_argument("--tables", action="store_true", help="only refresh the page")
+    parser = argparse.ArgumentParser(description="Runs the CPU benchmarks and refreshes the pages.")
+    parser.add_argument("--tables", action="store_true", help="only refresh the pages")
     options = parser.parse_args()
     failed = []
     began = time.perf_counter()
@@ -39,7 +39,7 @@ def main() -> int:
             failed.append(script)
     tables.refresh()
     if not options.tables:
-        print(f"{(time.perf_counter() - began) / 60:.1f} minutes; docs/benchmarks.md is up to date")
+        print(f"{(time.perf_counter() - began) / 60:.1f} minutes; the pages are up to date")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

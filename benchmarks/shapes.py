@@ -50,14 +50,21 @@ LORA = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
 ALPHA = 32.0
 
 
-def build(shape: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A random Qwen2 model of the shape."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+def config_of(shape: str, **changes: Any) -> Any:
+    """The config of a Qwen2 model of the shape."""
+    from transformers import Qwen2Config
 
     # Token 1 ends a completion, 0 pads: neither is in the random completions.
-    options = SHAPES[shape] | {"tie_word_embeddings": True, "eos_token_id": 1, "pad_token_id": 0} | changes
+    options = {"tie_word_embeddings": True, "eos_token_id": 1, "pad_token_id": 0}
+    return Qwen2Config(**SHAPES[shape] | options | changes)
+
+
+def build(shape: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random Qwen2 model of the shape."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Qwen2Config(**options), dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(config_of(shape, **changes), dtype=dtype).eval()
 
 
 def last_third(shape: str) -> list[int]:

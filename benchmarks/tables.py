@@ -1,7 +1,8 @@
 """Tables and plots of docs/benchmarks.md and docs/performance.md, made from the files in benchmarks/results/.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is the file's; the line above it says
-which command, commit and device gave it. A page without a name's marks does not show that file.
+which command, commit and device gave it. A page without a name's marks does not show that file. The README's
+table, between the marks of `results`, is made of several files.
 """
 
 import json
@@ -9,9 +10,10 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from common import RESULTS, ROOT
-from gpu_tables import gpu_tables
+from common import AS_IT_COMES, RESULTS, ROOT, SAME_KERNEL
+from gpu_tables import gpu_tables, whole_step
 
+README = ROOT / "README.md"
 PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "performance.md"]
 IMAGES = ROOT / "docs" / "images"
 COLOURS = {"grpo": "#0072b2", "s-grpo": "#009e73", "t-spmo": "#d55e00", "TRL": "#666666", "Twig": "#d55e00"}
@@ -19,17 +21,23 @@ COLOURS = {"grpo": "#0072b2", "s-grpo": "#009e73", "t-spmo": "#d55e00", "TRL": "
 
 def refresh() -> None:
     """Puts every result into the pages, and draws the plots."""
+    records = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))
+    }
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name, made in TABLES.items():
-            path = RESULTS / f"{name}.json"
-            mark = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-            if not path.is_file() or not mark.search(text):
-                continue
-            record = json.loads(path.read_text(encoding="utf-8"))
-            lines = [source(record), "", *made(record)]
-            text = mark.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], text)  # noqa: B023
+            if name in records and f"<!-- {name} -->" in text:
+                text = put(text, name, [source(records[name]), "", *made(records[name])])
         page.write_text(text, encoding="utf-8")
+    text = put(README.read_text(encoding="utf-8"), "results", summary(records))
+    README.write_text(text, encoding="utf-8")
+
+
+def put(text: str, name: str, lines: list[str]) -> str:
+    """Returns a page with other lines between the marks of `name`."""
+    mark = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    return mark.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], text)
 
 
 def source(record: dict[str, Any]) -> str:
@@ -55,25 +63,36 @@ def spread(figure: dict[str, float]) -> str:
 
 
 def step(record: dict[str, Any]) -> list[str]:
+    names = {"twig": "Twig", "trl": "TRL", "trl-same-kernel": "TRL, same kernel"}
     body = [
         [
-            {"twig": "Twig", "trl": "TRL"}[side],
+            names[side],
             f"{row['seconds_per_step']:.3f}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['above_loaded_mib']:.0f} MiB",
         ]
         for side, row in record["medians"].items()
     ]
-    twig, trl = record["medians"]["twig"], record["medians"]["trl"]
-    body.append(
-        [
-            "TRL / Twig",
-            spread(record["trl_over_twig_seconds"]),
-            f"{trl['tokens_per_second'] / twig['tokens_per_second']:.2f}",
-            f"{trl['above_loaded_mib'] / twig['above_loaded_mib']:.1f}",
-        ]
-    )
+    twig, sides = record["medians"]["twig"], record.get("trl_sides", {AS_IT_COMES: "trl"})
+    seconds = step_ratios(record)
+    one = len(set(sides.values())) == 1  # TRL as it comes has Twig's products
+    for column in [AS_IT_COMES] if one else sides:
+        trl = record["medians"][sides[column]]
+        body.append(
+            [
+                "TRL / Twig" if one else f"TRL / Twig, {column}",
+                spread(seconds[column]),
+                f"{trl['tokens_per_second'] / twig['tokens_per_second']:.2f}",
+                f"{trl['above_loaded_mib'] / twig['above_loaded_mib']:.1f}",
+            ]
+        )
     return rows(["", "seconds per step", "sampled tokens per second", "memory above the loaded model"], body)
+
+
+def step_ratios(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """TRL's seconds over Twig's, by column; a record from before there were columns has TRL as it comes."""
+    seconds = record["trl_over_twig_seconds"]
+    return {AS_IT_COMES: seconds} if "median" in seconds else seconds
 
 
 def sampling(record: dict[str, Any]) -> list[str]:
@@ -90,19 +109,60 @@ def sampling(record: dict[str, Any]) -> list[str]:
 
 
 def update(record: dict[str, Any]) -> list[str]:
-    middle, body = record["medians"], []
-    for name, row in middle.items():
-        ratios = record["trl_over_twig"].get(name)
-        more = [spread(ratios["seconds"]), spread(ratios["mib"])] if ratios else ["", ""]
-        body.append([name, f"{row['seconds']:.2f} s", f"{row['mib']:.0f} MiB", *more])
-    lines = rows(["", "seconds", "memory", "TRL / Twig: seconds", "memory"], body)
+    columns, body = update_columns(record), []
+    for name, row in record["medians"].items():
+        body.append([name, f"{row['seconds']:.2f} s", f"{row['mib']:.0f} MiB"])
+        for ratios in (columns[column]["ratios"].get(name) for column in columns):
+            body[-1] += [spread(ratios["seconds"]), spread(ratios["mib"])] if ratios else ["", ""]
+    head, said = ["", "seconds", "memory"], []
+    for column, each in columns.items():
+        named = "" if len(columns) == 1 else f", {column}"
+        head += [f"TRL / Twig{named}: seconds", "memory"]
+        against = f"econds against {each['fastest']}, memory against {each['smallest']}."
+        said.append(f"S{against}" if len(columns) == 1 else f"{column.capitalize()}: s{against}")
     gaps = max(record["gradient_gaps"].values(), default=0.0)
-    lines += [
-        "",
-        f"Seconds against {record['trl_fastest']}, memory against {record['trl_smallest']}. The gradients of "
-        f"the GRPO rows differ from TRL's by at most {gaps:.1e} of their largest entry.",
-    ]
-    return lines
+    said.append(
+        f"The gradients of the GRPO rows differ from TRL's by at most {gaps:.1e} of their largest entry."
+    )
+    return [*rows(head, body), "", " ".join(said)]
+
+
+def update_columns(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each column compares with, and its ratios; see `step_ratios` for older records."""
+    keys = {"fastest": "trl_fastest", "smallest": "trl_smallest", "ratios": "trl_over_twig"}
+    if isinstance(record["trl_fastest"], str):
+        return {AS_IT_COMES: {name: record[key] for name, key in keys.items()}}
+    return {c: {name: record[key][c] for name, key in keys.items()} for c in record["trl_fastest"]}
+
+
+def summary(records: dict[str, dict[str, Any]]) -> list[str]:
+    """The README's table: TRL's figures over Twig's, with the same products first."""
+    model, step_record = update_columns(records["update"]), records["step"]
+    columns = [column for column in (SAME_KERNEL, AS_IT_COMES) if column in model]
+    heads = {SAME_KERNEL: "seconds, TRL with Twig's products / Twig", AS_IT_COMES: "seconds, TRL / Twig"}
+    seconds, middle = step_ratios(step_record), step_record["medians"]
+    side = step_record.get("trl_sides", {}).get(columns[0], "trl")
+    times = [short(seconds[c]["median"]) if c in seconds else "-" for c in columns]
+    memory = short(middle[side]["above_loaded_mib"] / middle["twig"]["above_loaded_mib"])
+    body = [["one step of the quickstart's model, two CPU cores", *times, memory]]
+    for case, said in SUMMARY.items():
+        each = [model[c]["ratios"][case] for c in columns]
+        times = [short(ratios["seconds"]["median"]) for ratios in each]
+        body.append([said, *times, short(each[0]["mib"]["median"])])
+    said = "one step of a model of Qwen2-1.5B's shape, 8 answers of 256 tokens, one H100 GPU"
+    body.append([said, *[whole_step(records["gpu"])] * len(columns), "-"])
+    return rows(["", *(heads[column] for column in columns), "memory, TRL / Twig"], body)
+
+
+# Cases of update.json in the README, and what it calls them.
+SUMMARY = {
+    "GRPO, layers checkpointed": "one update of a model with 0.5 billion parameters, two CPU cores",
+    "T-SPMO, layers checkpointed": "the same with T-SPMO in Twig",
+}
+
+
+def short(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def frontier(record: dict[str, Any]) -> list[str]:
@@ -199,8 +259,16 @@ def phases(record: dict[str, Any]) -> list[str]:
             body.append([part, row["phase"], f"{row['gflop']:,.0f}", f"{row['gbytes']:.1f}"])
             body[-1] += [f"{row['limit']:.3f}", f"{row['seconds']:.3f}"]
             body[-1].append(f"{100 * row['limit'] / row['seconds']:.0f} %" if row["gflop"] else "")
+    names = {"onednn": "oneDNN", "torch": "PyTorch's library"}
+    said = [f"Limits of the device: {limits['gflops']:.0f} GFLOP/s, {limits['gbytes']:.1f} GB/s."]
+    if products := limits.get("products"):
+        each = ", ".join(f"{names[name]} {speed:.0f} GFLOP/s" for name, speed in products.items())
+        said.append(f"Large product: {each}. The phases ran on {names[record['kernels']]}.")
+    if speeds := record.get("measured_at_load"):
+        each = ", ".join(f"{names[name]} {speed:.0f} GFLOP/s" for name, speed in speeds.items())
+        said.append(f"Measurement before a run: {each}, {speeds['onednn'] / speeds['torch']:.2f} times.")
     return [
-        f"Limits of the device: {limits['gflops']:.0f} GFLOP/s, {limits['gbytes']:.1f} GB/s.",
+        " ".join(said),
         "",
         *rows(["", "phase", "GFLOP", "GB of weights", "limit, s", "measured, s", "of the limit"], body),
     ]

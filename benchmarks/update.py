@@ -3,6 +3,7 @@
     python benchmarks/update.py                        # every case; writes benchmarks/results/update.json
     python benchmarks/update.py --frontier             # seconds against memory; writes frontier.json
     python benchmarks/update.py --shape 0.1b           # a smaller model; writes update-0.1b.json
+    python benchmarks/update.py --columns "same kernel"            # without TRL as it comes
     python benchmarks/update.py --side twig --algorithm t-spmo     # one side, one process, one JSON line
 
 A random Qwen2 of the 0.5B shape in float32, G = 8, prompt of 80 tokens, completions of 200, LoRA r=16 on
@@ -11,6 +12,10 @@ q_proj and v_proj of the last third with random matrices, temperature 1, beta 0.
 both sides compute the same thing, the adapter gradients are compared in the same run. Twig's time is from
 rewards to gradient: trie, credit, packs, forward and backward. Memory is the growth of resident memory, at
 its peak, over what it was just before.
+
+There are two columns: TRL as it comes, and TRL with every product with a frozen matrix on the kernel that
+Twig takes (`products.trl_products`). In each, seconds are against the fastest TRL and memory is against the
+smallest. Where Twig takes torch's kernel both are the same, and TRL is measured once.
 """
 
 import argparse
@@ -23,17 +28,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, medians, peak_memory, ratio, trl_settings, write
+from common import AS_IT_COMES, SAME_KERNEL, alternate, medians, peak_memory, ratio, trl_settings, write
+from products import KERNELS, resolve, trl_products
 from safetensors.torch import load_file, save_file
-from shapes import ALPHA, LORA, SHAPES, build, completions, early_forks, last_third, randomise, recorded_forks
+from shapes import (
+    ALPHA,
+    LORA,
+    SHAPES,
+    build,
+    completions,
+    config_of,
+    early_forks,
+    last_third,
+    randomise,
+    recorded_forks,
+)
 
 PROMPT, LENGTH, GENERATIONS = 80, 200, 8
 CHECKPOINTED = "--checkpoint-layers"
 T_SPMO = ["--algorithm", "t-spmo", "--forks", "recorded"]
 SMALL = ["--head-chunk", str(2**18)]
+COLUMNS = (SAME_KERNEL, AS_IT_COMES)
+REFERENCE = "GRPO, torch's kernel"
 # Twig's cases by name. What TRL does is the same for all: it runs every token of every completion.
 CASES: dict[str, list[str]] = {
     "GRPO": [],
+    REFERENCE: ["--kernels", "torch"],
     "GRPO, trunk run again": ["--no-recorded"],
     "GRPO, layers checkpointed": [CHECKPOINTED, *SMALL],
     "S-GRPO, 30 % of the tokens": ["--algorithm", "s-grpo"],
@@ -90,7 +110,12 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
 
     model = build(options.shape)
     peft_model = attach(model, alpha=ALPHA, layers=last_third(options.shape), **LORA)
-    policy = Policy(peft_model, checkpoint_layers=options.checkpoint_layers, head_chunk=options.head_chunk)
+    policy = Policy(
+        peft_model,
+        checkpoint_layers=options.checkpoint_layers,
+        head_chunk=options.head_chunk,
+        kernels=resolve(options.kernels, model.config),
+    )
     randomise(policy.parameters)
     extra = S_GRPO if options.algorithm == "s-grpo" else {}
     rule = algorithm(options.algorithm, **extra)
@@ -140,7 +165,8 @@ def record(policy: Any, prompt: list[int], rows: list[np.ndarray]) -> torch.Tens
         context = Context(
             decoder.masks(visible, positions, positions), decoder.rotations(positions), positions
         )
-        hidden = decoder.run(decoder.embed(ids), 0, policy.cut, context)[0]
+        with policy.computing():
+            hidden = decoder.run(decoder.embed(ids), 0, policy.cut, context)[0]
         found += [hidden[: len(prompt)]] * (number == 0) + [hidden[len(prompt) :]]
     return torch.cat(found)
 
@@ -202,7 +228,8 @@ def trl_side(options: argparse.Namespace) -> dict[str, float]:
             ),
         )
         randomise({n: p for n, p in trainer.model.named_parameters() if p.requires_grad})
-        trainer.train()
+        with trl_products(trainer.model, options.kernels):
+            trainer.train()
     if options.gradient:
         save_file(gradient, options.gradient)
     return summary(seconds, memory)
@@ -223,6 +250,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Seconds and memory of one update: Twig against TRL.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--rounds", type=int, default=3, help="processes a side")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="COLUMN")
+    parser.add_argument(
+        "--kernels",
+        choices=KERNELS,
+        default="auto",
+        help="of Twig's products, as model.kernels; with --side trl: of TRL's, where auto is as it comes",
+    )
     parser.add_argument("--frontier", action="store_true", help="each side at each of its sizes")
     parser.add_argument("--side", choices=("twig", "trl"), help="run one side in this process")
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
@@ -251,45 +285,69 @@ def gap(*files: Path) -> float:
     return max(float((ours[n] - g).abs().max()) for n, g in theirs.items()) / largest
 
 
-def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Every case of Twig's against TRL's best seconds and TRL's smallest memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {}
-        for name, words in {**TRL, **{case: CASES[case] for case in options.cases}}.items():
-            side = "trl" if name in TRL else "twig"
-            sides[name] = ["--side", side, "--shape", options.shape, *words]
-            if "--algorithm" not in words:  # both compute the same gradient
-                sides[name] += ["--gradient", str(Path(folder) / f"{name}.safetensors")]
-        found = alternate(__file__, sides, options.rounds)
-        gaps = {
-            name: gap(Path(folder) / f"{name}.safetensors", Path(folder) / "TRL.safetensors")
-            for name, words in sides.items()
-            if "--gradient" in words and name not in TRL
-        }
-    middle = {name: medians(rows) for name, rows in found.items()}
-    fastest = min(TRL, key=lambda name: middle[name]["seconds"])
-    smallest = min(TRL, key=lambda name: middle[name]["mib"])
-    return {
-        "medians": middle,
-        "trl_fastest": fastest,
-        "trl_smallest": smallest,
-        "trl_over_twig": {
-            name: {
-                "seconds": ratio(found[name], found[fastest], "seconds"),
-                "mib": ratio(found[name], found[smallest], "mib"),
-            }
-            for name in options.cases
-        },
-        "gradient_gaps": gaps,
-        "processes": found,
+def columns_of(options: argparse.Namespace, kernels: str) -> dict[str, dict[str, list[str]]]:
+    """TRL's sides in each column, by name, with their words."""
+    unchanged = {side: [*words, "--kernels", "torch"] for side, words in TRL.items()}
+    same = {f"{side}, same kernel": [*words, "--kernels", "onednn"] for side, words in TRL.items()}
+    columns = {SAME_KERNEL: same if kernels == "onednn" else unchanged, AS_IT_COMES: unchanged}
+    return {column: columns[column] for column in options.columns}
+
+
+def sides_of(options: argparse.Namespace, kernels: str) -> dict[str, list[str]]:
+    """The words of each side: those of TRL that the columns need, and Twig's cases on `kernels`."""
+    sides = {
+        name: ["--side", "trl", *words]
+        for trl in columns_of(options, kernels).values()
+        for name, words in trl.items()
     }
+    for case in options.cases:
+        if case == REFERENCE and kernels == "torch":
+            continue  # all of Twig's rows use it
+        sides[case] = ["--side", "twig", *CASES[case]]
+        if "--kernels" not in CASES[case]:
+            sides[case] += ["--kernels", kernels]
+    return {name: [*words, "--shape", options.shape] for name, words in sides.items()}
 
 
-def frontier(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and memory of each side at each of its sizes."""
-    sides = {name: [*words, "--shape", options.shape] for name, words in FRONTIER.items()}
-    found = alternate(__file__, sides, options.rounds)
-    return {"medians": {name: medians(rows) for name, rows in found.items()}, "processes": found}
+def compare(options: argparse.Namespace, kernels: str) -> dict[str, Any]:
+    """Every case of Twig's against TRL's best seconds and TRL's smallest memory, in each column."""
+    sides = sides_of(options, kernels)
+    first = next(iter(sides))
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            name: Path(folder) / f"{name}.safetensors"
+            for name, words in sides.items()
+            if "--algorithm" not in words  # all of these compute the same gradient
+        }
+        for name, file in files.items():
+            sides[name] += ["--gradient", str(file)]
+        processes = alternate(__file__, sides, options.rounds)
+        gaps = {name: gap(file, files[first]) for name, file in files.items() if name != first}
+    middle = {name: medians(rows) for name, rows in processes.items()}
+    result: dict[str, Any] = {"medians": middle, "gradient_gaps": gaps, "gradients_against": first}
+    result |= {"trl_fastest": {}, "trl_smallest": {}, "trl_over_twig": {}}
+    for column, trl in columns_of(options, kernels).items():
+        fastest = min(trl, key=lambda name: middle[name]["seconds"])
+        smallest = min(trl, key=lambda name: middle[name]["mib"])
+        result["trl_fastest"][column], result["trl_smallest"][column] = fastest, smallest
+        result["trl_over_twig"][column] = {
+            name: {
+                "seconds": ratio(rows, processes[fastest], "seconds"),
+                "mib": ratio(rows, processes[smallest], "mib"),
+            }
+            for name, rows in processes.items()
+            if name in CASES and not (name == REFERENCE and column == SAME_KERNEL)
+        }
+    return result | {"processes": processes}
+
+
+def frontier(options: argparse.Namespace, kernels: str) -> dict[str, Any]:
+    """Seconds and memory of each side at each of its sizes, both on `kernels`."""
+    sides = {
+        name: [*words, "--shape", options.shape, "--kernels", kernels] for name, words in FRONTIER.items()
+    }
+    processes = alternate(__file__, sides, options.rounds)
+    return {"medians": {name: medians(rows) for name, rows in processes.items()}, "processes": processes}
 
 
 def main() -> None:
@@ -299,13 +357,15 @@ def main() -> None:
         stdout, sys.stdout = sys.stdout, sys.stderr
         print(json.dumps((twig_side if options.side == "twig" else trl_side)(options)), file=stdout)
         return
-    result = (frontier if options.frontier else compare)(options)
-    for name, more in result.get("trl_over_twig", {}).items():
-        print(f"{name}: TRL takes {more['seconds']['median']:.2f} times as long", end=", ")
-        print(f"{more['mib']['median']:.2f} times the memory")
+    kernels = resolve(options.kernels, config_of(options.shape))
+    result = (frontier if options.frontier else compare)(options, kernels)
+    for column, cases in result.get("trl_over_twig", {}).items():
+        for name, more in cases.items():
+            print(f"{name}: TRL, {column}, takes {more['seconds']['median']:.2f} times as long", end=", ")
+            print(f"{more['mib']['median']:.2f} times the memory")
     name = "frontier" if options.frontier else "update"
     name += "" if options.shape == "0.5b" else f"-{options.shape}"
-    print(f"written to {write(name, {'shape': options.shape, **result})}")
+    print(f"written to {write(name, {'shape': options.shape, 'kernels': kernels, **result})}")
 
 
 if __name__ == "__main__":
