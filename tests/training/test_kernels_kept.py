@@ -1,10 +1,14 @@
 """`model.kernels` of a run and of a study: chosen once, kept in the config and the checkpoint, resumed."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from small_runs import Heard, ask_to_stop, at, record
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from twig.common.errors import UserError
 from twig.config.sizes import with_values
@@ -75,3 +79,23 @@ def test_a_study_chooses_once_for_all_runs_of_a_model(settings, tmp_path, monkey
     RunLog.create(tmp_path / "a", began).close()
     decided = _with_one_choice([replace(runs[1], seed=7)], [tmp_path / "a"])
     assert decided[0].settings.model.kernels == "torch" and len(calls) == 1
+
+
+def test_a_passed_model_is_what_it_was_and_can_be_copied_saved_and_merged(run, base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = run("run", "model.kernels=onednn", model=model, tokenizer=tokenizer).model
+    assert not any("forward" in vars(module) for module in trained.modules())
+    ids = torch.arange(2, 9)[None]
+    with torch.no_grad():
+        expected = trained(input_ids=ids).logits
+        for copied in (copy.deepcopy(trained), pickle.loads(pickle.dumps(trained))):
+            assert torch.equal(copied(input_ids=ids).logits, expected)
+        merged = copy.deepcopy(trained).merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
+        merged.save_pretrained(tmp_path / "merged")
+        assert copy.deepcopy(trained).to(torch.bfloat16)(input_ids=ids).logits.dtype is torch.bfloat16
+    after = trained.unload().state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
