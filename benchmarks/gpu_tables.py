@@ -20,7 +20,8 @@ def gpu_tables(record: dict[str, Any], rows: Rows) -> list[str]:
 
 def whole_step(record: dict[str, Any]) -> str:
     """Returns how many times as long TRL takes for a whole step with eight completions."""
-    return dict(map(tuple, _ratios(_usable(record))[1]))["whole step, GRPO, G = 8, TRL's seconds over Twig's"]
+    figures = {name: figure for name, figure in _ratios(_usable(record))[1]}
+    return figures["whole step, GRPO, G = 8, TRL's seconds over Twig's"]
 
 
 def _usable(record: dict[str, Any]) -> dict[str, Any]:
