@@ -4,8 +4,11 @@ import copy
 import io
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +23,16 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from twig.common.errors import UserError
 from twig.core.algorithms.base import Objective
 from twig.engine import kernels
-from twig.engine.kernels import FEW_ROWS, Choice, Packed, Speeds, choose, linear, onednn_products
+from twig.engine.kernels import (
+    FEW_ROWS,
+    PACKED_AFTER,
+    Choice,
+    Packed,
+    Speeds,
+    choose,
+    linear,
+    onednn_products,
+)
 from twig.engine.policy import Policy
 from twig.engine.sampler import SamplingParams, sample
 
@@ -100,9 +112,10 @@ def test_the_watch_sees_the_bare_operator():
 
 
 @pytest.mark.parametrize("inputs, outputs", [(576, 192), (128, 512), (100, 33), (31, 17)])
-def test_packed_weights_give_the_same_bits(inputs, outputs):
+def test_packed_weights_give_the_same_bits(inputs, outputs, monkeypatch):
     layer = torch.nn.Linear(inputs, outputs).requires_grad_(False)
     packed = Packed()
+    monkeypatch.setattr(kernels, "PACKED_AFTER", 0)
     for rows in (1, 2, 7, 16, 33, FEW_ROWS, FEW_ROWS + 1):
         x = random(rows, inputs, seed=rows)
         with torch.no_grad(), onednn_products([layer]):
@@ -110,6 +123,37 @@ def test_packed_weights_give_the_same_bits(inputs, outputs):
         with torch.no_grad(), onednn_products([layer], packed):
             assert torch.equal(layer(x), ordinary)
     assert packed.clear() and not packed.clear()
+
+
+def test_a_copy_is_made_when_it_pays():
+    packed, weight = Packed(), random(8, 8)
+    assert all(packed.of(weight) is None for _ in range(PACKED_AFTER))
+    assert packed.of(weight) is packed.of(weight.view(8, 8)) is not None, "tied weights share one"
+    assert packed.clear()
+    assert packed.of(weight) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as on Linux")
+def test_products_of_ever_new_shapes_do_not_fill_the_memory():
+    # Each compiled product takes 0.6 MiB; without a limit 1,024 are kept, twice.
+    code = """
+import ctypes, torch
+from pathlib import Path
+from twig.engine.kernels import linear, obstacle
+assert obstacle() is None
+def resident():
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+weight = torch.ones(96, 64)
+for rows in range(2, 100):
+    linear(torch.ones(rows, 64), weight)
+before = resident()
+for rows in range(100, 500):
+    linear(torch.ones(rows, 64), weight)
+print(resident() - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 40
 
 
 # ---- a model's layers
@@ -200,7 +244,7 @@ def test_quantised_layers_are_left_alone():
 
 
 class Counting:
-    """Counts the uses of a policy's packed weights."""
+    """Counts the products of a policy with packed weights."""
 
     def __init__(self, policy):
         self.made = 0
@@ -208,8 +252,9 @@ class Counting:
             self.of, policy.packed.of = policy.packed.of, self.count
 
     def count(self, weight):
-        self.made += 1
-        return self.of(weight)
+        copied = self.of(weight)
+        self.made += copied is not None
+        return copied
 
 
 def drawn(policy):
@@ -219,7 +264,8 @@ def drawn(policy):
 
 
 @pytest.mark.parametrize("engine", ["trie", "plain"])
-def test_packed_weights_sample_the_same_bits_and_are_freed(engine):
+def test_packed_weights_sample_the_same_bits_and_are_freed(engine, monkeypatch):
+    monkeypatch.setattr(kernels, "PACKED_AFTER", 3)
     numbers = []
     for packed in (False, True):
         policy = tiny.build_policy(

@@ -10,7 +10,9 @@ but `_product` may call it.
 Knows nothing of policies or plans. Legend: I inputs, O outputs.
 """
 
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,10 @@ from twig.common.errors import UserError
 
 KEY = "model.kernels"
 FEW_ROWS = 64  # packed matrices are faster up to about so many rows
+PACKED_AFTER = 16
+# Compiled products are kept by their shape, and nearly every pack has another: 0.6 MiB each in two caches.
+_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # torch's and oneDNN's: 1,024 by default
+CACHED_SHAPES = 32  # a pass through a pack has about 16
 _TAKEN_AT = 1.3  # `auto` takes oneDNN if it is so many times as fast
 _SMALLEST = 2**20  # bytes of a layer's largest matrix from which oneDNN can be faster
 _MEASURED_BYTES = 2**25  # matrices of this size do not stay in the processor's caches
@@ -78,23 +84,26 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Packed:
     """Copies of matrices in the layout that oneDNN reads fastest at few rows.
 
-    Each is made when it is first used. They serve decoding; `clear` frees them before an update.
+    They serve decoding; `clear` frees them before an update. A copy is made once a matrix was used
+    `PACKED_AFTER` times, when it would have paid: making one takes about as long as so many products save.
     """
 
     def __init__(self) -> None:
         self._copies: dict[int, Tensor] = {}
+        self._uses: Counter[int] = Counter()
 
-    def of(self, weight: Tensor) -> Tensor:
-        """Returns the copy of `weight`; tied weights share one."""
+    def of(self, weight: Tensor) -> Tensor | None:
+        """Returns the copy of `weight`, or None as long as it does not pay; tied weights share one."""
         key = weight.data_ptr()
-        if key not in self._copies:
+        self._uses[key] += 1
+        if key not in self._copies and self._uses[key] > PACKED_AFTER:
             self._copies[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), FEW_ROWS)
-        return self._copies[key]
+        return self._copies.get(key)
 
     def clear(self) -> bool:
         """Frees the copies; returns whether there were any."""
         there = bool(self._copies)
-        self._copies = {}
+        self._copies, self._uses = {}, Counter()
         return there
 
 
@@ -194,7 +203,12 @@ def choose(chosen: str, device_kind: str, dtype: str, matrices: Sequence[tuple[i
 
 @cache
 def obstacle() -> str | None:
-    """Returns why oneDNN's products cannot be used here; None if they can."""
+    """Returns why oneDNN's products cannot be used here; None if they can.
+
+    Limits the caches of compiled products, unless the environment does: both are read at their first use.
+    """
+    for variable in _CACHES:
+        os.environ.setdefault(variable, str(CACHED_SHAPES))
     if not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN"
     numbers = torch.linspace(-1, 1, 57)  # the generator of random numbers stays as it is

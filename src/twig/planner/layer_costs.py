@@ -22,7 +22,7 @@ class Workload:
     adapter. `load`: the most work of a group that the algorithm asks for. `prompt`: tokens of the longest
     prompt. `restarts`: whether a prompt may include a part of a completion. `questions`: problems of an
     evaluation. `static_decode`: whether a captured step over permanent buffers samples the tokens.
-    `packable`: whether sampling can use packed copies of the frozen matrices.
+    `packable`: whether oneDNN multiplies, so that sampling can use packed copies of the frozen matrices.
     """
 
     shape: Shape

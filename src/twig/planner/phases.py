@@ -36,6 +36,8 @@ MEASURED = ("cpu", "cuda")  # the kinds of device whose constants were measured:
 LIBRARIES = {"cpu": 45 * MIB, "mps": 300 * MIB}
 BACKWARD_LIBRARIES = {"cpu": 15 * MIB, "mps": 0}
 
+ONEDNN_CODE = 20 * MIB  # products compiled by oneDNN: see `engine.kernels`
+
 CUDA_GRAPH = 48 * MIB  # outside torch: the nodes of a captured decode step
 CUDA_WORKSPACE = 32 * MIB  # cuBLAS's, allocated by torch for each thread and stream; 8 MiB before Hopper
 CUDA_RESERVE = 0.04  # of the tensors: holes in the segments that torch's allocator cuts them from
@@ -73,6 +75,8 @@ class Footprint:
             base |= {"context": CUDA_CONTEXT, "workspaces": CUDA_WORKSPACE}
         else:
             base["libraries"] = LIBRARIES[work.kind]
+        if work.packable:
+            base["libraries"] += ONEDNN_CODE
         base["adapter"] = work.adapter_bytes
         object.__setattr__(self, "base", self._counted(base))
 
