@@ -16,10 +16,10 @@ KERNELS = ("auto", "onednn", "torch")
 
 def resolve(kernels: str, config: Any) -> str:
     """Returns what `model.kernels` stands for with a float32 model on this processor: onednn or torch."""
-    from twig.engine.kernels import choose
+    from twig.engine.kernels import choose_kernels
     from twig.planner.choose import matrices_of
 
-    choice = choose(kernels, "cpu", "float32", matrices_of(config.to_dict()))
+    choice = choose_kernels(kernels, "cpu", "float32", matrices_of(config.to_dict()))
     print(f"kernels: {choice.kernels} ({choice.why})", file=sys.stderr, flush=True)
     return choice.kernels
 

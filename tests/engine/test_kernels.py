@@ -29,7 +29,7 @@ from twig.engine.kernels import (
     Choice,
     Packed,
     Speeds,
-    choose,
+    choose_kernels,
     linear,
     onednn_products,
 )
@@ -311,7 +311,7 @@ def test_out_of_memory_while_sampling_gives_up_the_packed_weights_first():
 def test_auto_takes_onednn_from_13_tenths_on(monkeypatch):
     for ratio, chosen in ((1.29, "torch"), (1.3, "onednn")):
         monkeypatch.setattr(kernels, "measure", lambda matrices, r=ratio: Speeds(100.0, 100.0 * r))
-        assert choose("auto", "cpu", "float32", MATRICES).kernels == chosen
+        assert choose_kernels("auto", "cpu", "float32", MATRICES).kernels == chosen
 
 
 def test_what_onednn_does_not_serve_is_not_measured(monkeypatch):
@@ -319,15 +319,15 @@ def test_what_onednn_does_not_serve_is_not_measured(monkeypatch):
         raise AssertionError("measured")
 
     monkeypatch.setattr(kernels, "measure", never)
-    assert choose("auto", "cuda", "float32", MATRICES).kernels == "torch"
-    assert choose("auto", "cpu", "bfloat16", MATRICES) == Choice("torch", "the model is bfloat16")
-    assert choose("auto", "cpu", "float32", [(128, 512)]).kernels == "torch"
-    assert choose("torch", "cpu", "float32", MATRICES).kernels == "torch"
-    assert choose("onednn", "cpu", "float32", MATRICES).kernels == "onednn"
+    assert choose_kernels("auto", "cuda", "float32", MATRICES).kernels == "torch"
+    assert choose_kernels("auto", "cpu", "bfloat16", MATRICES) == Choice("torch", "the model is bfloat16")
+    assert choose_kernels("auto", "cpu", "float32", [(128, 512)]).kernels == "torch"
+    assert choose_kernels("torch", "cpu", "float32", MATRICES).kernels == "torch"
+    assert choose_kernels("onednn", "cpu", "float32", MATRICES).kernels == "onednn"
     monkeypatch.setattr(kernels, "obstacle", lambda: "this build of torch has no oneDNN")
-    assert choose("auto", "cpu", "float32", MATRICES).kernels == "torch"
+    assert choose_kernels("auto", "cpu", "float32", MATRICES).kernels == "torch"
     with pytest.raises(UserError, match=r"model\.kernels.*no oneDNN"):
-        choose("onednn", "cpu", "float32", MATRICES)
+        choose_kernels("onednn", "cpu", "float32", MATRICES)
 
 
 def test_a_torch_without_the_operator_is_noticed(monkeypatch):

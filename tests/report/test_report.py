@@ -74,13 +74,18 @@ def test_credit_on_the_page_is_that_of_the_algorithms(tmp_path, overrides, size)
     data, settings = data_of(page_of([read_run(folder)])), load(str(folder))
     rows = parquet.read_table(folder / "completions" / "step-7.parquet").to_pylist()
     assert len(data["groups"]) == 2
+    tries = {}
+    for slot in {row["prompt_index"] for row in rows}:
+        group = [row for row in rows if row["prompt_index"] == slot and row["reward"] is not None]
+        finished = np.array([row["finished"] for row in group])
+        trains = finished if settings.algorithm.mask_truncated_completions else np.ones(len(group), bool)
+        ids = [row["token_ids"] for row in group]
+        tries[slot] = PrefixTrie.build(ids, [row["reward"] for row in group], trained=trains)
     for drawn in data["groups"]:
         slot = drawn["problem"]
         group = [row for row in rows if row["prompt_index"] == slot and row["reward"] is not None]
         rewards = [row["reward"] for row in group]
-        trie = PrefixTrie.build([row["token_ids"] for row in group], rewards)
-        trained = np.array([row["finished"] for row in group])
-        own = settings.algorithm
+        own, trie = settings.algorithm, tries[slot]
         assert set(drawn["credit"]) == {"grpo", "s-grpo", "t-spmo"}
         assert (drawn["size"], drawn["distinct"]) == (len(group), len(trie) - 1)
         assert drawn["mean"] == pytest.approx(np.mean(rewards))
@@ -88,9 +93,8 @@ def test_credit_on_the_page_is_that_of_the_algorithms(tmp_path, overrides, size)
             options = own if name == own.name else algorithm(name)
             if name != own.name and {name, own.name} == {"grpo", "s-grpo"}:
                 options = algorithm(name, scale_rewards=own.scale_rewards)
-            trains = trained if own.mask_truncated_completions else np.ones(len(group), bool)
-            trie = PrefixTrie.build([row["token_ids"] for row in group], rewards, trained=trains)
-            (credit,), _ = assign(options, [trie], [generator(0, CREDIT, slot, 7)], 2)
+            generators = [generator(0, CREDIT, other, 7) for other in tries]
+            credit = assign(options, list(tries.values()), generators, 2)[0][list(tries).index(slot)]
             assert given["trained"] == np.count_nonzero((credit.plus != 0) | (credit.minus != 0))
             by_prefix = {}
             for path, row in zip(trie.paths, group, strict=True):

@@ -20,7 +20,7 @@ from twig.study.plan import Planned
 from twig.study.runner import _with_one_choice
 
 pytestmark = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
-CHOOSE = "twig.engine.kernels.choose"
+CHOOSE = "twig.engine.kernels.choose_kernels"
 
 
 def never(*arguments):

@@ -664,8 +664,9 @@ def test_the_sizes_of_a_run_are_planned_and_go_with_it(run, monkeypatch, tmp_pat
     free(monkeypatch, 10**9)
     whole = run("whole")
     chosen, kept = sizes_of(whole.folder)
-    assert list(chosen.values()) == [8, 1024, 2**22, False, 3]
-    assert kept == {"wave_size": 8, "pack_size": 1024, "head_chunk": 2**22, "checkpoint_layers": False}
+    assert list(chosen.values()) == [8, 1024, 2**22, False, 3, False]
+    sizes = {"wave_size": 8, "pack_size": 1024, "head_chunk": 2**22, "checkpoint_layers": False}
+    assert kept == sizes | {"packed_weights": False}
     run("parts", progress=Heard(step=at(3, ask_to_stop)))
     free(monkeypatch, 2**20)
     heard = Heard()
@@ -674,7 +675,7 @@ def test_the_sizes_of_a_run_are_planned_and_go_with_it(run, monkeypatch, tmp_pat
     assert sizes_of(tmp_path / "parts") == (chosen, kept)
     assert record(tmp_path / "parts") == record(whole.folder)
     less = run("less", progress=Heard(step=at(1, ask_to_stop)))
-    assert list(sizes_of(less.folder)[0].values()) == [1, 7, 2**16, True, 1], "a new run takes less"
+    assert list(sizes_of(less.folder)[0].values()) == [1, 7, 2**16, True, 1, False], "a new run takes less"
     assert "memory may run out" in (less.folder / "warnings.txt").read_text()
 
 

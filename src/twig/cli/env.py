@@ -34,7 +34,7 @@ def env_command() -> None:
 
 def _products() -> str:
     """Returns what `model.kernels=auto` takes on the CPU here for a model of half a billion parameters."""
-    from twig.engine.kernels import choose
+    from twig.engine.kernels import choose_kernels
 
-    choice = choose("auto", "cpu", "float32", [(896, 896), (896, 4864), (4864, 896)])
+    choice = choose_kernels("auto", "cpu", "float32", [(896, 896), (896, 4864), (4864, 896)])
     return f"model.kernels={choice.kernels} for a float32 model on the CPU ({choice.why})"

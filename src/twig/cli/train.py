@@ -16,7 +16,7 @@ from twig.cli.plan import plan_as_comment
 from twig.common.errors import UserError
 from twig.common.text import file_name
 from twig.config.load import Settings, load
-from twig.config.sizes import with_sizes
+from twig.config.sizes import as_begun
 from twig.report.diagnosis import findings
 from twig.report.history import read_run
 from twig.runs.folder import RunLog, new_folder, newest_folder
@@ -145,7 +145,7 @@ def _summary_if_done(folder: Path, settings: Settings) -> dict[str, Any] | None:
     """Returns the summary of a run that is finished with these settings, else None."""
     log = RunLog.open(folder)
     log.close()
-    as_it_began = with_sizes(settings, log.settings.flat())  # with the sizes that the run chose
+    as_it_began = as_begun(settings, log.settings)  # with the sizes that the run chose
     done = log.settings == as_it_began and is_finished(log.summary())
     return read_summary(folder) if done else None
 

@@ -179,7 +179,7 @@ class Choice:
     why: str
 
 
-def choose(chosen: str, device_kind: str, dtype: str, matrices: Sequence[tuple[int, int]]) -> Choice:
+def choose_kernels(chosen: str, device_kind: str, dtype: str, matrices: Sequence[tuple[int, int]]) -> Choice:
     """Resolves `model.kernels` for a model on a device, from the (I, O) of a layer's `matrices`.
 
     `dtype` is the name of the base's. Raises UserError if `chosen` is onednn and this machine lacks it.

@@ -138,7 +138,7 @@ def _with_kernels(given: _Given, kind: str) -> Settings:
     """
     import torch
 
-    from twig.engine.kernels import choose
+    from twig.engine.kernels import choose_kernels
 
     model = given.settings.model
     if model.num_threads is not None:
@@ -146,7 +146,7 @@ def _with_kernels(given: _Given, kind: str) -> Settings:
     dtype = "float32" if (model.dtype, kind) == ("auto", "cpu") else model.dtype
     if model.quantization is not None:
         dtype = model.quantization
-    choice = choose(model.kernels, kind, dtype, matrices_of(given.config))
+    choice = choose_kernels(model.kernels, kind, dtype, matrices_of(given.config))
     return with_values(given.settings, {"model.kernels": choice.kernels})
 
 

@@ -1,9 +1,9 @@
 """T-SPMO: the tokens at which the completions of a group fork get credit."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from twig.core.algorithms.base import Algorithm, Credit, Load, Step, value_steps
 from twig.core.replay import Replay
@@ -33,6 +33,12 @@ class TSpmo(Algorithm):
         description="Divide by the unique nodes of all groups of the step, by those of them with credit only "
         "(`branches`), or each group by its own unique nodes and the step by its prompts (`group`).",
     )
+
+    @field_validator("normalise", mode="before")
+    @classmethod
+    def _has_its_name(cls, value: Any) -> Any:
+        return "group" if value == "unique" else value  # its name in runs of earlier commits
+
     l2: float = Field(
         default=0.0, ge=0, description="Lambda, the weight of the adapter's squared L2 norm (decoupled)."
     )
