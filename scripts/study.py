@@ -31,7 +31,7 @@ from twig.study.runner import folder_of
 from twig.study.tables import Result, compare_runs, markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-FULL = ("tuning", "study", "neighbours", "group-size", "adapter")
+FULL = ("tuning", "study", "replay", "neighbours", "group-size", "adapter")
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = ("step", "tokens/sampled", "time/step", "entropy")
 RATE = "train.learning_rate="
