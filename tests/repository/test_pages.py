@@ -12,7 +12,7 @@ from study_runs import write_run
 
 from twig.common.errors import UserError
 from twig.config.load import load
-from twig.study.plan import load_study, runs_of
+from twig.study.plan import Planned, load_study, runs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TUNING = """
@@ -142,7 +142,9 @@ def script(monkeypatch):
             assert Path(command[1]).is_file() and (folder / "config.yaml").is_file()
             settings = load(str(folder))
             shutil.rmtree(folder)
-            planned = SimpleNamespace(name=folder.name, variant="", seed=0, settings=settings)
+            variant, _, seed = folder.name.rpartition("-seed-")
+            planned = Planned(variant, int(seed), settings)
+            assert planned.name == folder.name
             write(planned, folder.parents[1])
         return SimpleNamespace(returncode=0)
 
