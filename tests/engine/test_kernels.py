@@ -99,6 +99,13 @@ def test_another_dtype_runs_as_before():
         assert linear(random(4, 8), random(5, 8, seed=1)).dtype is torch.bfloat16
 
 
+def test_a_trained_weight_or_bias_keeps_its_gradient():
+    x, weight, bias = random(4, 8), random(5, 8, seed=1).requires_grad_(), random(5, seed=2).requires_grad_()
+    linear(x, weight, bias).sum().backward()
+    assert weight.grad is not None and bias.grad is not None
+    linear(x, weight.detach(), bias).sum().backward()
+
+
 def test_the_operator_is_named_in_one_place():
     # Called under autograd it gives no gradient; only kernels.py calls it.
     files = [p for p in (ROOT / "src").rglob("*.py") if "_linear_pointwise" in p.read_text(encoding="utf-8")]
@@ -129,6 +136,7 @@ def test_a_copy_is_made_when_it_pays():
     packed, weight = Packed(), random(8, 8)
     assert all(packed.of(weight) is None for _ in range(PACKED_AFTER))
     assert packed.of(weight) is packed.of(weight.view(8, 8)) is not None, "tied weights share one"
+    assert packed.of(weight[:4]) is None, "part of a matrix begins where the whole does"
     assert packed.clear()
     assert packed.of(weight) is None
 

@@ -37,4 +37,5 @@ def _products() -> str:
     from twig.engine.kernels import choose_kernels
 
     choice = choose_kernels("auto", "cpu", "float32", [(896, 896), (896, 4864), (4864, 896)])
-    return f"model.kernels={choice.kernels} for a float32 model on the CPU ({choice.why})"
+    model = "a float32 model of 0.5 billion parameters on the CPU"
+    return f"model.kernels={choice.kernels} for {model} ({choice.why})"

@@ -43,17 +43,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
 
     `packed` is W in oneDNN's own layout (`Packed`), used where there is no gradient.
     """
-    if not _serves(x, weight):
+    if not _serves(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         return _FrozenLinear.apply(x, weight, bias)
     return _product(x, weight if packed is None else packed, bias)
 
 
-def _serves(x: Tensor, weight: Tensor) -> bool:
+def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tells whether oneDNN multiplies: float32 on a CPU, and no gradient is asked of weight or bias."""
     both = (x, weight)
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     return (
-        all(each.dtype is torch.float32 and each.device.type == "cpu" for each in both)
+        not (trained and torch.is_grad_enabled())
+        and all(each.dtype is torch.float32 and each.device.type == "cpu" for each in both)
         and x.dim() > 1
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
@@ -89,12 +92,12 @@ class Packed:
     """
 
     def __init__(self) -> None:
-        self._copies: dict[int, Tensor] = {}
-        self._uses: Counter[int] = Counter()
+        self._copies: dict[tuple, Tensor] = {}
+        self._uses: Counter[tuple] = Counter()
 
     def of(self, weight: Tensor) -> Tensor | None:
         """Returns the copy of `weight`, or None as long as it does not pay; tied weights share one."""
-        key = weight.data_ptr()
+        key = (weight.data_ptr(), weight.shape, weight.stride())  # a view may begin where another does
         self._uses[key] += 1
         if key not in self._copies and self._uses[key] > PACKED_AFTER:
             self._copies[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), FEW_ROWS)
@@ -231,15 +234,15 @@ def obstacle() -> str | None:
 def measure(matrices: Sequence[tuple[int, int]]) -> Speeds:
     """Times both libraries at products and their gradients with matrices of these (I, O), in turn.
 
-    Takes a second at most and 64 MiB; uses the threads that torch has.
+    Takes about a second, and 64 MiB or one matrix if that is larger; uses the threads that torch has.
     """
     flops, weights = 0, []
     size = 4 * sum(i * o for i, o in matrices)
     for i, o in [*matrices] * max(_MEASURED_BYTES // size, 1):
+        if weights and 4 * (sum(w.numel() for w in weights) + i * o) > 2 * _MEASURED_BYTES:
+            break
         weights.append(torch.ones(o, i))
         flops += 4 * _MEASURED_ROWS * i * o
-        if 4 * sum(w.numel() for w in weights) > 2 * _MEASURED_BYTES:
-            break
     inputs = {n: torch.ones(_MEASURED_ROWS, n) for pair in matrices for n in pair}
 
     def run(product: Callable[[Tensor, Tensor], Tensor]) -> float:
