@@ -34,6 +34,7 @@ ALGORITHMS = {
     "t-spmo with replay": ["algorithm.replay.probability=0.7", "algorithm.l2=0.01", "task.correct_at=0.3"],
     "grpo twice on a batch": ["algorithm.name=grpo", "algorithm.num_iterations=2", "algorithm.beta=0.1"],
     "s-grpo": ["algorithm.name=s-grpo", "algorithm.alpha=2", "algorithm.p=0.5", "algorithm.k=5"],
+    "grpo with redrawn prompts": ["algorithm.name=grpo", "rollout.redraw=2"],
 }
 
 

@@ -466,7 +466,7 @@ def test_a_group_of_equal_rewards_stays_in_the_number_of_prompts():
     import tiny
 
     from twig.tasks.rewards import Rewards
-    from twig.training.batch import Batch
+    from twig.training.batch import Batch, Outcomes
     from twig.training.trainer import Trainer
 
     flat = tiny.make_group([1], HAND[0], [0.1] * 4)
@@ -475,7 +475,7 @@ def test_a_group_of_equal_rewards_stays_in_the_number_of_prompts():
     alone = weights_of(*HAND, name="grpo")[1]
     for groups, prompts in (([fork], 1), ([flat, fork], 2), ([flat, fork, flat], 3)):
         total = np.concatenate([g.rewards for g in groups])
-        batch = Batch(groups, None, Rewards(total, {}), None, total > 0)
+        batch = Batch(Outcomes(groups, Rewards(total, {}), None, total > 0), None)
         Trainer.assign_credit(SimpleNamespace(settings=settings), batch, 1)
         credits = [each.credit for each in batch.scored if each.group is fork]
         for name in ("plus", "minus", "kl"):

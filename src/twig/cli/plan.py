@@ -17,7 +17,9 @@ from twig.common.errors import UserError
 from twig.common.text import format_size, one_line, parse_size
 from twig.config.load import Settings, load
 from twig.config.messages import write
+from twig.config.schema import Model
 from twig.config.sizes import SIZE_KEYS, with_free_sizes
+from twig.engine.model_files import is_gguf
 from twig.planner.ledger import Phase
 from twig.planner.model_shape import find_file, read_config
 from twig.planner.plan import PROMPT_TOKENS, Plan, budget_bytes, plan
@@ -46,9 +48,7 @@ def plan_command(
     overrides: Overrides = None,
     sizes: Annotated[
         str | None,
-        typer.Option(
-            "--for", metavar="SIZE_KEYS", help="Devices, such as 4GiB,8GiB. Without it: this machine."
-        ),
+        typer.Option("--for", metavar="SIZES", help="Devices, such as 4GiB,8GiB. Without it: this machine."),
     ] = None,
     prompt_tokens: Annotated[
         int | None,
@@ -142,7 +142,7 @@ class _Run:
 
 
 def _run_of(settings: Settings, kind: str, prompt_tokens: int | None) -> _Run:
-    config = read_config(settings.model.name, settings.model.revision)
+    config = _config_of(settings.model)
     counted = prompt_tokens or longest_prompt_at_hand(settings)
     longest = counted or assumed_prompt(settings)
     assumed = "" if counted else " (assumed; pass --prompt-tokens N)"
@@ -153,6 +153,14 @@ def _run_of(settings: Settings, kind: str, prompt_tokens: int | None) -> _Run:
     name = one_line(settings.model.name)
     title = f"{name} on {_DEVICES[kind]}, prompts of up to {longest} tokens{assumed}"
     return _Run(config, kind, longest, title)
+
+
+def _config_of(model: Model) -> dict[str, Any]:
+    if not is_gguf(model):
+        return read_config(model.name, model.revision)
+    from twig.engine.load import load_config
+
+    return load_config(model).to_dict()
 
 
 def _named_device(settings: Settings, kind: str) -> str:
@@ -261,7 +269,7 @@ def longest_prompt_at_hand(settings: Settings) -> int | None:
             return None  # chat messages, which only the model's own template can write
         texts.append(render_prompt(task, example, None))
     around = 0 if settings.task.chat == "never" or _has_no_template(settings) else _CHAT_TOKENS
-    path = find_file(settings.model.name, "tokenizer.json", settings.model.revision)
+    path = _file_of(settings.model, "tokenizer.json")
     if path is None:
         return around + max((round(len(text) / _LETTERS) for text in texts), default=0)
     from tokenizers import Tokenizer
@@ -275,6 +283,10 @@ def longest_prompt_at_hand(settings: Settings) -> int | None:
     return around + max((len(each.ids) for each in encoded), default=0)
 
 
+def _file_of(model: Model, file: str) -> Path | None:
+    return None if is_gguf(model) else find_file(model.name, file, model.revision)
+
+
 def _fewer_problems(settings: Settings) -> Settings:
     sizes = {key: min(getattr(settings.task, key) or 500, 500) for key in ("train_size", "eval_size")}
     return settings.model_copy(update={"task": settings.task.model_copy(update=sizes)})
@@ -282,7 +294,7 @@ def _fewer_problems(settings: Settings) -> Settings:
 
 def _has_no_template(settings: Settings) -> bool:
     """Tells whether the model's tokenizer is at hand and has no chat template."""
-    path = find_file(settings.model.name, "tokenizer_config.json", settings.model.revision)
+    path = _file_of(settings.model, "tokenizer_config.json")
     if path is None or (path.parent / "chat_template.jinja").is_file():
         return False
     return "chat_template" not in path.read_text(encoding="utf-8")

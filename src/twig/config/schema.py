@@ -134,8 +134,15 @@ class Model(Frozen):
 
     name: Text = Field(
         description="`tiny-arithmetic` (the embedded model), a Hugging Face Hub id, or the path of a "
-        "local model.",
+        "local model: a folder, or a GGUF file.",
         examples=["tiny-arithmetic"],
+    )
+    gguf_file: Text | None = Field(
+        default=None,
+        description="GGUF file in the folder or the Hub repository `name`; leave it out where `name` is the "
+        "file itself. Config, tokenizer and chat template come from the file, and its weights are held in "
+        "`dtype`: `pip install 'twig-rl[gguf]'`.",
+        examples=["SmolLM2-135M-Instruct-Q8_0.gguf"],
     )
     revision: Text | None = Field(
         default=None, description="Branch, tag or commit on the Hub.", examples=["main"]
@@ -220,6 +227,13 @@ class Rollout(Frozen):
         default=1.0,
         gt=0,
         description="Sampling temperature while training. Log-probabilities are those at this temperature.",
+    )
+    redraw: int = Field(
+        default=0,
+        ge=0,
+        description="How many times a step replaces the prompts whose completions all got the same reward, "
+        "which teach nothing, by the next ones of the data. What was sampled for them counts as sampled.",
+        examples=[2],
     )
     wave_size: int | None = Field(
         default=None,

@@ -1,16 +1,16 @@
 """Loads a model and its tokenizer: the embedded one, a local folder or a Hugging Face repository.
 
 What a model needs (end tokens, suppressed tokens) comes from its own files, never from a table of names. Only
-safetensors weights are read. Knows nothing of adapters or training.
+safetensors and GGUF weights are read. Knows nothing of adapters or training.
 """
 
-from importlib.resources import files
 from importlib.util import find_spec
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,9 +25,7 @@ from twig.common.errors import UserError
 from twig.common.hub import hub_or_cache, refusal
 from twig.common.tokenizer import Tokenizer
 from twig.config.schema import Model
-
-EMBEDDED = ("tiny-arithmetic",)
-_A_MODEL = "Set model.name= the folder of a saved model, or a Hub id"
+from twig.engine.model_files import EMBEDDED, Source, source_of
 
 
 def load_model(chosen: Model | str, tokenizer: Tokenizer | None = None) -> tuple[PreTrainedModel, Tokenizer]:
@@ -47,6 +45,8 @@ def load_model(chosen: Model | str, tokenizer: Tokenizer | None = None) -> tuple
     dtype = pick_dtype(chosen.dtype, device)
     config, tokenizer = load_config(chosen), tokenizer or load_tokenizer(chosen)
     options = _quantised(chosen, config, device, dtype)
+    if source_of(chosen).gguf_file is not None:
+        options |= _dequantised()
     if chosen.attn_implementation != "auto":
         options["attn_implementation"] = chosen.attn_implementation
     model, loaded = _read(
@@ -54,7 +54,7 @@ def load_model(chosen: Model | str, tokenizer: Tokenizer | None = None) -> tuple
         chosen,
         config=config,
         dtype=dtype,
-        use_safetensors=True,
+        use_safetensors=True,  # of a folder; a GGUF file is named by itself
         output_loading_info=True,
         **options,
     )
@@ -147,39 +147,36 @@ def _quantised(
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
+def _dequantised() -> dict[str, Any]:
+    """Returns options to hold the weights of a GGUF file as ordinary matrices."""
+    # Newer versions of transformers could leave them in blocks, which have no gradient.
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 def _read(kind: Any, chosen: Model, **options: Any) -> Any:
-    place = place_of(chosen.name)
+    source = source_of(chosen)
+    options["trust_remote_code"] = chosen.trust_remote_code
     if chosen.revision:
         options["revision"] = chosen.revision
     try:
         logging.disable_progress_bar()  # one line of ours is enough
-        if Path(place).is_dir():
-            return kind.from_pretrained(place, trust_remote_code=chosen.trust_remote_code, **options)
+        local = source.fetched(chosen.revision)
+        if local.gguf_file is not None:
+            options["gguf_file"] = local.gguf_file
+        if local.is_local:
+            return kind.from_pretrained(local.place, **options)
         with hub_or_cache():
-            return kind.from_pretrained(place, trust_remote_code=chosen.trust_remote_code, **options)
+            return kind.from_pretrained(local.place, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a broken config, damaged weights: each library has its own kinds
-        raise _refusal(chosen, error) from error
+        raise _refusal(chosen, source, error) from error
     finally:
         logging.enable_progress_bar()
 
 
-def place_of(name: str) -> str:
-    """Returns what transformers loads `name` from: a folder on this machine, or an id on the Hub."""
-    if name in EMBEDDED:
-        return str(files("twig") / "assets" / name)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError("model.name", f"{path} has no config.json", _A_MODEL)
-        return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError("model.name", f"{name} is not a folder", _A_MODEL)
-    return name
-
-
-def _refusal(chosen: Model, error: Exception) -> UserError:
+def _refusal(chosen: Model, source: Source, error: Exception) -> UserError:
     """Returns the error for a model that does not load, from what the libraries raised."""
     name, reason = chosen.name, " ".join(str(error).split())
     lowered = reason.lower()
@@ -201,11 +198,15 @@ def _refusal(chosen: Model, error: Exception) -> UserError:
             f"{name} has weights of another shape than its config.json says",
             "Choose a model whose config and weights belong together",
         )
-    hub = None if Path(place_of(name)).is_dir() else _hub_refusal(chosen, error)
+    hub = None if source.is_local else _hub_refusal(chosen, error)
     if hub is not None:
         return hub
+    if source.gguf_file is not None:
+        file = Path(source.gguf_file).name
+        problem = f"{file} does not load ({reason[:200]})"
+        return UserError("model.name", problem, "Copy it again, or use the model as safetensors")
     if "safetensors" in lowered:
-        pickled = sorted(path.name for path in Path(place_of(name)).glob("*.bin"))
+        pickled = sorted(path.name for path in Path(source.place).glob("*.bin"))
         has = f" (it has {pickled[0]})" if pickled else ""
         return UserError(
             "model.name",

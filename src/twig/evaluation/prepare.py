@@ -20,6 +20,7 @@ from twig.engine.base_policy import BasePolicy
 from twig.engine.build import build_policy
 from twig.engine.load import end_ids, load_model, load_tokenizer, remote_code_warning
 from twig.engine.lora import attach
+from twig.engine.model_files import source_of
 from twig.engine.sampler import SamplingParams
 from twig.planner.choose import Sized
 from twig.tasks.base import Task
@@ -48,7 +49,7 @@ class Parts:
 
     `sampling` is how completions are sampled while training; `passed` are the names of what the caller
     passed; `reward_file_sha256` is the checksum of `task.reward_file` as it was run (None: there is none, or
-    other rewards were passed).
+    other rewards were passed); `model_sha256` that of a base in local files.
     """
 
     sized: Sized
@@ -58,6 +59,7 @@ class Parts:
     sampling: SamplingParams
     passed: tuple[str, ...] = ()
     reward_file_sha256: str | None = None
+    model_sha256: str | None = None
 
     @property
     def settings(self) -> Settings:
@@ -83,9 +85,11 @@ def prepare(
     task = load_task(settings, *datasets, given.reward_funcs, progress.notice)
     tokenizer = _tokenizer(settings, given, progress)
     sized = size(settings, task, tokenizer, given.model)
-    settings, model = sized.settings, given.model
+    settings, model, weights = sized.settings, given.model, None
     if model is None:
-        model, _ = load_model(model_settings or settings.model, tokenizer)
+        chosen = model_settings or settings.model
+        model, _ = load_model(chosen, tokenizer)
+        weights = source_of(chosen).fetched(chosen.revision).checksum()
     # A new adapter changes nothing until it is trained.
     adapter = {"seed": settings.train.seed, "adapter": settings.model.adapter}
     peft_model = attach(model, **dict(settings.lora), **adapter)
@@ -95,7 +99,7 @@ def prepare(
     ends = end_ids(model, tokenizer)
     policy = build_policy(peft_model, settings)
     sampling = SamplingParams.of(settings, tokenizer, ends)
-    return Parts(sized, task, tokenizer, policy, sampling, given.names, checksum)
+    return Parts(sized, task, tokenizer, policy, sampling, given.names, checksum, weights)
 
 
 def _tokenizer(settings: Settings, given: Given, progress: Progress) -> Tokenizer:

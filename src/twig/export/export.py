@@ -30,8 +30,9 @@ from twig.common.tokenizer import Tokenizer
 from twig.config.load import RUN_CONFIG, Settings, load
 from twig.config.schema import Model
 from twig.core.types import Example
-from twig.engine.load import EMBEDDED, load_config, load_model, load_tokenizer, place_of
+from twig.engine.load import load_config, load_model, load_tokenizer
 from twig.engine.lora import load_adapter
+from twig.engine.model_files import EMBEDDED, source_of
 from twig.export.card import Base, Merge, Subject, model_card
 from twig.export.upload import Push, check_push, push_folder
 from twig.runs.reader import COMPLETIONS, ENVIRONMENT, SUMMARY, is_run, read_summary
@@ -156,7 +157,7 @@ def export_run(
             best=options.best,
             prompt=prompt.text,
             chat=prompt.chat,
-            license=_license(located.place) if options.merged else None,
+            license=_license(model) if options.merged else None,
             merge=merge,
         )
         (draft / CARD).write_text(model_card(subject), encoding="utf-8")
@@ -209,22 +210,23 @@ def _locate_base(source: _Source, given: str | None) -> _Located:
         raise UserError(
             "--base-model", "the run's model was passed from Python", "Pass its id on the Hub or its folder"
         )
-    if given is not None and not _is_folder(given):
+    if given is not None and not _is_local(given):
         if not _HUB_ID.fullmatch(given):
-            problem = f"{given} is neither an id on the Hub nor a folder"
+            problem = f"{given} is neither an id on the Hub nor a folder or GGUF file"
             raise UserError("--base-model", problem, "Pass USER/NAME, such as Qwen/Qwen2-1.5B")
-        return _Located(Base(given, hub_id=given), recorded if _is_folder(recorded) else given)
+        return _Located(Base(given, hub_id=given), recorded if _is_local(recorded) else given)
     place = given or recorded
     if place in EMBEDDED:
         return _Located(Base(place, embedded=True), place)
     # A folder elsewhere may have such a name too: only what came from the Hub has a commit.
-    if not _is_folder(place) and source.environment.get("model_revision") and _HUB_ID.fullmatch(place):
+    if not _is_local(place) and source.environment.get("model_revision") and _HUB_ID.fullmatch(place):
         return _Located(Base(place, hub_id=place), place)
     return _Located(Base(last_part(str(Path(place).expanduser().resolve()))), place)
 
 
-def _is_folder(name: str) -> bool:
-    return bool(name) and Path(name).expanduser().is_dir()
+def _is_local(name: str) -> bool:
+    path = Path(name).expanduser()
+    return bool(name) and (path.is_dir() or path.is_file())
 
 
 def _base_settings(source: _Source, place: str) -> Model:
@@ -234,6 +236,7 @@ def _base_settings(source: _Source, place: str) -> Model:
     dtype = str(source.environment.get("dtype")).removeprefix("torch.")
     values = {
         "name": place,
+        "gguf_file": model.gguf_file if is_the_runs_own else None,
         "revision": source.environment.get("model_revision") if is_the_runs_own else None,
         "dtype": dtype if dtype in _DTYPES else model.dtype,
         "device": "cpu",
@@ -264,13 +267,13 @@ def _prompt(settings: Settings, tokenizer: Tokenizer) -> _Prompt:
     return _Prompt(text, asked.chat != "never" and bool(getattr(tokenizer, "chat_template", None)))
 
 
-def _license(place: str) -> str | None:
+def _license(model: Model) -> str | None:
     """Returns the licence that the base's own card names, if that card is on this machine."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
-    path = Path(place_of(place)) / CARD
-    if not path.is_file() and _HUB_ID.fullmatch(place):
-        cached = try_to_load_from_cache(place, CARD)
+    path = Path(source_of(model).place) / CARD
+    if not path.is_file() and _HUB_ID.fullmatch(model.name):
+        cached = try_to_load_from_cache(model.name, CARD)
         path = Path(cached) if isinstance(cached, str) else path
     try:
         data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
@@ -352,7 +355,8 @@ def _write_merged(
         logging.enable_progress_bar()
     del model, peft_model
     progress.phase("checking")
-    written, _ = load_model(base.model_copy(update={"name": str(draft), "revision": None}))
+    merged = {"name": str(draft), "gguf_file": None, "revision": None}
+    written, _ = load_model(base.model_copy(update=merged))
     logits = _logits(written, ids)
     # If both are -inf (tokens that a model rules out) they do not differ.
     difference = torch.where(logits == expected, 0.0, (logits - expected).abs()).max()

@@ -48,6 +48,7 @@ FACTS = (
     "dtype",
     "quantization",
     "model_revision",
+    "model_sha256",
     "data_revision",
     "passed",
     "reward_file_sha256",

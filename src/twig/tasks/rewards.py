@@ -42,6 +42,16 @@ class Rewards:
     lenient: np.ndarray | None = None
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
+    def at(self, numbers: np.ndarray) -> "Rewards":
+        """Returns the rewards of some completions; `logged` stays whole, as its values belong to calls."""
+        return Rewards(
+            self.total[numbers],
+            {name: values[numbers] for name, values in self.per_function.items()},
+            self.logged,
+            None if self.lenient is None else self.lenient[:, numbers],
+            {name: [values[n] for n in numbers] for name, values in self.extra.items()},
+        )
+
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics of the step.

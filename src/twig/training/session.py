@@ -147,6 +147,7 @@ class Session:
     def run(self) -> Run:
         """Trains to the end or to a stop, from the checkpoint to resume from if there is one."""
         seed_all(self.settings.train.seed)
+        self._refuse_another_base()
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
         summary, step = self.processes.from_main(self.log.summary()), self.run_state.step
@@ -369,6 +370,17 @@ class Session:
                 f"Free the space or make it writable, then run twig train {folder} --resume",
             ) from error
 
+    def _refuse_another_base(self) -> None:
+        """Raises UserError if the weights of a base in local files have changed since the run began."""
+        before = self.processes.from_main((self.log.environment() or {}).get("model_sha256"))
+        now = self.parts.model_sha256  # None: a model was passed
+        if None not in (before, now) and before != now:
+            raise UserError(
+                "model.name",
+                f"the weights of {self.settings.model.name} have changed since the run began",
+                "Put the old files back, or use another --output",
+            )
+
     def _algorithm_checksum(self) -> str | None:
         file = self.settings.algorithm.file
         return None if file in (None, PASSED) else file_checksum(file, "algorithm.file")
@@ -383,6 +395,7 @@ class Session:
             model_revision=getattr(model.config, "_commit_hash", None),  # None: not from the Hub
             data_revision=data_revision(self.task),
             passed=", ".join(self.parts.passed) or None,
+            model_sha256=self.parts.model_sha256,
             reward_file_sha256=self.parts.reward_file_sha256,
             algorithm_file_sha256=self._algorithm_checksum(),
             processes=self.processes.size,

@@ -36,7 +36,7 @@ from twig.runtime.processes import ALONE, Processes
 from twig.tasks.base import Task
 from twig.tasks.prompts import encode_prompt, refuse_too_long
 from twig.tasks.rewards import Rewarding, Rewards, joined, judge
-from twig.training.batch import Batch, gaps
+from twig.training.batch import Batch, Outcomes, gaps
 from twig.training.metrics import batch_metrics
 
 
@@ -132,15 +132,32 @@ class Trainer:
     def sample(self, step: int) -> Batch:
         """Returns the groups of a step with their rewards: waiting restarts first, then the next prompts.
 
+        While there are groups without signal, the next prompts take their place, up to `rollout.redraw`
+        times.
+        """
+        batch = self._sample(self._next_prompts(), step, 0)
+        for redraw in range(1, self.settings.rollout.redraw + 1):
+            places = batch.kept.without_signal
+            if not places:
+                break
+            batch = batch.without(places)
+            fresh = self._sample([self._fresh_prompt() for _ in places], step, redraw * self.num_prompts)
+            batch = batch.with_groups(places, fresh)
+        return batch
+
+    def _sample(self, prompts: Sequence[Restart], step: int, first_slot: int) -> Batch:
+        """Samples and rewards a group per prompt; `first_slot` names the noise of the first.
+
         With several processes each samples and rewards its share of the prompts.
         """
-        asked = [self._asked(slot, restart) for slot, restart in enumerate(self._next_prompts())]
+        asked = [self._asked(first_slot + n, restart) for n, restart in enumerate(prompts)]
         own = self.processes.share(range(len(asked)))
-        mine = [asked[slot] for slot in own]
+        mine = [asked[place] for place in own]
         rewarding = Rewarding(self.task, TrainerState(global_step=step - 1, max_steps=self.total_steps))
         drawn = self._draw(mine, step, rewarding)
-        answers = self._answer(mine, drawn, rewarding)
-        parts = self.processes.gather(answers, _Answers, Completion, Rewards)
+        answers = self._answer(mine, drawn, rewarding) if mine else None
+        gathered = self.processes.gather(answers, _Answers, Completion, Rewards)
+        parts = [part for part in gathered if part is not None]
         rewards = joined([part.rewards for part in parts])
         totals = rewards.total.reshape(len(asked), -1)
         completions = [each for part in parts for each in part.completions]
@@ -150,21 +167,20 @@ class Trainer:
                 self.task.train[each.prompt_index],
                 each.prompt_index,
                 each.request.prompt_ids,
-                completions[slot],
-                totals[slot],
+                completions[place],
+                totals[place],
                 each.request.prefix_length,
-                cells.get(slot, np.empty(0, np.int64)),
+                cells.get(place, np.empty(0, np.int64)),
             )
-            for slot, each in enumerate(asked)
+            for place, each in enumerate(asked)
         ]
         for group in groups:
             length = np.mean([group.prefix_length + len(c) for c in group.completions])
             self.lengths[group.prompt_index] = float(length)
         answered = [part.answered for part in parts if part.answered is not None]
         right = np.concatenate([part.right for part in parts])
-        return Batch(
-            groups, drawn.boundary, rewards, np.concatenate(answered) if answered else None, right, own=own
-        )
+        judged = Outcomes(groups, rewards, np.concatenate(answered) if answered else None, right)
+        return Batch(judged, drawn.boundary, own=own)
 
     def _asked(self, slot: int, restart: Restart) -> _Asked:
         prefix = restart.prefix
@@ -337,10 +353,13 @@ class Trainer:
         """Returns the prompts of the next step; a fresh one is a restart from the beginning."""
         chosen, self.restarts = self.restarts[: self.num_prompts], []
         while len(chosen) < self.num_prompts:
-            epoch, at = divmod(self.drawn_prompts, len(self.task.train))
-            chosen.append(Restart(int(self._order(epoch)[at]), []))
-            self.drawn_prompts += 1
+            chosen.append(self._fresh_prompt())
         return chosen
+
+    def _fresh_prompt(self) -> Restart:
+        epoch, at = divmod(self.drawn_prompts, len(self.task.train))
+        self.drawn_prompts += 1
+        return Restart(int(self._order(epoch)[at]), [])
 
     @lru_cache(maxsize=1)  # noqa: B019 - one trainer lives as long as its run
     def _order(self, epoch: int) -> np.ndarray:
@@ -363,7 +382,7 @@ class Trainer:
         options = self.settings.algorithm.restarts
         if options.probability == 0:
             return
-        right = batch.right.reshape(len(batch.groups), -1)
+        right = batch.kept.right.reshape(len(batch.groups), -1)
         for slot, group in enumerate(batch.groups):
             rng = generator(self.settings.train.seed, REPLAY, slot, step)
             restart = choose_restart(group, right[slot], options, rng)
