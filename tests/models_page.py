@@ -39,9 +39,9 @@ START = """\
 Twig trains any causal language model, from the Hub or a folder, that transformers loads with its own code and
 that is stored as safetensors or as a GGUF file (`model.name=FILE.gguf`, or `model.gguf_file` in a folder or
 repository; `pip install 'twig-rl[gguf]'`). A GGUF file's weights are held in `model.dtype`, so it takes the
-memory of the whole model, and the run records the file's checksum. Model types differ in speed. The trie engine, the fast one, calls the layers
-itself and supports the types below. For any other type, set `model.engine=plain`, which uses the model's
-ordinary batched forward pass.
+memory of the whole model, and the run records the file's checksum. Model types differ in speed. The trie
+engine, the fast one, calls the layers itself and supports the types below. For any other type, set
+`model.engine=plain`, which uses the model's ordinary batched forward pass.
 
 No list in the code decides this. Twig reads what a model needs from its config: windows by layer, rotary
 embeddings by layer type, scales of embeddings and logits, soft caps. Before it trains, it runs a small tree
