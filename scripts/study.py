@@ -1,9 +1,9 @@
-"""Runs the study of docs/study.md, keeps its raw results, and writes its tables.
+"""Runs the studies of docs/study*.md, keeps their raw results, and writes their tables.
 
     python scripts/study.py run              # study.yaml, two runs at a time, then the tables
     python scripts/study.py run --full       # tuning.yaml first, then all the others too
     python scripts/study.py tune             # tuning.yaml, and the best learning rates into the others
-    python scripts/study.py tables           # docs/study.md from docs/study/raw alone; nothing is run
+    python scripts/study.py tables           # the pages from docs/study/raw alone; nothing is run
 
 Runs of NAME.yaml are made by `twig compare`. If there is a NAME-trl.yaml, its runs belong to the same
 study, and are made with TRL by study_trl.py; `--only trl` makes these alone, `--only twig` the others.
@@ -31,7 +31,7 @@ from twig.study.runner import folder_of
 from twig.study.tables import Result, compare_runs, markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-FULL = ("tuning", "study", "replay", "neighbours", "group-size", "adapter")
+FULL = ("tuning", "study", "replay", "neighbours", "group-size", "adapter")  # on the embedded model
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = ("step", "tokens/sampled", "time/step", "entropy")
 RATE = "train.learning_rate="
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
                 return status
             if keep(name, options) and name == "tuning":
                 put_rates(options.docs)
-    write_page(options.docs)
+    for page in sorted(options.docs.glob("study*.md")):
+        write_tables(page)
     return 0
 
 
@@ -154,8 +155,8 @@ def read_study(docs: Path, name: str) -> tuple[dict, dict] | None:
     if missing:
         print(f"{name}: its tables stay as they are, {len(missing)} runs are missing, such as {missing[0]}")
         return None
-    budget = load_study(docs / "study" / f"{name}.yaml", record["overrides"]).max_tokens
-    return compare_runs(results, budget), record
+    study = load_study(docs / "study" / f"{name}.yaml", record["overrides"])
+    return compare_runs(results, study.max_tokens, study.target), record
 
 
 def best_rates(docs: Path) -> dict[str, tuple[str, float]]:
@@ -197,9 +198,9 @@ def _grid(best: str) -> tuple[str, str]:
     return ("0.002", "0.004") if 0.002 <= float(best) <= 0.004 else (f"{float(best) / 2:g}", best)
 
 
-def write_page(docs: Path) -> None:
-    """Writes the tables of every study that was run into study.md, between its marks."""
-    page = docs / "study.md"
+def write_tables(page: Path) -> None:
+    """Writes the tables of every study that was run into a page, between its marks."""
+    docs = page.parent
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- study: ([\w-]+) -->", text):
         study = read_study(docs, name)

@@ -9,6 +9,8 @@ from test_trainer import build_trainer
 
 from twig.core.algorithms.base import Objective
 from twig.engine.sampler import Request, sample
+from twig.tasks.rewards import judge
+from twig.training.batch import completion_rows
 
 REDRAW = 3
 WORDS = ("algorithm.replay.probability=0", f"rollout.redraw={REDRAW}")
@@ -94,16 +96,16 @@ def test_the_gradient_reads_the_boundary_of_the_groups_that_stay():
 
 
 def test_completions_on_file_are_those_that_are_trained_on():
-    from twig.training.batch import completion_rows
-
     trainer = choosy()
     batch, _ = trainer.step(1)
     assert batch.redrawn
     rows = completion_rows(batch, trainer.tokenizer)
     assert [row["token_ids"] for row in rows] == [ids for group in ids_of(batch) for ids in group]
     assert [row["reward"] for row in rows] == [r for group in batch.groups for r in group.rewards.tolist()]
-    right = [row["right"] for row in rows]
-    assert right == [reward >= trainer.settings.task.correct_at for reward in (r["reward"] for r in rows)]
+    examples = [group.example for group in batch.groups for _ in group.completions]
+    texts = [completion.text for group in batch.groups for completion in group.completions]
+    judged = judge(trainer.task, examples, texts, batch.kept.rewards.total)
+    assert [row["right"] for row in rows] == judged.right.tolist()
 
 
 def test_nothing_is_redrawn_that_has_a_signal_or_unasked():

@@ -15,7 +15,7 @@ from twig.common.errors import UserError
 from twig.common.text import one_line
 from twig.report.page import write_report
 from twig.runs.reader import is_finished, read_summary
-from twig.study.plan import Planned, load_study, runs_of
+from twig.study.plan import Planned, Study, load_study, runs_of
 from twig.study.runner import Outcome, StudyProgress, folder_of, run_all
 from twig.study.tables import Result, compare_runs, markdown
 
@@ -45,7 +45,7 @@ def compare_command(
         with _Lines(Console(stderr=True, highlight=False), plan.max_tokens, len(runs)) as watch:
             outcome = run_all(runs, folder, jobs, watch)
     console = result_console()
-    text = _write(folder, runs, plan.max_tokens)
+    text = _write(folder, runs, plan)
     if text is not None:
         console.print(Text(clean(text)), soft_wrap=True)
         console.print(Text(f"written to {clean(folder)}"), soft_wrap=True)
@@ -60,13 +60,13 @@ def compare_command(
         raise UserError(str(folder), "no run has finished", "Leave out --tables")
 
 
-def _write(folder: Path, runs: list[Planned], max_tokens: int) -> str | None:
+def _write(folder: Path, runs: list[Planned], plan: Study) -> str | None:
     """Writes comparison.json, comparison.md and report.html of the finished runs; returns the Markdown."""
     results = [Result(run.variant, run.seed, folder_of(folder, run)) for run in runs]
     results = [result for result in results if is_finished(read_summary(result.folder))]
     if not results:
         return None
-    comparison = compare_runs(results, max_tokens)
+    comparison = compare_runs(results, plan.max_tokens, plan.target)
     text = markdown(comparison)
     (folder / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
     (folder / "comparison.md").write_text(text, encoding="utf-8")

@@ -32,6 +32,12 @@ class Study(Frozen):
         description="Tokens that every run samples: the budget. It replaces train.max_steps.",
         examples=[500000],
     )
+    target: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="The accuracy of which the tables say after how many tokens it was reached.",
+    )
     seeds: list[Seed] = Field(
         default=[0, 1, 2, 3, 4], min_length=1, description="train.seed of the runs of a variant."
     )

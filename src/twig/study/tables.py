@@ -22,13 +22,12 @@ SCHEMA_VERSION = 1
 _FEWEST = 3  # evaluations of a curve: before training, after it, and one between
 _RESAMPLES = 2000
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the budget, at which accuracy is shown
-_TARGET = 0.9  # the accuracy of which the tables say after how many tokens it was reached
 _MOST_PAIRS = 7  # variants of which all pairs are compared; of more, only those with the first
 
 _ABOUT_SPEED = (
     "*Area*: the mean accuracy over the tokens of the budget, with straight lines between evaluations. "
-    f"*Tokens to {100 * _TARGET:.0f} %*: after how many this accuracy was first reached on these lines; the "
-    "median over the seeds, an interval by resampling seeds, and how many of the seeds reached it."
+    "*Tokens to {target} %*: after how many this accuracy was first reached on these lines; the median over "
+    "the seeds, an interval by resampling seeds, and how many of the seeds reached it."
 )
 
 
@@ -138,8 +137,10 @@ def _flags(row: dict[str, Any]) -> np.ndarray:
     return np.array([float(digit) for digit in row["right"]])
 
 
-def compare_runs(results: Sequence[Result], max_tokens: int) -> dict[str, Any]:
+def compare_runs(results: Sequence[Result], max_tokens: int, target: float = 0.9) -> dict[str, Any]:
     """Returns everything the tables say, as comparison.json has it; runs of one variant share its name.
+
+    `target` is the accuracy of which the tables say after how many tokens it was reached.
 
     Raises UserError if runs answered different problems.
     """
@@ -161,12 +162,13 @@ def compare_runs(results: Sequence[Result], max_tokens: int) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "max_tokens": max_tokens,
+        "target": target,
         "problems": len(results[0].right) if results else 0,
         "commits": sorted(commit or "unknown" for commit in commits),
         "seconds": sum(result.summary["seconds"] for result in results),
-        "variants": {name: _variant(runs, max_tokens) for name, runs in by_variant.items()},
+        "variants": {name: _variant(runs, max_tokens, target) for name, runs in by_variant.items()},
         "pairs": [
-            _pair(first, by_variant[first], second, by_variant[second], max_tokens) for first, second in pairs
+            _pair(by_variant[first], by_variant[second], max_tokens, target) for first, second in pairs
         ],
     }
 
@@ -178,7 +180,7 @@ def _commit(folder: Path) -> str | None:
         return None
 
 
-def _variant(runs: list[Result], max_tokens: int) -> dict[str, Any]:
+def _variant(runs: list[Result], max_tokens: int, target: float) -> dict[str, Any]:
     summaries = [run.summary for run in runs]
     after = [summary["accuracy_after"] for summary in summaries]
     before = [summary["accuracy_before"] for summary in summaries if summary["accuracy_before"]]
@@ -188,7 +190,7 @@ def _variant(runs: list[Result], max_tokens: int) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "accuracy": _figure([run.right for run in runs]),
         "by_seed": [float(run.right.mean()) for run in runs],
-        **_speed(runs, max_tokens),
+        **_speed(runs, max_tokens, target),
         "before": _mean(before, "value") if before else None,
         "answers": None if after[0]["found"] is None else _answers(before, after),
         "mean_length": _mean(after, "mean_length"),
@@ -204,21 +206,21 @@ def _variant(runs: list[Result], max_tokens: int) -> dict[str, Any]:
     }
 
 
-def _speed(runs: list[Result], max_tokens: int) -> dict[str, Any]:
-    """Returns the mean accuracy over the budget, and the tokens until `_TARGET`; None if a run has no curve.
+def _speed(runs: list[Result], max_tokens: int, target: float) -> dict[str, Any]:
+    """Returns the mean accuracy over the budget, and the tokens until `target`; None if a run has no curve.
 
     The tokens are the median over the runs, infinity where more than half of them never reached it.
     """
     curves = _curves(runs, max_tokens)
     if curves is None:
         return {"area": None, "tokens_to_target": None}
-    reached = [curve.reached(_TARGET) for curve in curves]
+    reached = [curve.reached(target) for curve in curves]
     medians = _medians(reached, np.random.default_rng(0))
     low, high = np.quantile(medians, [0.025, 0.975], method="inverted_cdf")  # never between two: inf - inf
     return {
         "area": _figure([curve.area() for curve in curves]),
         "tokens_to_target": {
-            "accuracy": _TARGET,
+            "accuracy": target,
             "value": _finite(float(np.median(reached))),
             "low": _finite(float(low)),
             "high": _finite(float(high)),
@@ -272,9 +274,7 @@ def _figure(right: list[np.ndarray]) -> dict[str, float]:
     return {"value": float(table.mean()), "low": low, "high": high}
 
 
-def _pair(
-    first: str, ours: list[Result], second: str, theirs: list[Result], max_tokens: int
-) -> dict[str, Any]:
+def _pair(ours: list[Result], theirs: list[Result], max_tokens: int, target: float) -> dict[str, Any]:
     """Compares two variants on the same problems: over runs and problems, and by McNemar's test per seed."""
     a, b = np.stack([run.right for run in ours]), np.stack([run.right for run in theirs])
     low, high = bootstrap_gap(a, b)
@@ -285,26 +285,26 @@ def _pair(
         if run.seed in of_seed
     }
     return {
-        "first": first,
-        "second": second,
+        "first": ours[0].variant,
+        "second": theirs[0].variant,
         "difference": float(a.mean() - b.mean()),
         "low": low,
         "high": high,
-        **_speed_pair(ours, theirs, max_tokens),
+        **_speed_pair(ours, theirs, max_tokens, target),
         "p_runs": permutation(a.mean(1).tolist(), b.mean(1).tolist()),
         "mcnemar": by_seed,
     }
 
 
-def _speed_pair(ours: list[Result], theirs: list[Result], max_tokens: int) -> dict[str, Any]:
-    """Returns the difference in area, and the ratio of the tokens until `_TARGET` if all runs reached it."""
+def _speed_pair(ours: list[Result], theirs: list[Result], max_tokens: int, target: float) -> dict[str, Any]:
+    """Returns the difference in area, and the ratio of the tokens until `target` if all runs reached it."""
     first, second = _curves(ours, max_tokens), _curves(theirs, max_tokens)
     if first is None or second is None:
         return {"area": None, "tokens_ratio": None}
     a, b = (np.stack([curve.area() for curve in curves]) for curves in (first, second))
     low, high = bootstrap_gap(a, b)
     area = {"difference": float(a.mean() - b.mean()), "low": low, "high": high}
-    reached, other = ([curve.reached(_TARGET) for curve in curves] for curves in (first, second))
+    reached, other = ([curve.reached(target) for curve in curves] for curves in (first, second))
     if not np.isfinite([*reached, *other]).all() or min(other) == 0:
         return {"area": area, "tokens_ratio": None}
     rng = np.random.default_rng(0)
@@ -331,19 +331,20 @@ def _last(rows: Sequence[dict[str, Any]], key: str) -> float:
 
 def markdown(comparison: dict[str, Any], differences: bool = True) -> str:
     """Returns what `compare_runs` returns as tables to read, with or without the one of `differences`."""
+    target = f"{100 * comparison['target']:.0f}"
     lines = [
         f"Every run sampled {comparison['max_tokens']:,} tokens and answered the same "
         f"{comparison['problems']:,} problems greedily. An interval is 95 %, by resampling runs and "
         "problems.",
         "",
-        f"| | seeds | before | after | area | tokens to {100 * _TARGET:.0f} % | answer found | "
+        f"| | seeds | before | after | area | tokens to {target} % | answer found | "
         "right when found | tokens trained | update FLOPs | seconds | entropy at the end | answer, tokens |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     variants = comparison["variants"]
     lines += [_row(name, variant, comparison["max_tokens"]) for name, variant in variants.items()]
     if any(variant["area"] for variant in variants.values()):
-        lines += ["", _ABOUT_SPEED]
+        lines += ["", _ABOUT_SPEED.format(target=target)]
     curves = {name: [_point_text(p) for p in variant["curve"]] for name, variant in variants.items()}
     if any(set(cells[:-1]) != {"-"} for cells in curves.values()):
         shares = [f"{100 * share:.0f} %" for share in _SHARES]
@@ -351,18 +352,18 @@ def markdown(comparison: dict[str, Any], differences: bool = True) -> str:
         lines += [f"| | {' | '.join(shares)} |", "|---|" + "---|" * len(shares)]
         lines += [f"| {_cell(name)} | {' | '.join(cells)} |" for name, cells in curves.items()]
     if differences and comparison["pairs"]:
-        lines += ["", *_differences(comparison["pairs"])]
+        lines += ["", *_differences(comparison["pairs"], target)]
     under = [run for variant in variants.values() for run in variant["under_budget"]]
     if under:
         lines += ["", f"Ended before the budget: {', '.join(under)}."]
     return "\n".join(lines) + "\n"
 
 
-def _differences(pairs: list[dict[str, Any]]) -> list[str]:
+def _differences(pairs: list[dict[str, Any]], target: str) -> list[str]:
     return [
         "Differences, in points: first minus second.",
         "",
-        f"| first | second | difference | in area | tokens to {100 * _TARGET:.0f} %, ratio | "
+        f"| first | second | difference | in area | tokens to {target} %, ratio | "
         "p, runs exchanged | McNemar p below 0.05 |",
         "|---|---|---|---|---|---|---|",
         *map(_pair_row, pairs),
