@@ -4,7 +4,7 @@
     python benchmarks/memory.py --cases "grpo, 0.5b"     # some of them
 
 Random models are saved to a folder, trained for two steps and evaluated as `twig train` does, on prompts of
-one length, with rewards that alternate.
+one length (of several in the cases of `SHORTEST`), with rewards that alternate.
 
 Measured is the largest growth of resident memory over the process before the model is loaded (Linux), reset
 for each phase. Predicted is `twig.planner.plan.plan` for the model's config.json and
@@ -53,6 +53,16 @@ GEMMA = SMALL | {
     "head_dim": 64,
     "sliding_window": 128,
     "layer_types": ["sliding_attention", "full_attention"] * 4,
+}
+SMOLLM2 = {
+    "config": "LlamaConfig",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
 }
 ALL_MODULES = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 # case: (model, prompt tokens, dtype on disk, settings)
@@ -146,7 +156,17 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "algorithm.name=t-spmo rollout.num_generations=8 rollout.prompts_per_step=8 rollout.wave_size=64 "
         "rollout.max_completion_length=128 train.pack_size=1024",
     ),
+    "grpo, SmolLM2-135M's shape, 256 at once": (
+        SMOLLM2,
+        96,
+        "bfloat16",
+        "algorithm.name=grpo rollout.num_generations=16 rollout.prompts_per_step=16 rollout.wave_size=256 "
+        f"rollout.max_completion_length=48 train.pack_size=1024 lora.layers=all {ALL_MODULES} "
+        "model.kernels=onednn rollout.packed_weights=true",
+    ),
 }
+# Tokens of the shortest prompt where lengths differ: as in a real task, so there are masks in every step.
+SHORTEST = {"grpo, SmolLM2-135M's shape, 256 at once": 48}
 QUESTIONS = 32
 
 
@@ -227,7 +247,9 @@ def measure(case: str, folder: str) -> dict[str, float]:
     from twig.training.trainer import Trainer
 
     settings, prompt = settings_of(case, folder), CASES[case][1]
-    examples = [Example("a" * prompt, {}) for _ in range(64)]
+    shortest = SHORTEST.get(case, prompt)
+    lengths = [prompt - n % 16 * (prompt - shortest) // 15 for n in range(64)]
+    examples = [Example("a" * length, {}) for length in lengths]
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
         return [float(i % 2) for i in range(len(completions))]

@@ -18,22 +18,27 @@ from transformers import AutoModelForCausalLM
 
 from twig.cli.app import main
 from twig.common.errors import UserError
+from twig.common.progress import Progress
 from twig.config.load import Settings
+from twig.config.sizes import DEFAULT_SIZES
 from twig.engine import kv_cache
 from twig.engine.kv_cache import KeyValueCache
 from twig.engine.load import load_model, load_tokenizer
 from twig.engine.pack import build_packs
 from twig.engine.sampler import Request, SamplingParams, sample
+from twig.engine.update import Passes
 from twig.evaluation.evaluate import evaluate_policy as evaluate
 from twig.evaluation.evaluate import measure_model
+from twig.planner import choose
 from twig.planner.choose import Machine, size_run
 from twig.planner.layer_costs import DecodeTable, Table, Wave, decode_buffers, kept_by_layer, last_queries
 from twig.planner.model_shape import Shape
 from twig.planner.phases import CUDA_OUTSIDE
 from twig.planner.plan import workload_of
 from twig.runtime.machine import free_memory
-from twig.runtime.memory_use import CUDA_CONTEXT, PeakMemory
+from twig.runtime.memory_use import CUDA_CONTEXT, PeakMemory, trim_freed_memory
 from twig.tasks.load import load_task
+from twig.training.trainer import Trainer
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -233,6 +238,55 @@ def test_the_predicted_peak_is_the_plan_above_what_is_there(monkeypatch):
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     passed = size_run(settings, task, tokenizer, model, Machine(memory), strict=True)
     assert passed.peak == 10**9 - weights + passed.plan.peak, "the weights are there, and in the plan"
+
+
+def test_prompts_that_a_run_does_not_reach_do_not_count(monkeypatch):
+    """Two steps of three prompts: those that training draws first. An evaluation has its own."""
+    settings = settings_of("train.max_steps=2", "rollout.prompts_per_step=3", "eval.limit=2")
+    task = replace(load_task(settings), prompt_template=None)
+    train = [replace(task.train[0], prompt="1" * (n + 1)) for n in range(40)]
+    task = replace(task, train=train, eval=[replace(train[0], prompt="1" * n) for n in (50, 7, 90)])
+    order = Trainer._order.__wrapped__(SimpleNamespace(settings=settings, task=task), 0)
+    asked, real = {}, choose.choose_sizes
+    monkeypatch.setattr(choose, "choose_sizes", lambda *a, **k: asked.update(k) or real(*a, **k))
+
+    def sized(*overrides):
+        chosen = settings.with_overrides(list(overrides))
+        return size_run(
+            chosen, task, load_tokenizer(chosen.model), None, Machine(PeakMemory("cpu")), strict=True
+        )
+
+    assert sized().longest_prompt == 50
+    assert (asked["prompt_tokens"], asked["questions"]) == (max(order[:6]) + 1, [7, 50])
+    sized("algorithm.replay.probability=0.5")
+    assert asked["prompt_tokens"] == sorted(order[:6] + 1)
+    sized("rollout.redraw=1")
+    assert asked["prompt_tokens"] == max(order[:12]) + 1
+    sized("train.max_steps=14")
+    assert asked["prompt_tokens"] == 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory of Linux")
+def test_what_is_free_in_the_heap_is_returned():
+    """Blocks of 100 KB are cut from the heap, and what follows them keeps it from shrinking by itself."""
+    memory = PeakMemory("cpu")
+    blocks = [bytearray(b"x" * 100_000) for _ in range(1000)]
+    after = bytearray(b"x" * 100_000)
+    del blocks
+    before = memory.now()
+    trim_freed_memory()
+    assert before - memory.now() > 50e6
+    assert len(after) == 100_000
+
+
+def test_sampling_and_an_update_return_what_they_freed(monkeypatch):
+    policy, calls = tiny.build_policy("qwen2", dtype=torch.float32), []
+    for name in ("sampler", "update"):
+        monkeypatch.setattr(f"twig.engine.{name}.trim_freed_memory", lambda name=name: calls.append(name))
+    sample(policy, [Request(np.arange(3, 7), 2, 4, 0)], SamplingParams([1], texts_of))
+    group = tiny.random_group(np.random.default_rng(0), prompt_length=8, size=4, longest=6)
+    Passes(policy, DEFAULT_SIZES, Progress(), scored([group], *credit_of([group])), None).logps()
+    assert calls == ["sampler", "update"]
 
 
 # A budget on a CUDA device, with a device that is not there

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from twig.common.errors import UserError
 from twig.config.load import Settings, load, recipe_names, recipe_text
 from twig.config.sizes import DEFAULT_SIZES, SIZE_KEYS, Sizes, open_sizes, with_sizes
 from twig.planner.choose import choose_sizes
-from twig.planner.layer_costs import Wave, waves_of
+from twig.planner.layer_costs import Wave, filled_slots, waves_of
 from twig.planner.ledger import Ledger
 from twig.planner.model_shape import Shape, Unplannable
 from twig.planner.phases import CUDA_GRAPH, LIBRARIES, OUTSIDE, Footprint
@@ -177,7 +178,7 @@ def test_what_the_settings_say_is_not_chosen():
 
 
 def test_weights_are_packed_only_if_there_is_room():
-    fast = settings_of(*HAND, "model.kernels=onednn")
+    fast = settings_of(*HAND, "model.kernels=onednn", "eval.batch_size=8")
     # three layers of 8 x (8 + 4 + 4 + 8) and 3 x 8 x 16 numbers, and a head of 10 x 8, in float32
     packed = 4 * (3 * (8 * 24 + 3 * 8 * 16) + 10 * 8)
     roomy = plan(SMALL, fast, GIB, "cpu", prompt_tokens=3)
@@ -200,6 +201,72 @@ def test_packed_weights_are_as_set_and_only_where_onednn_multiplies():
     for overrides in (["model.kernels=torch"], ["model.kernels=onednn", "model.dtype=bfloat16"]):
         asked = settings_of(*HAND, *overrides, "rollout.packed_weights=true")
         assert not plan(SMALL, asked, GIB, "cpu").sizes.packed_weights
+
+
+def test_packed_weights_are_there_once_a_wave_has_few_rows():
+    """Products of more than 64 rows do not use them: 200 rows of 8 slots are more than 64 and the copies."""
+    fast = ("rollout.num_generations=100", "rollout.prompts_per_step=2", "rollout.max_completion_length=5")
+    fast += ("model.kernels=onednn", "rollout.packed_weights=true")
+    row = 8 * 3 * 2 * 4 * 4  # 8 slots; 3 layers of a key and a value of 4 numbers
+    packed = 4 * (3 * (8 * 24 + 3 * 8 * 16) + 10 * 8)
+    crowded = items(plan(SMALL, settings_of(*fast), GIB, "cpu", prompt_tokens=3), "sampling")
+    assert (crowded["key-value cache"], "packed weights" in crowded) == (200 * row, False)
+    # Of four waves the later ones find the copies that the first one made.
+    for sizes in (["rollout.wave_size=64"], ["rollout.wave_size=100"]):
+        several = items(plan(SMALL, settings_of(*fast, *sizes), GIB, "cpu", prompt_tokens=3), "sampling")
+        assert several["packed weights"] == packed
+    # The end of a wave is its peak if it has few more rows than that, and the matrices are large.
+    deep = SMALL | {"num_hidden_layers": 30, "intermediate_size": 200}
+    asked = settings_of(*fast, "rollout.num_generations=50")
+    ended = items(plan(deep, asked, GIB, "cpu", prompt_tokens=3), "sampling")
+    assert ended["packed weights"] == 4 * (30 * (8 * 24 + 3 * 8 * 200) + 10 * 8)
+    assert ended["key-value cache"] == 64 * 8 * 30 * 2 * 4 * 4
+
+
+def test_completions_that_end_early_fill_fewer_slots():
+    """Pages count once they are written to: 14 of 4 x 11 slots, as in the example of `filled_slots`."""
+    overrides = ("rollout.num_generations=4", "rollout.prompts_per_step=1", "rollout.max_completion_length=8")
+    work = workload_of(Shape.from_config(SMALL), settings_of(*overrides), "cpu", 3)
+    whole, early = (
+        Footprint(replace(work, filled=filled), Sizes(4, 64, 170, False)).sampling() for filled in (None, 14)
+    )
+    slot = 3 * 2 * 4 * 4  # 3 layers of a key and a value of 4 numbers
+    assert whole.peak - early.peak == (4 * 11 - 14) * slot
+    # A page of 8 slots: half of one more in each row; but there is no room for more than `longest`.
+    assert filled_slots([1, 1, 5, 5], 3, 8, page=8) == 2 * (3 + 4 + 4)
+    assert filled_slots([8] * 4, 3, 8, page=8) == 4 * (3 + 8)
+
+
+def test_an_evaluation_asks_short_prompts_first():
+    """Nine prompts of 3 tokens and one of 20, up to 9 at once: the last batch is the longest one alone."""
+    settings = settings_of("rollout.max_completion_length=50", "eval.batch_size=9")
+
+    def evaluation(questions):
+        return plan(SMALL, settings, GIB, "cpu", prompt_tokens=3, questions=questions).phases[3]
+
+    slot = 3 * 2 * 4 * 4  # 3 layers of a key and a value of 4 numbers
+    for questions, width in (([3] * 9 + [20], 3), ([20, 4, *[3] * 8], 4), ([5] * 10, 5), (10, 3)):
+        kept = {item.name: item.size for item in evaluation(questions).items}
+        # and a copy of three quarters of the rows of one layer in three
+        assert kept["key-value cache"] == 9 * (width + 50) * slot * 1.25
+    # A single prompt that is long enough takes more than nine short ones.
+    assert evaluation([3] * 9 + [600]) == evaluation([600])
+
+
+def test_the_longest_restart_is_the_median_of_a_run():
+    """Half of the prompts of 3 and 7 tokens get 1 to 4 of a completion of 5: 4 to 7 and 8 to 11 tokens."""
+    asked = ("algorithm.replay.probability=0.5", "rollout.prompts_per_step=2", *HAND[::2])
+
+    def longest(steps, prompts):
+        settings = settings_of(*asked, f"train.max_steps={steps}")
+        return workload_of(Shape.from_config(SMALL), settings, "cpu", prompts).sampled_prompt
+
+    # One restart, in the second step: one in two has at most 7 tokens, which is no more than a fresh prompt.
+    assert longest(2, [3, 7]) == 7
+    # Two: both have at most 9 tokens in 6/8 * 6/8 of the runs, at most 8 in 5/8 * 5/8.
+    assert longest(3, [3, 7]) == 9
+    assert longest(1000, [3, 7]) == 7 + 4 and longest(1, [3, 7]) == 7
+    assert longest(2, 7) == 7 + 4, "what else there is is not known"
 
 
 def test_restarts_are_planned_for():
@@ -334,6 +401,24 @@ def test_advice_is_in_order_of_cost_and_works():
     assert [each.fits for each in planned.advice] == [False] * (len(keys) - 1) + [True]
     changed = settings.with_overrides([word for each in planned.advice for word in each.changes.split()])
     assert plan(BILLION, changed, budget, "cuda", prompt_tokens=200).peak == peaks[-1]
+
+
+@pytest.mark.parametrize("stored", [None, {"quant_method": "bitsandbytes", "load_in_4bit": True}])
+def test_a_base_that_fits_only_in_4_bits_is_told_to_be_quantised(stored):
+    """A 7B: 28 layers of 3584 and two matrices of 152,064 rows are 14 GiB in bfloat16 and under 7 in nf4."""
+    config = BILLION | dict(zip(_WIDTHS, (3584, 18944, 28, 28, 4), strict=True))
+    config |= {"tie_word_embeddings": False, "vocab_size": 152064, "quantization_config": stored}
+    settings = settings_of("model.dtype=bfloat16", "rollout.max_completion_length=128")
+    planned = plan(config, settings, 8 * GIB, "cuda", prompt_tokens=100)
+    assert not planned.fits
+    assert any(each.changes == "model.quantization=nf4" for each in planned.advice) == (stored is None)
+    if stored is None:
+        assert planned.advice[-1].fits and planned.advice[-1].changes == "model.quantization=nf4"
+        changed = settings.with_overrides([each.changes for each in planned.advice])
+        assert plan(config, changed, 8 * GIB, "cuda", prompt_tokens=100).fits
+    gguf = settings.with_overrides(["model.name=x.gguf"])
+    advice = plan(config, gguf, 8 * GIB, "cuda", prompt_tokens=100).advice
+    assert not any("quantization" in each.changes for each in advice)
 
 
 # What a run makes of it

@@ -3,7 +3,7 @@
 Knows the settings, the model's config, the prompts and the free memory. Imports torch only when a run begins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,8 @@ from twig.common.errors import UserError
 from twig.common.text import format_size
 from twig.config.load import Settings
 from twig.config.sizes import DEFAULT_SIZES, open_sizes, with_sizes, with_values
+from twig.core.rng import DATA, generator
+from twig.core.types import Example
 from twig.planner.model_shape import Shape, Unplannable
 from twig.planner.phases import CUDA_OUTSIDE
 from twig.planner.plan import Plan, budget_bytes, plan
@@ -18,6 +20,8 @@ from twig.runtime.machine import free_memory
 from twig.runtime.memory_use import PeakMemory, return_freed_memory
 from twig.tasks.base import Task
 from twig.tasks.prompts import longest_prompt
+
+_COUNTS, _MOST_COUNTED = 200, 4000  # prompts counted one by one; problems of which each counts
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def size_run(
     import torch
 
     memory, kind = machine.memory, machine.memory.device.partition(":")[0]
-    questions = task.eval[: settings.eval.limit]
+    questions = list(task.eval[: settings.eval.limit])
     if kind != "cuda" and settings.rollout.decode in ("graph", "compiled"):
         raise UserError(
             "rollout.decode",
@@ -75,14 +79,16 @@ def size_run(
     # The plan counts the context of a CUDA device, which exists once free memory was asked for.
     free = free + memory.context() if kind == "cuda" else free // machine.processes
     free += given.weights
-    prompt = longest_prompt(task, [*task.train, *questions], tokenizer)
+    context = (given.config.get("text_config") or given.config).get("max_position_embeddings")
+    longest = longest_prompt(task, [*task.train, *questions], tokenizer, context)
+    prompts, asked = _prompts(given.settings, task, tokenizer), _lengths(task, questions, tokenizer)
     sized = choose_sizes(
         given.settings,
         given.config,
         kind,
         free,
-        prompt_tokens=prompt,
-        questions=samples * len(questions),
+        prompt_tokens=prompts,
+        questions=[length for length in asked for _ in range(samples)],
         strict=strict,
     )
     before = memory.now() - given.weights
@@ -97,7 +103,34 @@ def size_run(
     decided = sized.settings
     values = {"rollout.decode": decided.rollout.decode, "model.kernels": decided.model.kernels}
     chosen = with_values(chosen, values)
-    return replace(sized, settings=chosen, peak=peak, longest_prompt=prompt)
+    return replace(sized, settings=chosen, peak=peak, longest_prompt=longest)
+
+
+def _prompts(settings: Settings, task: Task, tokenizer: Any) -> Sequence[int] | int:
+    """Returns the lengths of the prompts that training reaches, or only the longest one's.
+
+    A short run does not reach all problems: those come in an order that follows from the seed.
+    """
+    train, rollout = settings.train, settings.rollout
+    reached = list(task.train)
+    if train.max_steps:
+        count = train.max_steps * rollout.prompts_per_step * (1 + rollout.redraw)
+        order = generator(train.seed, DATA, 0).permutation(len(reached))
+        reached = [reached[place] for place in order[:count]]
+    if settings.algorithm.restarts.probability == 0:
+        return longest_prompt(task, reached, tokenizer)
+    return _lengths(task, reached, tokenizer)
+
+
+def _lengths(task: Task, examples: Sequence[Example], tokenizer: Any) -> list[int]:
+    """Counts the tokens of the prompts: of a few with similar numbers of characters, those of the longest.
+
+    So as many texts go to the tokenizer at once as it can use. Of very many only the longest is counted.
+    """
+    few = len(examples) if len(examples) > _MOST_COUNTED else -(-len(examples) // _COUNTS)
+    ordered = sorted(examples, key=lambda example: len(str(example.prompt)))
+    parts = [ordered[start : start + few] for start in range(0, len(ordered), max(few, 1))]
+    return [length for part in parts for length in [longest_prompt(task, part, tokenizer)] * len(part)]
 
 
 @dataclass(frozen=True)
@@ -178,8 +211,8 @@ def choose_sizes(
     device_kind: str,
     free: int,
     *,
-    prompt_tokens: int,
-    questions: int | None = None,
+    prompt_tokens: int | Sequence[int],
+    questions: int | Sequence[int] | None = None,
     strict: bool = True,
 ) -> Sized:
     """Chooses the open sizes so that the run fits `memory.budget` of `free` bytes.

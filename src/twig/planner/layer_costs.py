@@ -3,6 +3,7 @@
 Follows the code of the engine line by line; imports no torch. A table has `rows` x `columns` = `tokens`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twig.core.algorithms.base import Load
@@ -10,6 +11,8 @@ from twig.planner.model_shape import Shape
 
 _FEW_ROWS = 0.75  # as in engine/policy.py, which needs torch
 _SLOTS, _SHARE_FROM = 64, 0.05  # as in engine/decode_graph.py
+COMPACTED = 0.75  # as in engine/sampler.py: the share of rows left below which finished ones are dropped
+PACKED_ROWS = 64  # as in engine/kernels.py: the most rows that packed matrices serve
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,11 @@ class Workload:
     base on disk, and of adapter, log-probs and loss. `quantised`: nf4, int8 or None. `adapted`: numbers of
     the layers with adapters on `modules`. `moments`: numbers that the optimizer keeps for each of the
     adapter. `load`: the most work of a group that the algorithm asks for. `prompt`: tokens of the longest
-    prompt. `restarts`: whether a prompt may include a part of a completion. `questions`: problems of an
-    evaluation. `static_decode`: whether a captured step over permanent buffers samples the tokens.
-    `packable`: whether oneDNN multiplies, so that sampling can use packed copies of the frozen matrices.
+    prompt. `restart`: tokens of the longest prompt that includes a part of a completion, 0 if none does.
+    `questions`: tokens of the prompts of an evaluation, the shortest first. `static_decode`: whether a
+    captured step over permanent buffers samples the tokens. `packable`: whether oneDNN multiplies, so that
+    sampling can use packed copies of the frozen matrices. `filled`: slots of keys and values that a wave of
+    training fills at most (None: all of them, as if no completion ended early); see `filled_slots`.
     """
 
     shape: Shape
@@ -42,11 +47,12 @@ class Workload:
     length: int
     generations: int
     prompts: int
-    restarts: bool
-    questions: int
+    restart: int
+    questions: tuple[int, ...]
     evaluated_between: bool
     static_decode: bool = False
     packable: bool = False
+    filled: int | None = None
 
     @property
     def packed_bytes(self) -> int:
@@ -73,6 +79,11 @@ class Workload:
     def path(self) -> int:
         """Tokens that the longest completion runs in an update: the last one is only predicted."""
         return self.prompt + self.length - 1
+
+    @property
+    def sampled_prompt(self) -> int:
+        """Tokens of the longest prompt that training samples from, restarts included."""
+        return max(self.prompt, self.restart)
 
 
 @dataclass(frozen=True)
@@ -232,6 +243,24 @@ def waves_of(prompts: int, generations: int, size: int) -> list[Wave]:
         each = generations if last - first > 1 else stop - start if last == first else max(ends)
         waves.add(Wave(last - first + 1, each))
     return sorted(waves, key=lambda wave: (-wave.prompts * wave.each, -wave.prompts))
+
+
+def filled_slots(lengths: Sequence[int], width: int, longest: int, page: float = 0) -> int:
+    """Returns the most slots that a wave in the plain loop fills at once, if completions have these lengths.
+
+    Prompts are padded to `width`, and there is room for `longest` tokens behind them. Finished rows go once
+    fewer than three quarters of the rows are left. `page` is the number of slots in a page of memory: what a
+    row has filled ends in the middle of one.
+
+    >>> filled_slots([1, 1, 5, 5], 3, 8)  # two rows of 3 + 4: the last token is not run
+    14
+    """
+    rows, most = len(lengths), len(lengths) * width
+    for tokens in range(1, max(lengths)):
+        left = sum(length > tokens for length in lengths)
+        rows = left if left < COMPACTED * rows else rows
+        most = max(most, round(rows * min(width + tokens + page / 2, width + longest)))
+    return most
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,28 @@ from typing import Any
 from twig.common.errors import UserError
 from twig.common.hub import reachable
 
-# What the families have beyond the plain Llama layer: two norms, no biases, an untied head.
+_BIASES = ("attention_bias", "mlp_bias")
+# What the families have beyond the plain Llama layer: two norms, no biases, an untied head. `biases` are the
+# keys that their class knows; others count for nothing.
 _FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"windowed": True},
-    "granite": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True, "head_dim": 128},
-    "gemma2": {"norms": 4, "tied": True, "head_dim": 256, "pattern": 2, "window": 4096, "softcaps": True},
+    "llama": {"biases": _BIASES},
+    "mistral": {"windowed": True, "biases": (), "kv_heads": 8},
+    "granite": {"biases": _BIASES},
+    "qwen2": {"qkv_bias": True, "biases": (), "kv_heads": 32},
+    "qwen3": {"qk_norm": True, "head_dim": 128, "biases": _BIASES[:1], "kv_heads": 32},
+    "gemma2": {
+        "biases": _BIASES[:1],
+        "kv_heads": 4,
+        "norms": 4,
+        "tied": True,
+        "head_dim": 256,
+        "pattern": 2,
+        "window": 4096,
+        "softcaps": True,
+    },
     "gemma3_text": {
+        "biases": _BIASES[:1],
+        "kv_heads": 4,
         "norms": 4,
         "qk_norm": True,
         "tied": True,
@@ -33,6 +46,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 _DENSE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_MOST_LAYERS = 10_000
 
 
 class Unplannable(UserError):
@@ -154,55 +168,82 @@ class Shape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Shape":
         """Reads a shape from a config.json; raises Unplannable unless it is a decoder of equal layers."""
-        config = {**config, **config.get("text_config", {})}
-        family = str(config.get("model_type", "?"))
-        if missing := [key for key in _DENSE if not isinstance(config.get(key), int) or config[key] < 1]:
-            raise _unplannable(family, f"its config has no {missing[0]} of at least 1")
+        text = config.get("text_config") or {}
+        read = _Reader({**config, **(text if isinstance(text, Mapping) else {})})
+        config, family = read.config, read.family
+        hidden, intermediate, layers, heads, vocabulary = map(read.count, _DENSE)
+        if layers > _MOST_LAYERS:
+            raise _unplannable(family, f"its config has {layers} layers")
         if any(config.get(key) for key in _EXPERTS):
             raise _unplannable(family, "it has experts, and each token uses only some of them")
         traits = _FAMILIES.get(family, {})
-        heads = config["num_attention_heads"]
-        per_head = config.get("head_dim") or traits.get("head_dim") or config["hidden_size"] // heads
-        bias = bool(config.get("attention_bias", False))
+        bias, mlp_bias = (
+            key in traits.get("biases", _BIASES) and bool(config.get(key, False)) for key in _BIASES
+        )
         softcaps = traits.get("softcaps", False)
+        # null means as many as heads, a missing key what the class has
+        kv_heads = heads if "num_key_value_heads" in config else traits.get("kv_heads", heads)
+        stored = config.get("dtype") or config.get("torch_dtype")
         return cls(
             family=family,
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=intermediate,
+            layers=layers,
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=per_head,
-            vocabulary=config["vocab_size"],
+            kv_heads=read.count("num_key_value_heads", kv_heads),
+            head_dim=read.count("head_dim", traits.get("head_dim", hidden // heads)),
+            vocabulary=vocabulary,
             tied=bool(config.get("tie_word_embeddings", traits.get("tied", False))),
             norms=traits.get("norms", 2),
             qk_norm=traits.get("qk_norm", False),
             qkv_bias=traits.get("qkv_bias", bias),
             o_bias=bias and "qkv_bias" not in traits,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            windows=_windows(config, traits),
+            mlp_bias=mlp_bias,
+            windows=_windows(read, layers, traits),
             attention_softcap=config.get("attn_logit_softcapping", 50.0 if softcaps else None) is not None,
             logit_softcap=config.get("final_logit_softcapping", 30.0 if softcaps else None) is not None,
             logit_scale=any((config.get(k) or 1) != 1 for k in ("logit_scale", "logits_scaling")),
             embedding_scale=(config.get("embedding_multiplier") or 1) != 1 or "pattern" in traits,
             per_type_rotary=family == "gemma3_text",
-            stored=config.get("dtype") or config.get("torch_dtype"),
+            stored=stored if isinstance(stored, str) else None,
         )
 
 
-def _windows(config: Mapping[str, Any], traits: Mapping[str, Any]) -> tuple[int | None, ...]:
-    layers = config["num_hidden_layers"]
-    window = config.get("sliding_window", traits.get("window"))
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a config.json, in which any key may hold anything."""
+
+    config: Mapping[str, Any]
+
+    @property
+    def family(self) -> str:
+        return str(self.config.get("model_type", "?"))
+
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """Returns a whole number of at least `least`; raises Unplannable for anything else."""
+        value = self.config.get(key)
+        value = default if value is None else value
+        if type(value) is not int or value < least:
+            raise _unplannable(self.family, f"its config has no {key} of at least {least}")
+        return value
+
+
+def _windows(read: _Reader, layers: int, traits: Mapping[str, Any]) -> tuple[int | None, ...]:
+    config, window = read.config, None
+    if config.get("sliding_window", traits.get("window")) is not None:
+        window = read.count("sliding_window", traits.get("window"))
     types = config.get("layer_types")
     if types is None and "pattern" in traits:
-        every = config.get("sliding_window_pattern") or traits["pattern"]
+        every = read.count("sliding_window_pattern", traits["pattern"])
         types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
     if types is None and config.get("use_sliding_window"):
-        first = config.get("max_window_layers", layers)
+        first = read.count("max_window_layers", layers, least=0)
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if types is not None:
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
-    return (window if traits.get("windowed") else None,) * layers
+    if types is None:
+        return (window if traits.get("windowed") else None,) * layers
+    if not isinstance(types, list) or len(types) != layers:
+        raise _unplannable(read.family, f"its config has no layer_types of {layers} layers")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def _unplannable(family: str, reason: str) -> Unplannable:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from twig.config.sizes import Sizes
 from twig.planner.layer_costs import (
+    COMPACTED,
+    PACKED_ROWS,
     DecodeTable,
     Halves,
     Table,
@@ -47,7 +49,6 @@ CUDA_OUTSIDE = CUDA_CONTEXT + CUDA_GRAPH
 OUTSIDE = ("context", "captured graph", "allocator's reserve")
 # Rows of logits alive at once while a model's layers are checked at loading (`Decoder.check`).
 _CHECK_ROWS = 94
-_COMPACTED = 0.75  # the largest share of a wave's rows that is left once finished ones are dropped
 _INT, _BOOL = 8, 1
 
 
@@ -140,42 +141,57 @@ class Footprint:
         work = self.work
         ledger = self._trained()
         self._boundary(ledger)
-        self._packed(ledger)
-        rows = min(self.sizes.wave_size, work.prompts * work.generations)
-        ledger.take("sampled tokens", work.prompts * work.generations * work.length * 36)
-        # A restart's prompt has all but one token of a completion, beside a prompt with none of it.
-        width = work.path if work.restarts else work.prompt
+        total = work.prompts * work.generations
+        rows = min(self.sizes.wave_size, total)
+        ledger.take("sampled tokens", total * work.length * 36)
+        width = work.sampled_prompt
         if work.plain:
-            self._plain_wave(ledger, min(rows, work.generations))
+            self._packed(ledger)
+            self._plain_wave(ledger, min(rows, work.generations), width)
         elif work.static_decode:
             largest = waves_of(work.prompts, work.generations, self.sizes.wave_size)[0]
             self._decode_wave(ledger, self._decode_tables(), largest.prompts, width)
         else:
+            if rows < total:  # packed at the end of a wave, and there for the next one
+                self._packed(ledger)
             exact, rest = divmod(rows, work.generations)
-            self._wave(ledger, rows, min(work.prompts, exact + 2 * (rest > 0) - (exact == 0)), width)
+            prompts = min(work.prompts, exact + 2 * (rest > 0) - (exact == 0))
+            self._wave(ledger, rows, prompts, width, rows == total, work.filled)
         return self._phase(ledger, "sampling")
 
     def evaluation(self) -> Phase:
-        """Predicts one greedy answer a problem; between training steps the last batch is still alive."""
+        """Predicts one greedy answer a problem, in the largest batch.
+
+        Prompts of similar length are answered together. So the longest of all are in the last batch, which
+        may be a small one, and the batch before it has shorter ones.
+        """
+        lengths, size = self.work.questions, max(self.sizes.eval_batch_size, 1)
+        whole = len(lengths) // size * size
+        batches = [(size, lengths[whole - 1])] if whole else []
+        batches += [(len(lengths) - whole, lengths[-1])] if whole < len(lengths) else []
+        phases = [self._batch(rows, width) for rows, width in batches or [(0, self.work.prompt)]]
+        return max(phases, key=lambda phase: phase.peak)
+
+    def _batch(self, rows: int, width: int) -> Phase:
+        """Predicts a batch of an evaluation; between training steps the last step's is still alive."""
         work = self.work
         ledger = self._trained()
         if work.evaluated_between:
             self._boundary(ledger)
-        self._packed(ledger)
-        rows = min(self.sizes.eval_batch_size, work.questions)
         if work.plain:
-            self._plain_wave(ledger, min(rows, 1))
+            self._packed(ledger)
+            self._plain_wave(ledger, min(rows, 1), width)
         elif work.static_decode:
-            table = DecodeTable.of(Wave(rows, 1), work.prompt, work.length, False)
-            self._decode_wave(ledger, [table], rows, work.prompt)
+            table = DecodeTable.of(Wave(rows, 1), width, work.length, False)
+            self._decode_wave(ledger, [table], rows, width)
         else:
-            self._wave(ledger, rows, rows, work.prompt)
+            self._wave(ledger, rows, rows, width, True)
         return self._phase(ledger, "evaluation")
 
     def _decode_tables(self) -> list[DecodeTable]:
         """Returns the tables kept for the waves of a step, the largest first: two shapes at most."""
         work = self.work
-        width = work.path if work.restarts else work.prompt
+        width = work.sampled_prompt
         waves = waves_of(work.prompts, work.generations, self.sizes.wave_size)
         tables = [DecodeTable.of(wave, width, work.length, True) for wave in waves]
         return list(dict.fromkeys(tables))[:2]
@@ -212,8 +228,14 @@ class Footprint:
         if table.sampled and work.recorded:  # recorded rows, and then those in use
             ledger.moment("activations", 2 * table.rows * work.length * hidden)
 
-    def _wave(self, ledger: Ledger, rows: int, prompts: int, width: int) -> None:
-        """Predicts a wave of `rows` completions of `prompts` prompts of up to `width` tokens."""
+    def _wave(
+        self, ledger: Ledger, rows: int, prompts: int, width: int, pack: bool, filled: int | None = None
+    ) -> None:
+        """Predicts a wave of `rows` completions of `prompts` prompts of up to `width` tokens.
+
+        With `pack`, matrices are packed in this wave, which happens once there are few enough rows. At most
+        `filled` slots are in use at once (None: all).
+        """
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         slots = width + work.length
         row = shape.layers * 2 * shape.key * e  # keys and values of a token
@@ -231,17 +253,36 @@ class Footprint:
         first = width if work.kind == "cpu" else slots
         ledger.take("key-value cache", rows * first * row)
         ledger.drop("key-value cache", prompt_tokens * row)
-        ledger.take("key-value cache", rows * (slots - first) * row)
+        filled = rows * slots if filled is None or first == slots else filled
+        ledger.take("key-value cache", (filled - rows * first) * row)
         ledger.drop("activations")
 
         kinds = 2 if shape.per_type_rotary else 1
-        ledger.take("masks", rows * (slots * (_INT + _BOOL) + work.length * 2 * kinds * shape.head_dim * e))
+        of_row = slots * (_INT + _BOOL) + work.length * 2 * kinds * shape.head_dim * e
+        ledger.take("masks", rows * of_row)
+        few = min(rows, PACKED_ROWS)
+        if pack and rows == few:
+            self._packed(ledger)
+        self._decode(ledger, rows, slots)
+        if pack and rows > few:  # most have ended by then
+            for name, size in (
+                ("key-value cache", max(filled - few * slots, 0) * row),
+                ("logits", (rows - few) * shape.vocabulary * wide),
+                ("masks", (rows - few) * of_row),
+            ):
+                ledger.drop(name, size)
+            self._packed(ledger)
+            self._decode(ledger, few, slots)
+
+    def _decode(self, ledger: Ledger, rows: int, slots: int) -> None:
+        """Predicts the last step of a wave of `rows` completions in `slots` slots."""
+        work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         # Choosing a token: logits, log-probs, probabilities, and their sums or entropies.
         ledger.moment("logits", 3 * rows * shape.vocabulary * wide)
         # Finished rows are dropped by copying the others, one layer after another.
-        ledger.moment("key-value cache", _COMPACTED * rows * slots * row / shape.layers)
-        ledger.take("activations", rows * hidden)
-        ledger.moment("activations", layer_moment(work, rows, 1, slots))
+        ledger.moment("key-value cache", COMPACTED * rows * slots * 2 * shape.key * e)
+        moment = rows * shape.hidden * e + layer_moment(work, rows, 1, slots)
+        ledger.moment("activations", moment)
         ledger.moment("logits", rows * shape.vocabulary * (2 * wide if e == wide else wide + e))
 
     def _masks(
@@ -373,22 +414,20 @@ class Footprint:
 
     # ---- the plain engine ------------------------------------------------------------------------------
 
-    def _plain_wave(self, ledger: Ledger, rows: int) -> None:
-        """Predicts the completions of a prompt by the model's own forward.
+    def _plain_wave(self, ledger: Ledger, rows: int, width: int) -> None:
+        """Predicts the completions of a prompt of `width` tokens by the model's own forward.
 
         It computes the logits of the whole prompt and copies its cache as that grows.
         """
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         row = shape.layers * 2 * shape.key * e
-        ledger.take("key-value cache", rows * work.prompt * row)
-        ledger.take("activations", rows * work.prompt * shape.hidden * e)
-        ledger.moment("activations", layer_moment(work, rows, work.prompt))
-        ledger.moment(
-            "logits", rows * work.prompt * shape.vocabulary * e + 4 * rows * shape.vocabulary * wide
-        )
+        ledger.take("key-value cache", rows * width * row)
+        ledger.take("activations", rows * width * shape.hidden * e)
+        ledger.moment("activations", layer_moment(work, rows, width))
+        ledger.moment("logits", rows * width * shape.vocabulary * e + 4 * rows * shape.vocabulary * wide)
         ledger.drop("activations")
         ledger.take("key-value cache", rows * work.length * row)
-        ledger.moment("key-value cache", rows * (work.prompt + work.length) * row / shape.layers)
+        ledger.moment("key-value cache", rows * (width + work.length) * row / shape.layers)
         ledger.moment("logits", rows * shape.vocabulary * (4 * wide + e))
 
     def _plain_pack(self, ledger: Ledger, table: Table) -> None:

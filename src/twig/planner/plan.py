@@ -4,7 +4,8 @@
 knows only the kind, and the memory used in the end is not its subject (`runtime/memory_use.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from twig.config.load import Settings
 from twig.config.messages import write
 from twig.config.sizes import SIZE_KEYS, Sizes, open_sizes, with_values
 from twig.engine.loops import choose_loop, resolve_decode
+from twig.engine.model_files import is_gguf
 from twig.planner.layer_costs import Workload
 from twig.planner.ledger import Phase
 from twig.planner.model_shape import Shape, Unplannable, read_config
@@ -86,16 +88,17 @@ def plan(
     budget: int,
     device_kind: str,
     *,
-    prompt_tokens: int = PROMPT_TOKENS,
-    questions: int | None = None,
+    prompt_tokens: int | Sequence[int] = PROMPT_TOKENS,
+    questions: int | Sequence[int] | None = None,
     quantised: str | None = None,
 ) -> Plan:
     """Plans a run: chooses the sizes that are None in `settings` so that all phases fit `budget` bytes.
 
     `config` is a model's config.json, as a mapping, a path or the model's name. `device_kind` is cpu, cuda or
-    mps. `prompt_tokens` is the length of the longest prompt, `questions` the number of problems that an
-    evaluation answers (None: as many as the settings allow). `quantised` is the form of the layers' matrices,
-    nf4 or int8. Raises Unplannable if the config does not tell how much memory the model takes.
+    mps. `prompt_tokens` and `questions` are the lengths of the prompts of training and of an evaluation. If
+    they are not known, `prompt_tokens` is the longest, and `questions` the number that an evaluation answers
+    (None: as many as the settings allow). `quantised` is the form of the layers' matrices, nf4 or int8.
+    Raises Unplannable if the config does not tell how much memory the model takes.
     """
     if not isinstance(config, Mapping):
         config = read_config(str(config), settings.model.revision)
@@ -112,9 +115,10 @@ def plan(
         return captured
 
     first = planned(settings)
+    stored = quantised is not None or bool(config.get("quantization_config"))
     advice = ()
     if not first.fits:
-        advice = _advise(planned, settings, first, _cheapest_first(settings, shape, device_kind))
+        advice = _advise(planned, settings, first, _cheapest_first(settings, shape, device_kind, stored))
     return replace(first, advice=advice, notes=tuple(_notes(shape, settings, device_kind, first.decode)))
 
 
@@ -129,11 +133,11 @@ def workload_of(
     shape: Shape,
     settings: Settings,
     device_kind: str,
-    prompt_tokens: int,
-    questions: int | None = None,
+    prompt_tokens: int | Sequence[int],
+    questions: int | Sequence[int] | None = None,
     quantised: str | None = None,
 ) -> Workload:
-    """Returns what the settings ask of a model of this shape.
+    """Returns what the settings ask of a model of this shape; the arguments are those of `plan`.
 
     Raises Unplannable for adapters on unknown modules, UserError for layers that the model lacks.
     """
@@ -145,9 +149,12 @@ def workload_of(
             f"the memory of an adapter on {unknown[0]} cannot be planned",
             f"Use some of {', '.join(shape.linear())}, or set all sizes yourself: {', '.join(SIZE_KEYS)}",
         )
+    longest = prompt_tokens if isinstance(prompt_tokens, int) else max(prompt_tokens, default=1)
     if questions is None:
         limits = [n for n in (settings.eval.limit, settings.task.eval_size) if n is not None]
         questions = min(limits, default=_MOST_QUESTIONS)
+    if isinstance(questions, int):
+        questions = (longest,) * questions
     return Workload(
         shape=shape,
         kind=device_kind,
@@ -162,17 +169,42 @@ def workload_of(
         adapted=_adapted(lora.layers, shape.layers),
         moments=2 if settings.train.optim == "adamw_torch" else 0,
         load=algorithm.load(rollout.num_generations, rollout.max_completion_length),
-        prompt=max(prompt_tokens, 1),
+        prompt=max(longest, 1),
         length=rollout.max_completion_length,
         generations=rollout.num_generations,
         prompts=rollout.prompts_per_step,
-        restarts=algorithm.restarts.probability > 0,
-        questions=questions,
+        restart=_longest_restart(settings, prompt_tokens),
+        questions=tuple(sorted(questions)),
         evaluated_between=settings.eval.steps > 0,
         static_decode=_decodes_by_graph(settings, device_kind),
         packable=settings.model.kernels == "onednn"
         and (device_kind, element, quantised or settings.model.quantization) == ("cpu", 4, None),
     )
+
+
+def _longest_restart(settings: Settings, prompts: int | Sequence[int]) -> int:
+    """Returns the tokens of the longest prompt that includes a part of a completion; 0 if there are none.
+
+    If only the longest prompt is known, that with all but one token of a completion. Else the median of the
+    longest, over runs in which each restart has one of the `prompts` and completions of full length, cut
+    anywhere: a long run draws it again and again, a short one seldom comes near the bound.
+    """
+    rollout, train = settings.rollout, settings.train
+    chance, cuts = settings.algorithm.restarts.probability, max(rollout.max_completion_length - 1, 1)
+    if chance == 0:
+        return 0
+    if isinstance(prompts, int):
+        return prompts + rollout.max_completion_length - 1
+    steps = train.max_steps or train.num_train_epochs * len(prompts) / rollout.prompts_per_step
+    restarts = chance * rollout.prompts_per_step * max(steps - 1, 0)
+    if not restarts or not prompts:
+        return 0
+
+    def share(tokens: int) -> float:
+        """Returns the share of restarts with at most so many tokens."""
+        return sum(min(max(tokens - prompt, 0), cuts) for prompt in prompts) / (cuts * len(prompts))
+
+    return bisect_left(range(max(prompts) + cuts), 0.5 ** (1 / restarts), key=share)
 
 
 def _decodes_by_graph(settings: Settings, device_kind: str) -> bool:
@@ -217,7 +249,7 @@ def _choose(work: Workload, settings: Settings, available: int) -> Plan:
     smallest = Sizes(1, 1, _HEAD_CHUNKS[-1], True, 1)
     waves = _wave_sizes(work, settings.rollout.wave_size)
     sizes = update_in(_first((replace(smallest, wave_size=n) for n in waves), wave_fits))
-    batches = _halved(max(min(work.questions, _MOST_QUESTIONS), 1), 1, settings.eval.batch_size)
+    batches = _halved(max(min(len(work.questions), _MOST_QUESTIONS), 1), 1, settings.eval.batch_size)
     sizes = _first(
         (replace(sizes, eval_batch_size=n) for n in batches),
         lambda sizes: Footprint(work, sizes).evaluation().peak <= budget,
@@ -311,7 +343,9 @@ def _advise(
     return tuple(advice.values())
 
 
-def _cheapest_first(settings: Settings, shape: Shape, device_kind: str) -> Iterator[dict[str, Any]]:
+def _cheapest_first(
+    settings: Settings, shape: Shape, device_kind: str, stored_quantised: bool
+) -> Iterator[dict[str, Any]]:
     """Yields possible changes: first those that keep the results, last those that make it another run."""
     rollout, still_open = settings.rollout, open_sizes(settings)
     if fixed := [key for key in SIZE_KEYS if key not in still_open]:
@@ -329,6 +363,10 @@ def _cheapest_first(settings: Settings, shape: Shape, device_kind: str) -> Itera
     yield from ({"rollout.max_completion_length": length} for length in lengths)
     if rollout.num_generations > 4:
         yield {"rollout.num_generations": rollout.num_generations // 2}
+    # what loading refuses is no advice
+    quantisable = device_kind in ("cpu", "cuda") and not stored_quantised
+    if settings.model.quantization is None and not is_gguf(settings.model) and quantisable:
+        yield {"model.quantization": "nf4"}
 
 
 def _notes(shape: Shape, settings: Settings, kind: str, decode: str | None) -> Iterator[str]:
