@@ -106,10 +106,13 @@ def build_policy(temperature: float) -> Policy:
     return Policy(attach(model, alpha=8.0, layers=[2, 3], **LORA), temperature=temperature)
 
 
-def trl_updates(adapter, folder, steps=1, **options) -> list[Update]:
-    """Trains with the real GRPOTrainer for `steps` optimizer steps from `adapter`."""
+def trl_updates(adapter, folder, steps=1, passed=False, **options) -> list[Update]:
+    """Trains with the real GRPOTrainer for `steps` optimizer steps from `adapter`.
+
+    The adapter is `passed` with the model, or put into a new one, which TRL does not take for a reference.
+    """
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -152,13 +155,18 @@ def trl_updates(adapter, folder, steps=1, **options) -> list[Update]:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+    model = tiny.build_model("qwen2", dtype=numerics.now().rerun)
+    config = LoraConfig(task_type="CAUSAL_LM", lora_alpha=8.0, layers_to_transform=[2, 3], **LORA)
+    if passed:
+        model = get_peft_model(model, config)
+        put({n: p for n, p in model.named_parameters() if p.requires_grad}, adapter)
     trainer = GRPOTrainer(
-        model=tiny.build_model("qwen2", dtype=numerics.now().rerun),
+        model=model,
         reward_funcs=reward,
         args=GRPOConfig(**arguments | options),
         train_dataset=Dataset.from_dict({"prompt": list(expected)}),
         processing_class=word_tokenizer(),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=8.0, layers_to_transform=[2, 3], **LORA),
+        peft_config=None if passed else config,
         rollout_func=rollout,
         callbacks=[Watch()],
     )
@@ -210,6 +218,24 @@ def test_gradient_equals_that_of_trl(tmp_path, beta, temperature, options):
     surrogate = Objective(beta=beta, bias_correction=options.get("use_bias_correction_kl", True))
     _, ours = engine_gradient(policy, groups, tries, credits, surrogate)
     assert_same_gradient(ours, theirs.gradient)
+
+
+def test_the_reference_of_a_run_from_an_adapter_is_that_of_trl(tmp_path):
+    """The second step of a run from a saved adapter, whose KL term refers to where the run began."""
+    policy = build_policy(1.0)
+    adapter = random_adapter(policy)
+    begun, second = trl_updates(adapter, tmp_path, steps=2, passed=True, beta=0.04)
+    put(policy.parameters, begun.adapter)
+    policy.keep_reference()
+    put(policy.parameters, second.adapter)
+    groups, tries, credits = our_batch(0.04)
+    passes = Passes(policy, Sizes(1, 30, 2**22, False), Progress(), scored(groups, tries, credits), None)
+    with policy.reference():
+        given = LogProbs(ref=passes.logps())
+    for parameter in policy.parameters.values():
+        parameter.grad = None
+    passes.backward(Objective(beta=0.04), given)
+    assert_same_gradient({n: p.grad for n, p in policy.parameters.items()}, second.gradient)
 
 
 # TRL's options for the loss of each algorithm, and ours. At these bounds the clips bind in the second step.

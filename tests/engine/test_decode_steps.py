@@ -154,6 +154,16 @@ def test_progress_adds_up_to_the_completions(engine, decode, wave_size):
     assert len(finished) > (2 if wave_size == 128 else 4), "more than once a wave"
 
 
+@pytest.mark.parametrize(("engine", "decode"), [("trie", "graph"), ("trie", "plain"), ("plain", "plain")])
+def test_progress_is_made_while_no_completion_has_ended(engine, decode):
+    """Without an end token all of a wave end together, at the limit: they are done little by little."""
+    finished, params = [], SamplingParams([], texts_of, seed=3)
+    policy, requests = policy_of(engine=engine, decode=decode), requests_of(limits=(20, 20, 20))
+    drawn = sample(policy, requests, params, on_finished=finished.append)
+    assert all(len(each) == 20 for group in drawn.completions for each in group)
+    assert sum(finished) == 15 and max(finished) < 15 and len(finished) > 2
+
+
 def test_progress_of_a_wave_that_is_repeated_counts_once(monkeypatch):
     policy, finished = policy_of(decode="plain"), []
     own, calls = policy.next_token_logits, []

@@ -182,6 +182,15 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(layers, monkeyp
     assert both == policy.update_flops(cells, rows) + adapter - inputs + extra
 
 
+@pytest.mark.parametrize("family, module", [("qwen2", "q_proj"), ("phi3", "qkv_proj"), ("olmo", "v_proj")])
+def test_keys_and_values_of_one_matrix_with_the_queries_count_for_all_tokens(family, module):
+    """phi3 has queries, keys and values in one matrix: 32 of its 64 outputs are needed of every token."""
+    policy = tiny.build_policy(family, layers=[3], target_modules=[module])
+    keys, rest = 2 * 32 * 16, 2 * 32 * 32 + 3 * 32 * 48
+    assert policy.update_flops(1, 0, 0, 1) == 2 * keys
+    assert policy.update_flops(0, 1, 0, 1) == 2 * (rest + 23 * 32)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "granite"])
 def test_checkpointed_layers_give_the_same_gradient_and_only_they_run_again_in_float32(family):
     groups = groups_of(count=2)

@@ -3,6 +3,7 @@ trained by the plain engine. `docs/models.md` is made from the lists here and in
 
 from pathlib import Path
 
+import family_scan
 import numerics
 import oracles
 import pytest
@@ -59,6 +60,27 @@ def test_the_page_of_models_is_current():
 
     written = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     assert written == models_page.page(), "run: python tests/models_page.py > docs/models.md"
+
+
+def test_every_type_that_was_scanned_is_exact_refused_or_not_built():
+    rows = family_scan.written()
+    assert sum(not row.not_built for row in rows.values()) > 100
+    assert not [row for row in rows.values() if row.is_wrong]
+    if transformers.__version__.startswith(family_scan.VERSION):
+        assert sorted(rows) == family_scan.types()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["doge", "gpt2"]
+    + [
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("llama", "bamba", "bert", "deepseek_v3", "exaone4", "glm_moe_dsa", "mixtral", "xlnet")
+    ],
+)
+def test_a_type_is_still_what_the_scan_says(kind):
+    """`scripts/scan_families.py` scans all of them."""
+    assert family_scan.scan(kind) == family_scan.written()[kind]
 
 
 @pytest.mark.parametrize(("family", "attention", "cut"), SERVED)
@@ -150,6 +172,12 @@ def test_a_layer_without_linear_modules_is_named():
     model.transformer.h[3] = torch.nn.Identity()
     with pytest.raises(UserError, match="^lora.target_modules: layer 3 .*'c_attn'"):
         attach(model, r=4, alpha=8.0, target_modules=["c_attn"])
+
+
+def test_modules_that_peft_refuses_are_one_line():
+    model = FAMILIES["mamba"].build(torch.float32)
+    with pytest.raises(UserError, match="^lora.target_modules: .*out_proj.* incompatible"):
+        attach(model, r=4, alpha=8.0, target_modules=["out_proj"])
 
 
 def test_a_layer_that_needs_more_than_it_is_given_is_refused():

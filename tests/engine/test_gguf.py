@@ -52,11 +52,13 @@ def logits(model, tokenizer):
 
 
 @pytest.mark.parametrize("by", ["name", "gguf_file"])
-def test_model_and_tokenizer_are_those_of_the_file(folder, embedded, by):
+def test_model_and_tokenizer_are_those_of_the_file(folder, embedded, by, capfd):
     values = {"name": str(folder / "exact.gguf")}
     if by == "gguf_file":
         values = {"name": str(folder), "gguf_file": "exact.gguf"}
+    capfd.readouterr()
     model, tokenizer = load_model(of(**values))
+    assert capfd.readouterr().err == "", "no bars, no warnings"
     expected = embedded[0].state_dict()
     assert model.state_dict().keys() == expected.keys()
     for name, tensor in model.state_dict().items():

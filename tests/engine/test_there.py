@@ -1,13 +1,19 @@
 """The engine on a device that refuses to mix with the CPU, without a GPU. In processes of their own: torch
 learns of such a device once, before its first backward pass."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.utils.backend_registration as backends
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(backends, "_setup_privateuseone_for_python_backend"),
+    reason="this version of torch has no devices whose backend is written in Python",
+)
 ROOT = Path(__file__).parents[2]
 MIXED = """
 import sys, torch, there
@@ -57,3 +63,31 @@ def test_gradients_sampling_and_the_trainer_stay_on_their_device():
     done = run("-m", "pytest", *words, TWIG_TEST_DEVICE="there")
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout
+
+
+@pytest.mark.slow
+def test_steps_and_evaluations_on_a_device_equal_those_on_the_cpu():
+    """Updates with and without checkpointed layers, the KL term, replay, redrawing, greedy evaluation."""
+    done = run("tests/there_runs.py", "equal")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["mask", "index", "positions"])
+def test_a_tensor_on_the_wrong_device_is_seen(fault):
+    done = run("tests/there_runs.py", fault)
+    assert done.returncode != 0 and "same device" in done.stderr, done.stderr[-4000:]
+
+
+# How often a decode step waits for the device, at most: a wait costs a GPU the time of a launch. One is
+# whether any row is unfinished; recording the trunk takes two more. The plain engine asks twice.
+MOST_WAITS = {"trie, training": 3, "trie, evaluation": 1, "plain, training": 2, "plain, evaluation": 2}
+
+
+@pytest.mark.slow
+def test_a_decode_step_waits_for_the_device_no_more_often_than_it_did():
+    done = run("tests/there_runs.py", "waits")
+    assert done.returncode == 0, done.stderr[-4000:]
+    counts = json.loads(done.stdout)
+    assert counts.keys() == MOST_WAITS.keys()
+    assert all(0 < counts[name] <= most for name, most in MOST_WAITS.items()), counts

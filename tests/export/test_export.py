@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -32,13 +33,13 @@ from twig.common.redact import code, fenced, public
 from twig.config.load import Settings
 from twig.core.algorithms.base import PAPER
 from twig.core.algorithms.registry import shipped
-from twig.evaluation.evaluate import Evaluation
+from twig.evaluation.evaluate import Evaluation, measure_model
 from twig.evaluation.statistics import wilson
 from twig.export import export
 from twig.export.card import SOFTWARE, Base, Merge, Subject, model_card
 from twig.export.export import ExportOptions, export_run
 from twig.export.upload import Push, push_folder
-from twig.runs.reader import read_summary
+from twig.runs.reader import read_metrics, read_summary
 
 PROMPTS = {"12*3=": "1", "9+8=": "3", "abc?": "5", "#=": "7", "0,1,": "9"}
 TRAIN = [{"prompt": prompt, "wanted": digit} for prompt, digit in PROMPTS.items()]
@@ -244,7 +245,7 @@ def test_the_six_lines_of_the_card_run(form, trained, tmp_path, monkeypatch, cap
     folder, options = trained.folder, {}
     if form == "adapter on the hub":  # a folder of that name stands for the model on the Hub
         shutil.copytree(base, "ann/mine")
-        monkeypatch.setattr(export, "_is_folder", lambda name: Path(name).is_absolute())
+        monkeypatch.setattr(export, "_is_local", lambda name: Path(name).is_absolute())
         options = {"base_model": "ann/mine"}
     elif form == "adapter":
         shutil.copytree(base, f"FOLDER/{base.name}")
@@ -790,6 +791,27 @@ def test_a_quantised_base_is_not_merged_into(run, base, tmp_path):
     assert export_run(run, tmp_path / "merged", options).base == Base("mine")
 
 
+def test_a_merge_that_does_something_else_is_refused(tmp_path):
+    """Added to a head that is the embedding, an adapter of the head changes what goes in as well."""
+    base = save_family(tmp_path / "base", "qwen2", tied=True)
+    done = train(base, tmp_path / "run")
+    export_run(done.folder, tmp_path / "before", ExportOptions(merged=True))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=["lm_head"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of it
+            model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(done.folder / "adapter", save_embedding_layers=False)
+    with pytest.raises(UserError, match="^--merged: the merged model differs .* of what the adapter does"):
+        export_run(done.folder, tmp_path / "merged", ExportOptions(merged=True))
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_merge_out_of_range_is_refused(tmp_path):
     base = save_family(tmp_path / "base", "llama", tied=False, dtype=torch.float16)
     done = train(base, tmp_path / "run", "model.dtype=float16", "train.max_steps=1")
@@ -1032,6 +1054,38 @@ def test_training_starts_from_an_adapter_of_any_shape(overrides, odd, base, tmp_
     assert checksums(odd) == files
     card = (export_run(done.folder, tmp_path / "shared").folder / "README.md").read_text()
     assert "`rank 3, alpha 5, k_proj, o_proj of layers 0, 2`" in card and "earlier adapter" in card
+
+
+def test_the_kl_term_of_a_run_from_an_adapter_refers_to_that_adapter(odd, base, tmp_path):
+    """As TRL's: the policy is its reference at the first step, and leaves it."""
+    words = ["algorithm.name=grpo", "algorithm.beta=0.1", f"model.adapter={odd}"]
+    done = train(base, tmp_path / "run", *words)
+    first, second = (row["kl"] for row in read_metrics(done.folder))
+    assert abs(first) < 1e-7 < 1e-5 < second
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_dropout_that_an_adapter_was_trained_with_is_off_and_noted(evaluated, odd, base, tmp_path):
+    class Heard(Progress):
+        def __init__(self):
+            self.lines = []
+
+        def message(self, text):
+            self.lines.append(text)
+
+    heard = Heard()
+    dropped = Path(shutil.copytree(odd, tmp_path / "dropped"))
+    edit(dropped / "adapter_config.json", lora_dropout=0.5)
+    if evaluated:
+        values = {"model": {"name": str(base), "adapter": str(dropped)}, "task": {"name": "multiplication"}}
+        words = ["eval.limit=1", "rollout.max_completion_length=4"]
+        measure_model(Settings.from_dict(values, words), None, heard)
+    else:
+        done = train(base, tmp_path / "run", f"model.adapter={dropped}", progress=heard)
+        again = train(base, tmp_path / "again", f"model.adapter={odd}")
+        assert checksums(done.folder / "adapter") == checksums(again.folder / "adapter")
+    notes = [line for line in heard.lines if line.startswith(f"note: {dropped}")]
+    assert len(notes) == 1 and "lora_dropout=0.5" in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from twig.common.errors import UserError
 from twig.core.algorithms.base import Objective
 from twig.core.objective import loss
 from twig.engine.kernels import Packed, onednn_products
@@ -82,7 +83,21 @@ class BasePolicy(ABC):
         self.decode = decode
         self.decode_refusal: str | None = None  # why sampling fell back to a slower loop
         self.adapter_is_on = True
+        self._reference: dict[str, Tensor] | None = None
         self._set_up()
+
+    def _refuse_unmoved(self, logits: Callable[[], Tensor], fix: str) -> None:
+        """Raises UserError if a trained tensor gets no gradient from logits, as it would never move."""
+        names, parameters = list(self.parameters), list(self.parameters.values())
+        gradients: Sequence[Tensor | None] = [None] * len(parameters)
+        with torch.enable_grad():
+            value = logits().float().square().mean()
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        unmoved = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+        if unmoved or not names:
+            what = f"{module_of(unmoved[0])} gets no gradient" if names else "it has no weights to train"
+            raise UserError("model.adapter" if names else "lora", what, fix)
 
     @abstractmethod
     def _set_up(self) -> None:
@@ -112,9 +127,29 @@ class BasePolicy(ABC):
         """Returns the loop that samples from this policy."""
         return choose_loop(self.engine, self.decode, stop)
 
+    def keep_reference(self) -> None:
+        """Keeps the adapter as it is now for `reference`; it is small beside the base."""
+        self._reference = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Makes the model the reference of the KL term inside: the adapter that was kept, else the base."""
+        if self._reference is None:
+            with self.base():
+                yield
+            return
+        trained = {name: p.data for name, p in self.parameters.items()}
+        try:
+            for name, kept in self._reference.items():
+                self.parameters[name].data = kept
+            yield
+        finally:
+            for name, tensor in trained.items():
+                self.parameters[name].data = tensor
+
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Turns the adapter off inside: the model is the base, the reference of the KL term."""
+        """Turns the adapter off inside: the model is the base."""
         before, self.adapter_is_on = self.adapter_is_on, False
         try:
             with self.peft_model.disable_adapter():
@@ -213,6 +248,15 @@ class BasePolicy(ABC):
         if tensor.is_floating_point():
             tensor = tensor.to(torch.promote_types(self.dtype, torch.float32))
         return tensor.to(self.device)
+
+
+def module_of(parameter: str) -> str:
+    """Returns the name of the module that an adapter's tensor belongs to.
+
+    >>> module_of("base_model.model.model.layers.3.mlp.up_proj.lora_A.default.weight")
+    'model.layers.3.mlp.up_proj'
+    """
+    return parameter.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 def add_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

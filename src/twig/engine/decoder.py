@@ -4,14 +4,19 @@ Slicing `model.layers` and calling the model is not the same: layer types, rotar
 embedding scales and sliding windows go wrong in silence. Here each layer is called as the model's own forward
 calls it, with its own mask and rotary embedding, and `check` compares the result with the model's own forward
 before anything relies on it. What a family adds is read from its config (windows, scales, soft caps), never
-from its name.
+from its name, and only from keys that the config's class declares: transformers keeps every other key of a
+config.json too, and the model does not read it.
 
 Knows nothing of adapters, tries or algorithms. Legend: B rows, L columns (queries), S keys, D hidden, V
 vocabulary.
 """
 
+import copy
+import dataclasses
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -25,10 +30,14 @@ from transformers import PreTrainedModel
 from twig.common.errors import UserError
 from twig.engine.kv_cache import KeyValueCache, PrefixKV, StopForward
 from twig.engine.lm_head import Head
+from twig.runtime.memory_use import out_of_memory
 
 PLAIN = "Set model.engine=plain to train it with the plain batched forward"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# The longest path of the check's tree, and what lengths are set to that no path of it would reach.
+_LONGEST_PATH, _SHORT = 10, 3
+_IS_LENGTH = re.compile("window|chunk|top_?k|span|local")
+_IS_NO_LENGTH = re.compile("_ids?$|position|vocab")
 
 
 @dataclass
@@ -83,18 +92,12 @@ class Decoder:
         self.head = cast(nn.Linear, parts["lm_head"])  # checked below
         self.embedding = cast(nn.Embedding, self.model.get_input_embeddings())
         self._refuse_unservable()
-        types = getattr(self.config, "layer_types", None) or [None] * len(self.layers)
-        window = getattr(self.config, "sliding_window", None)
-        if types[0] is None and not getattr(self.config, "use_sliding_window", True):
-            window = None
-        self.windows = [window if t in (None, "sliding_attention") else None for t in types]
+        self.windows = self._windows()
         per_type = "layer_type" in inspect.signature(self.rotary.forward).parameters
-        self.rotary_types = [t if per_type else None for t in types]
-        self.embedding_scale = getattr(self.config, "embedding_multiplier", None) or 1.0
-        self.logit_scale = (getattr(self.config, "logit_scale", None) or 1.0) / (
-            getattr(self.config, "logits_scaling", None) or 1.0
-        )
-        self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        self.rotary_types = [t if per_type else None for t in self._layer_types()]
+        self.embedding_scale = self._value("embedding_multiplier") or 1.0
+        self.logit_scale = (self._value("logit_scale") or 1.0) / (self._value("logits_scaling") or 1.0)
+        self.softcap = self._value("final_logit_softcapping")
 
     @property
     def device(self) -> torch.device:
@@ -109,18 +112,26 @@ class Decoder:
             "model.engine=trie", f"model type '{self.config.model_type}' cannot be served: {why}", PLAIN
         )
 
+    def _value(self, name: str) -> Any:
+        """Returns a value of the config; None if its class does not declare it."""
+        return getattr(self.config, name) if _declares(self.config, name) else None
+
+    def _layer_types(self) -> list[str | None]:
+        return list(self._value("layer_types") or [None] * len(self.layers))
+
+    def _windows(self) -> list[int | None]:
+        """Returns the sliding window of each layer, as the config has it now."""
+        types, window = self._layer_types(), self._value("sliding_window")
+        if types[0] is None and _declares(self.config, "use_sliding_window"):
+            window = window if self.config.use_sliding_window else None
+        return [window if t in (None, "sliding_attention") else None for t in types]
+
     def _refuse_unservable(self) -> None:
-        types = set(getattr(self.config, "layer_types", None) or []) - _KNOWN_LAYER_TYPES
+        types = {str(t) for t in self._value("layer_types") or []} - _KNOWN_LAYER_TYPES
         if types:
             self._refuse(f"its layers of type {sorted(types)} do not see tokens through an attention mask")
-        if getattr(self.config, "num_kv_shared_layers", 0):
+        if self._value("num_kv_shared_layers"):
             self._refuse("its layers share keys and values")
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
-            if any(kind in str(entry.get("rope_type", "")) for kind in _LENGTH_DEPENDENT_ROPE):
-                self._refuse(
-                    f"its rotary embedding ('{entry['rope_type']}') depends on the length of the text"
-                )
         if type(self.head) is not nn.Linear:
             self._refuse(f"its head is a {type(self.head).__name__}, not a linear layer")
         parameters = inspect.signature(self.layers[0].forward).parameters
@@ -252,36 +263,134 @@ class Decoder:
     @property
     def tolerance(self) -> float:
         """How far logits may differ from the model's own forward, relative to the largest."""
-        if any(p.dtype is torch.int8 for p in self.layers.parameters()):
-            # int8 layers round what goes in, so a last bit may become a step of 1/127; which columns they do
-            # not round depends on the largest values of the whole batch
-            return 0.2
-        return 0.05 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        return logit_tolerance(self.model)
 
     @torch.no_grad()
     def check(self) -> None:
-        """Refuses the model if a small tree differs from the model's own forward on its paths."""
-        vocab = self.embedding.weight.shape[0]
-        draw = torch.Generator().manual_seed(0)
-        stem, left, right = (torch.randint(vocab, (n,), generator=draw) for n in (6, 4, 4))
-        rows = torch.stack([torch.cat([stem, left]), torch.cat([stem, right])]).to(self.device)
-        own = self.model(input_ids=rows, use_cache=False).logits
-        tree = torch.cat([stem, left, right])[None].to(self.device)
+        """Refuses the model if a small tree differs from the model's own forward on its paths.
+
+        Lengths that such a tree does not reach, windows among them, are then made short one by one, and the
+        layers compared again.
+        """
+        self._refuse_rotary()
+        gap = self._gap(self._own_logits())
+        if not gap <= self.tolerance:
+            self._refuse(f"layer by layer its logits differ by {gap:.1e} of their size from its own forward")
+        self._check_lengths()
+
+    def tree_logits(self) -> Float[Tensor, "R V"]:
+        """Returns logits of the check's tree as an update computes them, differentiable in what is trained.
+
+        The tree is a stem of 6 tokens, of which the first two are run before, and two branches of 4.
+        """
+        ids = torch.cat([self._paths()[0], self._paths()[1, 6:]])[None]
         at = torch.arange(14, device=self.device)
-        positions = torch.where(at < 10, at, at - 4)[None]
-        ends = torch.where((at >= 6) & (at < 10), 10, 14)
-        visible = tree_visible(ends[None])
+        positions = torch.where(at < _LONGEST_PATH, at, at - 4)[None]
+        ends = torch.where((at >= 6) & (at < _LONGEST_PATH), _LONGEST_PATH, 14)
+        return self.logits(self._in_parts(ids, positions, tree_visible(ends[None]))[0])
+
+    def _paths(self) -> Int[Tensor, "2 L"]:
+        """Returns the two paths of the check's tree."""
+        vocab, draw = self.embedding.weight.shape[0], torch.Generator().manual_seed(0)
+        stem, left, right = (torch.randint(vocab, (n,), generator=draw) for n in (6, 4, 4))
+        return torch.stack([torch.cat([stem, left]), torch.cat([stem, right])]).to(self.device)
+
+    def _own_logits(self) -> Float[Tensor, "2 L V"]:
+        return self.model(input_ids=self._paths(), use_cache=False).logits
+
+    def _gap(self, own: Float[Tensor, "2 L V"]) -> float:
+        """Returns how far the tree's logits are from its paths', relative to the largest."""
         try:
-            ours = self.logits(self._in_parts(tree, positions, visible)[0])
+            ours = self.tree_logits()
         except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise
             # a layer that takes more arguments than these
             self._refuse(f"its layers cannot be called one by one ({type(error).__name__}: {error})")
         paths = torch.stack([ours[:8], torch.cat([ours[:4], ours[8:]])])
-        gap = float((paths - own[:, 2:]).abs().max() / own.abs().max().clamp(min=1e-6))
-        if not gap <= self.tolerance:
-            self._refuse(f"layer by layer its logits differ by {gap:.1e} of their size from its own forward")
+        return float((paths - own[:, 2:]).abs().max() / own.abs().max().clamp(min=1e-6))
+
+    def _refuse_rotary(self) -> None:
+        """Refuses rotary embeddings that depend on more than the token's own position.
+
+        A tree has paths of several lengths, and a text is sampled before its length is known.
+        """
+        near = torch.arange(4, device=self.device)[None]
+        longest = int(self._value("max_position_embeddings") or 0)
+        before, self.rotary = self.rotary, copy.deepcopy(self.rotary)  # some keep the longest text so far
+        try:
+            alone = self.rotations(near)
+            beside = self.rotations(torch.cat([near, near[:, -1:] + 2 * longest + 2**16], 1))
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
+            self._refuse(f"its rotary embedding cannot be called ({type(error).__name__}: {error})")
+        finally:
+            self.rotary = before
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in alone.values()):
+            self._refuse("its rotary embedding is not a cosine and a sine")
+        same = all(
+            torch.equal(one, other[:, :4])
+            for kind in alone
+            for one, other in zip(alone[kind], beside[kind], strict=True)
+        )
+        if not same:
+            rope = self._value("rope_parameters") or {}
+            entries = [rope, *(v for v in rope.values() if isinstance(v, dict))]
+            kinds = sorted({str(entry["rope_type"]) for entry in entries if "rope_type" in entry})
+            name = f" ('{', '.join(kinds)}')" if kinds else ""
+            self._refuse(f"its rotary embedding{name} depends on the length of the text")
+
+    def _check_lengths(self) -> None:
+        """Compares again with each length that the check's tree does not reach set to a short one.
+
+        A window of thousands of tokens does nothing to a text of ten. A text that is longer would take long,
+        but code reads a window as a number: if layers and model agree at a short one, on the same weights,
+        they agree at the real one. Any whole number of the config counts that is not a size of a weight, as
+        it may be a length under any name. The first layers of each kind will do.
+        """
+        with self._first_of_each_kind():
+            before = self._own_logits()
+            for name, places in lengths_of(self.model).items():
+                with set_to(places):
+                    try:
+                        own = self._own_logits()
+                    except Exception as error:  # the model cannot be built with this number: it is a size
+                        if out_of_memory(error):
+                            raise
+                        continue
+                    if before.isfinite().all() and not own.isfinite().all():
+                        continue
+                    windows, self.windows = self.windows, self._windows()
+                    try:
+                        gap = self._gap(own)
+                    finally:
+                        self.windows = windows
+                if not gap <= self.tolerance:
+                    self._refuse(f"beyond its {name} its layers differ from its own forward")
+
+    @contextmanager
+    def _first_of_each_kind(self) -> Iterator[None]:
+        """Takes the layers behind the first few away inside, if each kind of layer is among these."""
+        kinds = [
+            (type(layer), window, kind, str(layer_type))
+            for layer, window, kind, layer_type in zip(
+                self.layers, self.windows, self.rotary_types, self._layer_types(), strict=True
+            )
+        ]
+        count = max(map(kinds.index, dict.fromkeys(kinds))) + 2
+        core, layers = self.model.get_decoder(), self.layers
+        configs = {id(c): c for c in (self.config, core.config) if vars(c).get("num_hidden_layers")}
+        places = [(config, "num_hidden_layers") for config in configs.values()]
+        if count >= len(layers):
+            yield
+            return
+        try:
+            core.layers = self.layers = layers[:count]
+            with set_to(places, count):
+                yield
+        finally:
+            core.layers = self.layers = layers
 
     def _in_parts(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Runs a tree as an update does and the model's own forward does not.
@@ -306,6 +415,62 @@ def _maybe_again(layer: Callable[[Tensor], Tensor], hidden: Tensor, recompute: b
     if recompute:
         return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False)
     return layer(hidden)
+
+
+def logit_tolerance(model: PreTrainedModel) -> float:
+    """Returns how far logits of a model may differ between two ways to compute them, as a share."""
+    if any(p.dtype is torch.int8 for p in model.parameters()):
+        # int8 layers round what goes in, so a last bit may become a step of 1/127; which columns they do
+        # not round depends on the largest values of the whole batch
+        return 0.2
+    return 0.05 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
+
+
+def _declares(config: Any, name: str) -> bool:
+    """Tells whether a config's class knows a key, as a field, an argument, a property or another name."""
+    kind = type(config)
+    fields = {each.name for each in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    arguments = (inspect.signature(each.__init__).parameters for each in kind.__mro__ if each is not object)
+    known = fields.union(*arguments, getattr(config, "attribute_map", None) or {})
+    return (name in known or hasattr(kind, name)) and hasattr(config, name)
+
+
+def lengths_of(model: PreTrainedModel) -> dict[str, list[tuple[Any, str]]]:
+    """Returns the whole numbers of a config that may be lengths beyond a text of the checks, by name.
+
+    Each with the objects that hold it: configs, and the modules that copied it when they were built.
+    """
+    core, config = model.get_decoder(), model.config.get_text_config()
+    sizes = {size for weight in model.parameters() for size in weight.shape}
+    sizes |= {len(m) for m in model.modules() if isinstance(m, nn.ModuleList)}
+    modules = [m for m in model.modules() if not type(m).__module__.startswith(("torch.", "peft."))]
+    configs = {id(each): each for each in (config, model.config, getattr(core, "config", config))}
+    lengths: dict[str, list[tuple[Any, str]]] = {}
+    for name, value in vars(config).items():
+        if type(value) is not int or value < _LONGEST_PATH or _IS_NO_LENGTH.search(name):
+            continue
+        if value in sizes and not _IS_LENGTH.search(name):
+            continue
+        lengths[name] = [(each, name) for each in configs.values() if vars(each).get(name) == value]
+        for module in modules:
+            for own, number in vars(module).items():
+                alike = own == name or (value not in sizes and not _IS_NO_LENGTH.search(own))
+                if type(number) is int and number == value and alike:
+                    lengths[name].append((module, own))
+    return lengths
+
+
+@contextmanager
+def set_to(places: list[tuple[Any, str]], value: int = _SHORT) -> Iterator[None]:
+    """Sets attributes of objects inside, whatever their classes check: by default to a short length."""
+    before = [(vars(each), name, vars(each)[name]) for each, name in places]
+    try:
+        for values, name, _ in before:
+            values[name] = value
+        yield
+    finally:
+        for values, name, old in before:
+            values[name] = old
 
 
 def tree_visible(ends: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:

@@ -4,13 +4,17 @@ What a model needs (end tokens, suppressed tokens) comes from its own files, nev
 safetensors and GGUF weights are read. Knows nothing of adapters or training.
 """
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +29,8 @@ from twig.common.errors import UserError
 from twig.common.hub import hub_or_cache, refusal
 from twig.common.tokenizer import Tokenizer
 from twig.config.schema import Model
-from twig.engine.model_files import EMBEDDED, Source, source_of
+from twig.engine.model_files import EMBEDDED, Source, is_gguf, refuse_unsafe_weights, source_of
+from twig.runtime.memory_use import out_of_memory
 
 
 def load_model(chosen: Model | str, tokenizer: Tokenizer | None = None) -> tuple[PreTrainedModel, Tokenizer]:
@@ -44,6 +49,7 @@ def load_model(chosen: Model | str, tokenizer: Tokenizer | None = None) -> tuple
     device = pick_device(chosen.device)
     dtype = pick_dtype(chosen.dtype, device)
     config, tokenizer = load_config(chosen), tokenizer or load_tokenizer(chosen)
+    refuse_unsafe_weights(chosen, config)
     options = _quantised(chosen, config, device, dtype)
     if source_of(chosen).gguf_file is not None:
         options |= _dequantised()
@@ -65,7 +71,12 @@ def load_model(chosen: Model | str, tokenizer: Tokenizer | None = None) -> tuple
             "Choose a model whose config and weights belong together",
         )
     if "device_map" not in options:  # a quantised model is on its device, and may not be moved
-        model = model.to(device)
+        try:
+            model = model.to(device)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _no_room(chosen) from error
     for module in model.modules():
         # NOTE: otherwise 4-bit layers in eval mode repack their weights on some processors, and their output
         # has no gradient from then on.
@@ -160,20 +171,52 @@ def _read(kind: Any, chosen: Model, **options: Any) -> Any:
     if chosen.revision:
         options["revision"] = chosen.revision
     try:
-        logging.disable_progress_bar()  # one line of ours is enough
         local = source.fetched(chosen.revision)
         if local.gguf_file is not None:
             options["gguf_file"] = local.gguf_file
-        if local.is_local:
+        with _without_bars(local), nullcontext() if local.is_local else hub_or_cache():
             return kind.from_pretrained(local.place, **options)
-        with hub_or_cache():
-            return kind.from_pretrained(local.place, **options)
-    except torch.OutOfMemoryError:
+    except UserError:
         raise
     except Exception as error:  # a broken config, damaged weights: each library has its own kinds
+        if _is_out_of_memory(error):
+            raise _no_room(chosen) from error
         raise _refusal(chosen, source, error) from error
+
+
+@contextmanager
+def _without_bars(source: Source) -> Iterator[None]:
+    """Inside, transformers draws no progress bars: one line of ours is enough."""
+    reader: Any = None
+    if source.gguf_file is not None:  # its reader has a bar that no switch turns off
+        from transformers import modeling_gguf_pytorch_utils as reader
+    bar = getattr(reader, "tqdm", None)
+    logging.disable_progress_bar()
+    try:
+        if bar is not None:
+            reader.tqdm = lambda tensors, **options: tensors
+        yield
     finally:
+        if bar is not None:
+            reader.tqdm = bar
         logging.enable_progress_bar()
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Tells whether an error or what led to it is a lack of memory, whichever library says so."""
+    while error is not None:
+        lack = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if lack or out_of_memory(error) or "cannot allocate memory" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _no_room(chosen: Model) -> UserError:
+    smaller = [] if chosen.quantization is not None or is_gguf(chosen) else ["model.quantization=nf4"]
+    smaller += ["model.dtype=bfloat16"] if chosen.dtype in ("auto", "float32", "float64") else []
+    fix = "Choose a smaller model" + (f", or set {' or '.join(smaller)}" if smaller else "")
+    return UserError("memory", f"{chosen.name} does not fit while it is loaded", fix)
 
 
 def _refusal(chosen: Model, source: Source, error: Exception) -> UserError:
@@ -255,6 +298,8 @@ def pick_device(chosen: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(chosen)
+        if device.type not in ("cpu", "cuda", "mps"):  # what memory plan and kernels know
+            raise NotImplementedError(device.type)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
@@ -278,7 +323,10 @@ def pick_dtype(chosen: str, device: torch.device) -> torch.dtype:
 
 
 def end_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens that end a completion: the generation config's, and the tokenizer's own."""
+    """Returns the tokens that end a completion: the generation config's, and the tokenizer's own.
+
+    Raises UserError if there is none, or one that the model cannot predict: no completion would end.
+    """
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = [] if own is None else own if isinstance(own, list) else [own]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
@@ -287,7 +335,20 @@ def end_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
         raise UserError(
             "model.name", "neither the model nor its tokenizer has an end token", "Set tokenizer.eos_token"
         )
+    rows = vocabulary_of(model)
+    if outside := [token for token in ends if not 0 <= token < rows]:
+        raise UserError(
+            "model.name",
+            f"the end token {outside[0]} is beyond the {rows} tokens of the model",
+            "Correct eos_token_id in its generation_config.json, or eos_token of its tokenizer",
+        )
     return [int(token) for token in ends]
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Returns how many tokens a model can both read and predict."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return min(len(cast(nn.Linear, part).weight) for part in (head, embedding) if part is not None)
 
 
 def suppressed_ids(model: PreTrainedModel, chosen: list[int], vocab_size: int) -> list[int]:
@@ -298,4 +359,10 @@ def suppressed_ids(model: PreTrainedModel, chosen: list[int], vocab_size: int) -
             "rollout.suppress_tokens", f"{outside[0]} is not a token", f"Set ids from 0 to {vocab_size - 1}"
         )
     own = getattr(model.generation_config, "suppress_tokens", None) or []
+    if outside := [token for token in own if not 0 <= token < vocab_size]:
+        raise UserError(
+            "model.name",
+            f"its generation config suppresses {outside[0]}, and its tokens are 0 to {vocab_size - 1}",
+            "Correct suppress_tokens in its generation_config.json",
+        )
     return sorted({*own, *chosen})

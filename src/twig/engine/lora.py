@@ -3,6 +3,7 @@
 Knows nothing of what an adapter is trained for.
 """
 
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,8 +22,18 @@ from twig.common.errors import UserError
 from twig.common.hub import hub_or_cache, refusal
 from twig.common.text import message_of
 from twig.config.schema import Lora
+from twig.runtime.memory_use import out_of_memory
 
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# The fields of an adapter's config that are understood, the second half of them about the file only.
+_FIELDS = {
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "init_lora_weights"),
+    *("lora_dropout", "task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "auto_mapping", "runtime_config"),
+}
+# How new weights may have been drawn. The other ways of PEFT also change the base's weights on loading.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -62,7 +74,11 @@ def attach(
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            peft_model = get_peft_model(model, config)
+            try:
+                peft_model = get_peft_model(model, config)
+            except ValueError as error:  # modules that PEFT knows not to work
+                problem, fix = message_of(error), "Set other modules of these layers"
+                raise UserError("lora.target_modules", problem, fix) from error
     wide = torch.promote_types(model.dtype, torch.float32)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
@@ -73,41 +89,114 @@ def attach(
 def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = False) -> PeftModel:
     """Loads the LoRA adapter saved in `adapter`, a folder or an id on the Hub, onto `model`.
 
-    Raises UserError if there is none that fits, or none stored as safetensors.
+    Dropout that it was trained with is off: what is sampled and what is trained are one distribution. Raises
+    UserError if there is none that fits, or none stored as safetensors, if it needs more than LoRA matrices,
+    or if it would change the base.
     """
     folder = _adapter_folder(adapter)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fields of another kind of adapter are refused below
-            config = LoraConfig.from_pretrained(str(folder))
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"it is of the kind {config.peft_type}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        problem = f"{adapter} holds no LoRA adapter ({message_of(error)})"
-        raise UserError("model.adapter", problem, "Set model.adapter= the folder of one") from error
+    config = _adapter_config(adapter, folder)
     if not (folder / _ADAPTER_WEIGHTS).is_file():
         raise UserError(
             "model.adapter",
             f"{adapter} has no {_ADAPTER_WEIGHTS}, and no other format is loaded",
             "Set model.adapter= the folder of an adapter that has it",
         )
-    for name in ("lora_dropout", "modules_to_save", "trainable_token_indices"):
-        if getattr(config, name, None):
-            problem = f"{name} in {adapter} is not supported"
-            raise UserError("model.adapter", problem, "Train an adapter without it")
-    if config.bias != "none":
-        problem = f"bias='{config.bias}' in {adapter} is not supported"
-        raise UserError("model.adapter", problem, "Train an adapter with bias='none'")
     try:
+        _refuse_other_base(model, adapter, folder / _ADAPTER_WEIGHTS)
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             # missing weights would stay random
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
-    except torch.OutOfMemoryError:
+            loaded = PeftModel.from_pretrained(
+                model, folder, config=config, is_trainable=trainable, use_safetensors=True
+            )
+        _refuse_unused(loaded, adapter, folder / _ADAPTER_WEIGHTS)
+        return loaded
+    except UserError:
         raise
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
+    except Exception as error:  # somebody else's file: PEFT, torch and safetensors have dozens of kinds
+        if out_of_memory(error):
+            raise
         problem = f"{adapter} does not fit the model ({message_of(error)})"
         raise UserError("model.adapter", problem, "Set the model.name that it was trained on") from error
+
+
+def saved_dropout(adapter: str | Path) -> float:
+    """Returns the dropout that a saved adapter was trained with; raises UserError as `load_adapter`."""
+    return float(_read_config(adapter, _adapter_folder(adapter)).get("lora_dropout") or 0.0)
+
+
+def _adapter_config(adapter: str | Path, folder: Path) -> LoraConfig:
+    """Reads the config of a saved adapter; raises UserError for every field that is not understood.
+
+    PEFT would drop a field that it does not know, and build what the adapter was not trained as.
+    """
+    normal = LoraConfig()
+    for name, value in _read_config(adapter, folder).items():
+        if name in _FIELDS or not value or value == getattr(normal, name, None):
+            continue
+        shown = f"{name}={value!r}" if isinstance(value, str) else name
+        problem = f"{message_of(shown)} in {adapter} is not supported"
+        raise UserError("model.adapter", problem, "Train an adapter without it")
+    try:
+        config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+    except Exception as error:  # values of any kind
+        raise _no_adapter(adapter, error) from error
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        problem = f"init_lora_weights={config.init_lora_weights!r} in {adapter} changes the base"
+        fix = "Save it as a plain adapter (PEFT's path_initial_model_for_weight_conversion)"
+        raise UserError("model.adapter", message_of(problem), fix)
+    config.lora_dropout = 0.0
+    return config
+
+
+def _read_config(adapter: str | Path, folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{_ADAPTER_CONFIG} is not a JSON object")
+        if values.get("peft_type") != "LORA":
+            raise ValueError(f"it is of the kind {values.get('peft_type')}")
+        return values
+    except (OSError, ValueError, RecursionError) as error:
+        raise _no_adapter(adapter, error) from error
+
+
+def _no_adapter(adapter: str | Path, error: Exception) -> UserError:
+    problem = f"{adapter} holds no LoRA adapter ({message_of(error)})"
+    return UserError("model.adapter", problem, "Set model.adapter= the folder of one")
+
+
+def _refuse_other_base(model: PreTrainedModel, adapter: str | Path, weights: Path) -> None:
+    """Raises UserError if an adapter's file holds weights of the base that are not the model's.
+
+    PEFT saves the embeddings beside an adapter on them, and writes them over the base's on loading.
+    """
+    base = dict(model.named_parameters(remove_duplicate=False))
+    with safe_open(weights, "pt") as file:
+        for key in file.keys():
+            if _is_of_adapter(key):
+                continue
+            own = base.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+            saved = file.get_tensor(key)
+            if own is None or own.shape != saved.shape or not torch.equal(saved.to(own), own):
+                problem = f"{adapter} also holds other weights of the base ({message_of(key)})"
+                fix = "Save it again with save_embedding_layers=False, or set the model.name it was made with"
+                raise UserError("model.adapter", problem, fix)
+
+
+def _refuse_unused(loaded: PeftModel, adapter: str | Path, weights: Path) -> None:
+    """Raises UserError if the model has no place for a tensor of the adapter's file."""
+    places = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    with safe_open(weights, "pt") as file:
+        unused = sorted(key for key in file.keys() if _is_of_adapter(key) and key not in places)
+    if unused:
+        problem = f"{adapter} does not fit the model (it has no place for {message_of(unused[0])})"
+        raise UserError("model.adapter", problem, "Set the model.name that it was trained on")
+
+
+def _is_of_adapter(key: str) -> bool:
+    return any(part.startswith("lora_") for part in key.split("."))
 
 
 def _adapter_folder(adapter: str | Path) -> Path:
@@ -119,7 +208,7 @@ def _adapter_folder(adapter: str | Path) -> Path:
 
     try:
         with hub_or_cache():
-            return Path(snapshot_download(name, allow_patterns=["adapter_config.json", _ADAPTER_WEIGHTS]))
+            return Path(snapshot_download(name, allow_patterns=[_ADAPTER_CONFIG, _ADAPTER_WEIGHTS]))
     except Exception as error:  # the library and those below it raise dozens of kinds; each ends in one line
         raise UserError("model.adapter", *_not_fetched(name, error)) from error
 
@@ -169,9 +258,10 @@ def refuse_another_shape(settings: Any, has: dict[str, Any]) -> None:
 
 
 def _layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """Returns the decoder layers: the longest module list in the model."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return max(lists, key=len)
+    """Returns the decoder layers: the longest module list that lies in no other one."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
+    outer = [m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)]
+    return max(outer, key=len)
 
 
 def _layer_numbers(layers: str | Sequence[int], count: int) -> list[int]:

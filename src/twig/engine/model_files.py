@@ -4,13 +4,16 @@ Knows nothing of what is in them.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from twig.common.errors import UserError
 from twig.common.hub import hub_or_cache
+from twig.common.text import message_of
 from twig.config.schema import Model
 
 EMBEDDED = ("tiny-arithmetic",)
@@ -86,6 +89,45 @@ def source_of(chosen: Model) -> Source:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError("model.name", f"{name} is not a folder", _A_MODEL)
     return Source(name)
+
+
+def refuse_unsafe_weights(chosen: Model, config: Any) -> None:
+    """Raises UserError if loading the model would read anything but safetensors files beside its config.
+
+    transformers reads whatever a model's index names, pickles and other folders included.
+    """
+    source = source_of(chosen)
+    if source.gguf_file is not None:
+        return
+    # a config may name the file of the weights
+    index = str(getattr(config, "transformers_weights", None) or "model.safetensors.index.json")
+    names = [] if index.endswith(".index.json") else [index]
+    if not names and (path := _file_of(source, index, chosen.revision)) is not None:
+        try:
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            names = [str(name) for name in shards.values()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            problem = f"the {index} of {chosen.name} cannot be read ({message_of(error)})"
+            raise UserError("model.name", problem, "Copy or download the model again") from error
+    for name in names:
+        if PurePath(name).name != name or not name.endswith(".safetensors"):
+            problem = f"the weights of {chosen.name} are in {message_of(name)}"
+            fix = "Save the model again: only safetensors files of its own folder are read"
+            raise UserError("model.name", problem, fix)
+
+
+def _file_of(source: Source, name: str, revision: str | None) -> Path | None:
+    """Returns a file of a model on this machine, fetched from the Hub if it is there; None if it has none."""
+    if source.is_local:
+        path = Path(source.place) / name
+        return path if path.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    with hub_or_cache():
+        kinds = ("gated_repo", "missing_entries", "connection_errors")
+        quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+        cached = cached_file(source.place, name, revision=revision or "main", **quiet)
+    return None if cached is None else Path(cached)
 
 
 def _gguf_source(chosen: Model, path: Path) -> Source:

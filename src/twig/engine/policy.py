@@ -8,8 +8,9 @@ Knows nothing of tries, rewards or algorithms. Legend: B rows, L columns, R head
 hidden, V vocabulary.
 """
 
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from twig.engine.base_policy import BasePolicy, OpenStem, add_gradients
-from twig.engine.decoder import Context, Decoder, tree_visible
+from twig.common.errors import UserError
+from twig.engine.base_policy import BasePolicy, OpenStem, add_gradients, module_of
+from twig.engine.decoder import PLAIN, Context, Decoder, tree_visible
 from twig.engine.kv_cache import PrefixKV
 from twig.engine.loops import resolve_decode
 from twig.engine.lora import adapted_layers
@@ -50,6 +52,7 @@ class Policy(BasePolicy):
 
     def _set_up(self) -> None:
         self.decode = resolve_decode(self.decode, self.device.type)
+        self._refuse_outside_layers()
         self.decoder = Decoder(self.model)
         self.decode_steps: KeptBuffers | None = None
         if _has_signal(self.parameters):
@@ -59,6 +62,20 @@ class Policy(BasePolicy):
             self.decoder.check()
         self.num_layers = len(self.decoder.layers)
         self.cut = min(adapted_layers(self.decoder.layers))
+        self._refuse_unmoved(self.decoder.tree_logits, PLAIN)
+
+    def _refuse_outside_layers(self) -> None:
+        """Raises UserError if an update would leave a trained tensor out: it trains those of the layers."""
+        layers = getattr(self.model.get_decoder(), "layers", None)
+        if isinstance(layers, torch.nn.ModuleList):
+            inside = {id(parameter) for parameter in layers.parameters()}
+            outside = [name for name, p in self.parameters.items() if id(p) not in inside]
+            if outside:
+                raise UserError(
+                    "model.engine=trie",
+                    f"the adapter on {module_of(outside[0])} is in no layer of the decoder",
+                    PLAIN,
+                )
 
     @property
     def records_boundary(self) -> bool:
@@ -114,16 +131,49 @@ class Policy(BasePolicy):
         padding, and recomputed layers. The lowest layer's inputs need no gradient: there it counts a little
         too much.
         """
-        kinds = (torch.nn.Linear, Conv1D)
-        of_all, of_rows = 0, self.decoder.head.weight.numel()
-        for number in range(self.cut, self.num_layers):
-            for name, module in self.decoder.layers[number].named_modules():
-                if isinstance(module, kinds) and "lora_" not in name:
-                    last = number == self.num_layers - 1
-                    whole = not last or any(part in ("k_proj", "v_proj") for part in name.split("."))
-                    of_all += module.weight.numel() * whole
-                    of_rows += module.weight.numel() * (not whole)
-        return (4 * backward + 2 * forward) * (nodes * of_all + rows * of_rows)
+        return (4 * backward + 2 * forward) * (nodes * self._weights[0] + rows * self._weights[1])
+
+    @cached_property
+    def _weights(self) -> tuple[int, int]:
+        """Numbers of frozen weights that every token of an update meets, and that only head rows meet."""
+        last = self.num_layers - 1
+        layers = [sum(map(_weights_of, _matrices(self.decoder.layers[i]))) for i in range(self.cut, last + 1)]
+        of_keys = self._key_value_weights()
+        return sum(layers[:-1]) + of_keys, layers[-1] - of_keys + self.decoder.head.weight.numel()
+
+    @torch.enable_grad()
+    def _key_value_weights(self) -> int:
+        """Counts the weights of the last layer that its keys and values depend on.
+
+        These are the outputs of its matrices with a gradient, as one matrix may compute queries as well, and
+        two may compute keys one after the other.
+        """
+        decoder, last, draw = self.decoder, self.num_layers - 1, torch.Generator().manual_seed(0)
+        outputs: list[tuple[int, Tensor]] = []  # of each matrix its inputs, and what came out of it
+        hooks = [
+            matrix.register_forward_hook(
+                lambda _, args, out: outputs.append((args[0].shape[-1], cast(Tensor, out)))
+            )
+            for matrix in _matrices(decoder.layers[last])
+        ]
+        tokens = 16  # as of a clipped value there is no gradient
+        positions = torch.arange(tokens, device=self.device)[None]
+        masks = decoder.masks(tree_visible(torch.full_like(positions, tokens)), positions, positions)
+        context = Context(masks, decoder.rotations(positions), positions)
+        hidden = torch.randn(1, tokens, self.embeddings.shape[1], generator=draw)
+        hidden = hidden.to(self.device, self.dtype).requires_grad_()
+        try:
+            pair = decoder.keys_values(hidden, last, last + 1, context)[last]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        pulls = [torch.randn(each.shape, generator=draw).to(each) for each in pair]
+        gradients = torch.autograd.grad(pair, [out for _, out in outputs], pulls, allow_unused=True)
+        return sum(
+            inputs * int((gradient != 0).flatten(0, -2).any(0).sum())
+            for (inputs, _), gradient in zip(outputs, gradients, strict=True)
+            if gradient is not None
+        )
 
     def _target_logps(
         self, pack: Pack, boundary: Tensor | None, opened: OpenStem | None
@@ -179,6 +229,20 @@ class Policy(BasePolicy):
     @property
     def _recompute(self) -> bool:
         return self.checkpoint_layers and torch.is_grad_enabled()
+
+
+def _matrices(layer: torch.nn.Module) -> Iterator[torch.nn.Linear | Conv1D]:
+    """Yields the frozen matrices of a layer."""
+    for name, module in layer.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and "lora_" not in name:
+            yield module
+
+
+def _weights_of(matrix: torch.nn.Linear | Conv1D) -> int:
+    """Counts the weights of a matrix; a quantised one holds several in one number."""
+    if isinstance(matrix, torch.nn.Linear):
+        return matrix.in_features * matrix.out_features
+    return matrix.weight.numel()
 
 
 def _has_signal(parameters: Mapping[str, Tensor]) -> bool:

@@ -27,9 +27,10 @@ from twig.engine.decode_graph import DecodeStep, DecodeSteps, NotCaptured, StepS
 from twig.engine.decoder import Context
 from twig.engine.inverse_cdf import invert
 from twig.engine.loops import Loop
+from twig.engine.plain_policy import PlainPolicy
 from twig.engine.policy import Policy
 from twig.engine.stop_rules import Decode, Ending
-from twig.runtime.memory_use import give_back, out_of_memory
+from twig.runtime.memory_use import give_back, out_of_memory, trim_freed_memory
 
 _COMPACT_BELOW = 0.75  # copy the cache once fewer than this share of its rows are unfinished
 _STEPS_AT_ONCE = 8  # captured steps between two looks at the unfinished rows: a look waits for the device
@@ -81,7 +82,7 @@ class SamplingParams:
         rollout = settings.rollout
         return cls(
             end_ids,
-            lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True),
+            lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=settings.task.skip_special_tokens),
             max_completion_length=rollout.max_completion_length,
             stop=rollout.stop,
             seed=settings.train.seed,
@@ -131,9 +132,10 @@ def sample(
 ) -> Sampled:
     """Samples all requests, `params.wave_size` completions at a time.
 
-    `on_finished` gets the number of completions that finished since the last call; the numbers sum to the
-    completions requested. `on_wave` gets the completions of each wave once it is done. If there are several
-    waves, the requests expected to be long come first: a wave takes as many steps as its longest row.
+    `on_finished` gets how many more completions are done; the numbers sum to the completions requested. While
+    a wave is sampled, an unfinished completion counts for its share of the longest allowed. `on_wave` gets
+    the completions of each wave once it is done. If there are several waves, the requests expected to be
+    long come first: a wave takes as many steps as its longest row.
     """
     order, wave_size = range(len(requests)), params.wave_size
     if sum(request.num for request in requests) > wave_size:
@@ -159,6 +161,7 @@ def sample(
             finished.end_wave(len(wave))
     finally:
         policy.free_packed()
+        trim_freed_memory()
     if table is None:
         return Sampled(completions, [np.empty(0, np.int64) for _ in requests], None, wave_size)
     cells = [table.prompt_cells(request) for request in requests]
@@ -175,7 +178,7 @@ class _Row:
 
 
 class _Finished:
-    """Counts finished rows: `rows` of whole waves, and those that a wave under way has reported.
+    """Counts rows that are done: `rows` of whole waves, and those that a wave under way has reported.
 
     A wave that is repeated reports some rows again; they are counted once.
     """
@@ -183,9 +186,9 @@ class _Finished:
     def __init__(self, report: Callable[[int], None] | None) -> None:
         self.rows, self._reported, self._report = 0, 0, report
 
-    def in_wave(self, count: int) -> None:
-        """Takes the number of rows of the wave under way that have finished."""
-        new = self.rows + count - self._reported
+    def in_wave(self, finished: int, unfinished: int = 0, share: float = 0.0) -> None:
+        """Takes how many rows of this wave are finished, and what `share` of the others is sampled."""
+        new = self.rows + finished + int(unfinished * share) - self._reported
         if new > 0:
             self._reported += new
             if self._report is not None:
@@ -405,7 +408,7 @@ def _sample_layers(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _
     for t in range(longest):
         tokens, going = recorder.choose(logits, current, t)
         left = int(going.sum())
-        finished.in_wave(len(wave.rows) - left)
+        finished.in_wave(len(wave.rows) - left, left, (t + 1) / longest)
         if left == 0:
             break
         if left < _COMPACT_BELOW * len(current):
@@ -458,7 +461,7 @@ def _sample_steps(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _F
         if (t + 1) % _STEPS_AT_ONCE and t + 1 < longest:
             continue
         left = int(step.going.sum())
-        finished.in_wave(len(wave.rows) - left)
+        finished.in_wave(len(wave.rows) - left, left, (t + 1) / longest)
         if left == 0:
             break
     recorder.take(step, rows)
@@ -487,22 +490,25 @@ def _by_prompt(values: Tensor, group: np.ndarray, number: np.ndarray) -> Tensor:
     return table
 
 
-def _sample_model(policy: BasePolicy, wave: _Wave, recorder: _Recorder, finished: _Finished) -> None:
+def _sample_model(policy: PlainPolicy, wave: _Wave, recorder: _Recorder, finished: _Finished) -> None:
     """Samples a wave with the model's own forward and cache, one prompt at a time, for any architecture."""
     group = wave.places()
     for place, request in enumerate(wave.prompts().values()):
         alive = torch.from_numpy(np.flatnonzero(group == place)).to(policy.device)
         ids = torch.from_numpy(request.prompt_ids).to(policy.device).expand(len(alive), -1)
-        cache = None
+        cache, start = None, 0
         for t in range(recorder.ids.shape[1]):
-            out = policy.model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = getattr(out, "past_key_values", None)
-            tokens, going = recorder.choose(policy.sampled_logits(out.logits[:, -1]), alive, t)
-            finished.in_wave(int((~recorder.going).sum()))
-            if not going.any():
+            logits, cache = policy.next_logits(ids, start, cache)
+            tokens, going = recorder.choose(policy.sampled_logits(logits[:, -1]), alive, t)
+            left = int(going.sum())
+            finished.in_wave(int((~recorder.going).sum()), left, (t + 1) / recorder.ids.shape[1])
+            if left == 0:
                 break
-            # without a cache of the usual name, the whole text is run again
-            ids = tokens[:, None] if cache is not None else torch.cat([ids, tokens[:, None]], 1)
+            # without a cache the whole text is run again
+            if cache is not None:
+                ids, start = tokens[:, None], start + ids.shape[1]
+            else:
+                ids = torch.cat([ids, tokens[:, None]], 1)
 
 
 _LOOPS: dict[Loop, Callable[..., None]] = {

@@ -21,7 +21,7 @@ from twig.core.credit import Scored
 from twig.core.objective import SequenceWeights, sequence_weights
 from twig.engine.base_policy import BasePolicy, OpenStem
 from twig.engine.pack import Pack, build_packs, halves
-from twig.runtime.memory_use import give_back, out_of_memory
+from twig.runtime.memory_use import give_back, out_of_memory, trim_freed_memory
 
 _SMALLEST_HEAD_CHUNK = 2**16
 
@@ -58,7 +58,7 @@ class NodeValues:
 class LogProbs:
     """Log-probs of weighted nodes that an objective needs before its backward pass (None: not needed).
 
-    `old`: of the policy that sampled; `ref`: of the base model; `current`: of the policy as it stands.
+    `old`: of the policy that sampled; `ref`: of the reference; `current`: of the policy as it stands.
     """
 
     old: NodeValues | None = None
@@ -144,6 +144,7 @@ class Passes:
         """
         with self.policy.computing():
             self.packs = self._run(run, keep, gradient)
+        trim_freed_memory()
 
     def _run(
         self,

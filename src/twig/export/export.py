@@ -46,6 +46,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _TEXT = "347 * 26 = 9022. A text like any other, for comparing logits."
 _TOKENS = 256  # of which the logits are compared
+# A merge may miss this share of the adapter's effect, or what rounding alone explains: so many times the
+# precision of the weights' dtype.
+_MERGE_ERROR, _ROUNDING = 0.1, 8.0
 # Problems of the kind that a task has, for the form of its prompts; no row of anybody's data is shown.
 _PROBLEMS = {
     "multiplication": "347*26=",
@@ -345,6 +348,8 @@ def _write_merged(
     ids = _ids(source, tokenizer)
     peft_model = load_adapter(model, source.adapter)
     expected = _logits(peft_model, ids)
+    with peft_model.disable_adapter():
+        effect = expected - _logits(peft_model, ids)
     progress.phase("merging")
     model = merge_adapter(peft_model)
     progress.phase("writing")
@@ -359,10 +364,17 @@ def _write_merged(
     written, _ = load_model(base.model_copy(update=merged))
     logits = _logits(written, ids)
     # If both are -inf (tokens that a model rules out) they do not differ.
-    difference = torch.where(logits == expected, 0.0, (logits - expected).abs()).max()
-    largest = expected[expected.isfinite()].abs().max()
-    dtype = str(written.dtype).removeprefix("torch.")
-    return Merge(dtype, float(difference), float(largest), ids.shape[1])
+    error = torch.where(logits == expected, 0.0, (logits - expected).abs())
+    difference, largest = float(error.max()), float(expected[expected.isfinite()].abs().max())
+    share = float(error.norm() / effect[effect.isfinite()].norm().clamp(min=1e-30))
+    rounding = _ROUNDING * torch.finfo(written.dtype).eps * largest
+    if not (share <= _MERGE_ERROR or difference <= rounding):
+        raise UserError(
+            "--merged",
+            f"the merged model differs from base and adapter by {share:.0%} of what the adapter does",
+            "Leave out --merged",
+        )
+    return Merge(str(written.dtype).removeprefix("torch."), difference, largest, ids.shape[1])
 
 
 def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
