@@ -191,7 +191,6 @@ TABLE = {
         ("train quickstart task.reward_file=rewards.py", ["task.reward_file", "FILE.py:"]),
     ],
     "folders": [
-        ("train {stock}/damaged_config --resume", ["damaged_config/config.yaml", "not readable as YAML"]),
         ("eval {stock}/damaged_config", ["damaged_config/config.yaml", "not readable as YAML"]),
         ("export {stock}/damaged_config", ["damaged_config/config.yaml", "not readable as YAML"]),
         ("plan {stock}/damaged_config", ["damaged_config/config.yaml", "not readable as YAML"]),
@@ -214,7 +213,7 @@ TABLE = {
         ),
         (
             "train {stock}/other_checkpoint --resume train.max_steps=2",
-            ["step-1", "not a checkpoint of this run"],
+            ["lora.r", "began with 4"],
         ),
         (
             "train {stock}/odd_checkpoint --resume train.max_steps=2",
@@ -425,7 +424,7 @@ TABLE = {
         ),
         (
             "{train} model.adapter={stock}/a_other_weights",
-            ["model.adapter", "a_other_weights", "does not fit the model"],
+            ["model.adapter", "a_other_weights", "weights of the base (x)"],
         ),
         (
             "{train} model.adapter={stock}/a_pickle_only",

@@ -346,6 +346,16 @@ def test_a_live_display_on_a_terminal():
     assert "\x1b[31m" not in shown, "text from outside never steers the terminal"
 
 
+@pytest.mark.parametrize("kind", ["plain", "live"])
+def test_after_a_resume_tokens_are_counted_on(kind):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100, color_system=None, _environ={"TERM": "xterm"})
+    with showing(kind, console) as progress:
+        progress.resumed({"tokens_sampled": 6000, "tokens_selected": 150, "nodes_run": 1, "seconds": 2.0})
+        drive(progress)
+    assert "10.0k tokens sampled, 250 trained (2.5 %)" in out.getvalue()
+
+
 def test_a_dumb_terminal_gets_plain_lines():
     console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
     with showing("auto", console) as progress:

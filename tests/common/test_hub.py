@@ -95,7 +95,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(why, error, monkeypatch)
 def test_data_that_the_hub_does_not_give_is_one_line(why, error, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", raising(error))
     with pytest.raises(UserError, match=f"^{DATA[why]}") as caught:
-        data._open(SimpleNamespace(name="custom", path=NAME, revision="nope"), None, None)
+        data._open(SimpleNamespace(name="custom", path=NAME, revision="nope", subset=None), None, None)
     assert "\n" not in str(caught.value)
 
 

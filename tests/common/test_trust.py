@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,25 @@ def test_what_is_a_secret(secrets, monkeypatch):
     for value in secrets:
         assert value not in str(without_secrets({value: [value, {"a": f"x{value}y"}]}))
     assert hidden("for sk-0123456789abcdefgh") == "for (removed)"
+    token = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl"
+    for text in ("Bearer {}", "a.b12345678.{}", "key={}", "(session-{})"):
+        assert token not in hidden(text.format(token)) and "eyJ" not in hidden(text.format(token))
+    assert hidden("eyJustAWord.and another") == "eyJustAWord.and another"
+
+
+@pytest.mark.parametrize(
+    "text", ["eyJ-", "eyJ-abcdefgh", "eyJabcdefgh.", "eyJ-abcdefgh.", "sk-", "://", "/a"]
+)
+def test_hiding_takes_time_in_proportion_to_the_text(text):
+    """Of 16 times as much text: in proportion it takes 16 times as long, and a square would be 256 times."""
+
+    def seconds(number):
+        began = time.process_time()
+        hidden(text * number)
+        return time.process_time() - began
+
+    short, long = (min(seconds(number) for _ in range(5)) for number in (2_000, 32_000))
+    assert long < 100 * max(short, 1e-4)
 
 
 def test_no_secret_of_the_environment_is_in_a_run_folder(model, place, secrets):

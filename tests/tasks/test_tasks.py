@@ -24,7 +24,7 @@ def settings(name: str, **values: Any) -> SimpleNamespace:
     """Settings with a task group, defaults as in the real ones."""
     task = {
         **dict.fromkeys(
-            ("path", "revision", "prompt_template", "system_prompt", "train_split", "eval_split")
+            ("path", "revision", "subset", "prompt_template", "system_prompt", "train_split", "eval_split")
         ),
         **dict.fromkeys(
             (
@@ -272,7 +272,7 @@ def test_custom_prompts() -> None:
     assert task.train[0] == Example("p", {"prompt": "other"}) and task.train[1].prompt == chat
     for wrong in (3, [], ["hi"], [{"role": "user"}]):
         line = one_line(lambda wrong=wrong: load_task(settings("custom"), [{"prompt": wrong}]))
-        assert "data row 0: prompt " in line
+        assert line.startswith("data row 0: prompt")
     line = one_line(lambda: load_task(settings("custom"), [{"prompt": "p", "completions": 1}]))
     assert "column 'completions'" in line
 

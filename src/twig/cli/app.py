@@ -4,7 +4,6 @@ A mistake that a person can fix is one line on stderr and exit status 2; a stopp
 1. Torch and transformers are imported by the commands that need them, when they run.
 """
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import typer
 
 from twig import __version__
 from twig.cli.compare import compare_command
-from twig.cli.console import Silent, Stopped
+from twig.cli.console import Silent, Stopped, unfailing_streams
 from twig.cli.env import env_command
 from twig.cli.eval import eval_command
 from twig.cli.export import export_command
@@ -31,6 +30,7 @@ from twig.runtime.failures import FAULT, STOPPED, USAGE_ERROR, Ended
 from twig.runtime.processes import launched
 
 _UsageError = typer.BadParameter.__mro__[1]
+_RUNS = ("train", "compare")  # what they do is in a folder, and stdout only shows it
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -74,13 +74,23 @@ def _options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 
-    0: done; 1: a fault of Twig; 2: one line says what to change; 130: stopped.
+    0: done; 1: a fault of Twig; 2: one line says what to change; 130: stopped. A display or result that
+    cannot be written changes nothing about a run; for any other command, a full disk is an error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with unfailing_streams() as output:
+        status = _status(arguments)
+        output.flush()
+        trouble = output.trouble
+        if status == 0 and trouble is not None and _command(arguments) not in _RUNS:
+            return _end(f"stdout: {trouble.strerror or trouble}. Write the output elsewhere.", USAGE_ERROR)
+        return status
+
+
+def _status(arguments: Sequence[str]) -> int:
     try:
         _refuse_several(arguments)
-        status = app(arguments or ["--help"], prog_name="twig", standalone_mode=False)
-        sys.stdout.flush()
+        status = app(list(arguments) or ["--help"], prog_name="twig", standalone_mode=False)
         if status == STOPPED:  # some versions of typer turn Ctrl-C into this, and say nothing
             return _end("stopped", STOPPED)
         return status if isinstance(status, int) else 0
@@ -90,10 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ended.status
     except (Stopped, Ended) as ended:
         return _end(ended, ended.status)
-    except BrokenPipeError:
-        # The reader of the output closed it; nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         line = _fixable(error)
         if line is not None:
@@ -102,9 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end("this is a fault in Twig. Please report it with the lines above.", FAULT)
 
 
+def _command(arguments: Sequence[str]) -> str:
+    return next((each for each in arguments if not each.startswith("-")), "")
+
+
 def _refuse_several(arguments: Sequence[str]) -> None:
-    command = next((each for each in arguments if not each.startswith("-")), "train")
-    if command != "train" and launched() is not None:
+    command = _command(arguments)
+    if command not in ("", "train") and launched() is not None:
         raise UserError(f"twig {command}", "it runs as one process", "Run it without accelerate or torchrun")
 
 

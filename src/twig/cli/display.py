@@ -8,7 +8,7 @@ and the fields of summary.json, nothing about training.
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ class _Figures:
         self.tokens_per_second: float | None = None
         self.evaluation = ""
 
+    def resume(self, totals: Mapping[str, Any]) -> None:
+        """Takes over the tokens of a run that resumes."""
+        self.sampled, self.selected = totals["tokens_sampled"], totals["tokens_selected"]
+
     def add(self, metrics: dict[str, Any]) -> None:
         """Adds the metrics of a step."""
         sampled, seconds = metrics.get("tokens/sampled", 0), metrics.get("time/step")
@@ -114,6 +118,9 @@ class PlainProgress(Progress):
         if name not in ("sampling", "updating"):
             self._line(f"{name} ..." if total is None else f"{name} {total} problems ...")
 
+    def resumed(self, totals: Mapping[str, Any]) -> None:
+        self.figures.resume(totals)
+
     def step(self, step: int, total: int, metrics: dict[str, Any]) -> None:
         self.figures.add(metrics)
         now = time.monotonic()
@@ -161,6 +168,9 @@ class LiveProgress(Progress):
 
     def advance(self, count: int = 1) -> None:
         self.bars.advance(self.work, count)
+
+    def resumed(self, totals: Mapping[str, Any]) -> None:
+        self.figures.resume(totals)
 
     def step(self, step: int, total: int, metrics: dict[str, Any]) -> None:
         self.figures.add(metrics)

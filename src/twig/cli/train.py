@@ -15,12 +15,15 @@ from twig.cli.display import quoted, show_findings, show_run, showing
 from twig.cli.plan import plan_as_comment
 from twig.common.errors import UserError
 from twig.common.text import file_name
+from twig.common.user_code import ProcessState
 from twig.config.load import Settings, load
 from twig.config.sizes import as_begun
 from twig.report.diagnosis import findings
 from twig.report.history import read_run
+from twig.report.page import report_if_missing
+from twig.runs.contents import load_to_resume
 from twig.runs.folder import RunLog, new_folder, newest_folder
-from twig.runs.reader import is_finished, is_run, read_summary
+from twig.runs.reader import ADAPTER, BEST, damage, is_finished, is_run, read_summary
 from twig.runtime.failures import Ended, exit_status
 from twig.runtime.processes import ALONE, Processes, launched, together
 
@@ -47,13 +50,14 @@ def train_command(
     if launched() is not None:
         _train_together(source, overrides or (), output, resume, dry_run)
         return
-    settings = load(_recipe(source), overrides or ())
+    settings = (load_to_resume if resume else load)(_recipe(source), overrides or ())
     if dry_run:
         sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
         return
     folder = _folder(source, output, resume)
     summary = _summary_if_done(folder, settings) if resume else None
     if summary is not None:
+        _complete(folder, summary)
         _show(folder, summary)
         return
     with _stoppable(folder):
@@ -76,7 +80,7 @@ def _train_together(
     try:
         with together() as processes:
             if processes.main:
-                settings = load(_recipe(source), overrides)
+                settings = (load_to_resume if resume else load)(_recipe(source), overrides)
                 if dry_run:
                     sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
                 else:
@@ -106,6 +110,7 @@ def _train(
     # The folder is created or refused before the slow imports; a run that fails before its start leaves none.
     log = RunLog.open(folder) if resume else RunLog.create(folder, settings)
     log.close()  # the run opens it again
+    state = ProcessState.now()
     try:
         from twig.training.train import train as run
 
@@ -116,6 +121,8 @@ def _train(
         if not resume:
             log.discard()
         raise
+    finally:
+        state.restore()  # the working folder: paths here are as they were written
 
 
 def _recipe(source: str) -> str:
@@ -148,6 +155,15 @@ def _summary_if_done(folder: Path, settings: Settings) -> dict[str, Any] | None:
     as_it_began = as_begun(settings, log.settings)  # with the sizes that the run chose
     done = log.settings == as_it_began and is_finished(log.summary())
     return read_summary(folder) if done else None
+
+
+def _complete(folder: Path, summary: dict[str, Any]) -> None:
+    """Says what the folder of a finished run has lost, and writes the report if that is missing."""
+    adapters = [ADAPTER, BEST] if summary.get("accuracy_best") else [ADAPTER]
+    with showing("plain") as progress:
+        for text in damage(folder, summary["steps"], adapters):
+            progress.message(f"warning: {text}")
+        report_if_missing(folder, progress.message)
 
 
 def _how_to_resume(folder: Path) -> str:

@@ -73,6 +73,19 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(_set_aside(folder), ignore_errors=True)
 
 
+def clear_leftovers(folder: Path, pattern: str, put_back: bool = False) -> None:
+    """Removes the drafts and the folders set aside that a killed process left of those named `pattern`.
+
+    With `put_back`, a folder that was set aside returns to its place if nothing came there.
+    """
+    for path in [*folder.glob(f".{pattern}.tmp"), *folder.glob(f".{pattern}.old")]:
+        target = path.with_name(path.stem.removeprefix("."))
+        if put_back and path.suffix == ".old" and not target.exists():
+            os.replace(path, target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def flush(path: Path) -> None:
     """Waits until the disk has a file, if it exists."""
     with suppress(FileNotFoundError):

@@ -4,6 +4,7 @@ This base class logs only notices; `cli/display.py` has those that show more.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from twig.common.text import one_line
@@ -22,6 +23,9 @@ class Progress:
 
     def advance(self, count: int = 1) -> None:
         """Called when `count` more units of the phase are done."""
+
+    def resumed(self, totals: Mapping[str, Any]) -> None:
+        """Called if a run resumes; `totals` are those of summary.json, over the steps before."""
 
     def step(self, step: int, total: int, metrics: dict[str, Any]) -> None:
         """Called after training step `step` of `total`; `metrics` is its row in metrics.jsonl."""

@@ -5,12 +5,14 @@ import importlib.util
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from twig.common.errors import UserError
 from twig.common.text import printable
+from twig.common.user_code import ProcessState, is_ours, message_from, traceback_from
 
 logger = logging.getLogger(__name__)
 
@@ -70,33 +72,30 @@ def load_names(
 ) -> tuple[Callable[..., Any], ...]:
     """Runs the file in "FILE.py:NAME[,NAME]" and returns what it names, which must be callable.
 
-    `notice` (None: the log) gets a line before the file is run. `kind` is "function" or "class". Raises
-    UserError for a missing file or name, FileError if the file itself fails.
+    `notice` (None: the log) gets a line before the file is run. `kind` is "function" or "class". What the
+    file changes in the process is put back. Raises UserError for a missing file or name, FileError if the
+    file itself fails, in whatever way.
     """
     path = python_file(spec, key)
     (notice or logger.warning)(f"running the Python file {printable(path)}")
-    module = _run(path, key)
-    values = []
-    for name in split_spec(spec)[1]:
-        value = getattr(module, name, None)
-        if not callable(value):
-            own = [
-                each
-                for each, item in vars(module).items()
-                if callable(item) and getattr(item, "__module__", None) == module.__name__ and each[0] != "_"
-            ]
-            raise UserError(
-                key,
-                f"{path} has no {kind} {name!r}",
-                f"Name {'one of ' if len(own) > 1 else ''}{', '.join(own)}"
-                if own
-                else f"Write a {kind} in it",
-            )
-        values.append(value)
+    with _failing(path, key):
+        module = _run(path)
+        names = split_spec(spec)[1]
+        values: list[Any] = [getattr(module, name, None) for name in names]
+        lacking = [name for name, value in zip(names, values, strict=True) if not callable(value)]
+        own = _own_names(module) if lacking else []
+    if lacking:
+        fix = f"Name {'one of ' if len(own) > 1 else ''}{', '.join(own)}" if own else f"Write a {kind} in it"
+        raise UserError(key, f"{path} has no {kind} {lacking[0]!r}", fix)
     return tuple(values)
 
 
-def _run(path: Path, key: str) -> Any:
+def _own_names(module: Any) -> list[str]:
+    names = [name for name, item in vars(module).items() if callable(item) and not name.startswith("_")]
+    return [name for name in names if getattr(vars(module)[name], "__module__", None) == module.__name__]
+
+
+def _run(path: Path) -> Any:
     # Registered by a name of its own, so that dataclasses and pickling inside the file work; imports from the
     # file's folder work too.
     name = f"twig_file_{path.stem}"
@@ -109,14 +108,27 @@ def _run(path: Path, key: str) -> Any:
         sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
+@contextmanager
+def _failing(path: Path, key: str) -> Iterator[None]:
+    """Turns whatever the file raises into FileError, and puts back what it changes in the process."""
+    state = ProcessState.now()
+    try:
+        yield
+    except BaseException as error:
+        if is_ours(error):
+            raise
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
-        message = " ".join(str(error).split())
+        own = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
         raise FileError(
             key,
-            f"{path}:{line}: {type(error).__name__}: {message}",
-            traceback_text="".join(traceback.format_exception(error)),
+            f"{path}:{own or 1}: {type(error).__name__}: {message_from(error)}",
+            traceback_text=traceback_from(error),
         ) from error
-    return module
+    finally:
+        state.restore()

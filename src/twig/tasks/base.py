@@ -4,11 +4,17 @@ A task module has one function, `load(settings) -> Task` (or `load(settings, tra
 it reads data), and is listed in `load.py`. Knows nothing about models, data files or algorithms.
 """
 
+import datetime
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import PurePath
 from typing import Any
+from uuid import UUID
 
 from twig.core.types import Example, Score
 from twig.tasks.reward_calls import Limit
@@ -47,13 +53,40 @@ class Task:
     reward_limit: Limit = Limit()
 
 
-def data_revision(task: Task) -> str:
-    """Returns a checksum of the problems in their order, independent of their source."""
+def data_checksums(task: Task) -> dict[str, str]:
+    """Returns a checksum of the problems to train on and one of those to evaluate on, each in their order.
+
+    They are `train_data` and `eval_data`, independent of where the problems come from.
+    """
+    return {"train_data": _checksum(task.train), "eval_data": _checksum(task.eval)}
+
+
+def data_revision(checksums: Mapping[str, str]) -> str:
+    """Returns one checksum for all problems of a task, from its `data_checksums`."""
+    both = checksums["train_data"] + checksums["eval_data"]
+    return f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
+
+
+def as_json(row: Any) -> bytes:
+    """Returns what a row says, for a checksum: equal for equal rows, in any process."""
+    return json.dumps(row, skipkeys=True, default=_stand_in).encode()
+
+
+def _checksum(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
-    for examples in (task.train, task.eval):
-        for example in examples:
-            row = [example.prompt, example.columns]
-            text = json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__)
-            digest.update(text.encode() + b"\n")
-        digest.update(b"\n")
-    return f"sha256:{digest.hexdigest()}"
+    for example in examples:
+        digest.update(as_json([example.prompt, example.columns]) + b"\n")
+    return digest.hexdigest()
+
+
+def _stand_in(value: Any) -> Any:
+    """Returns what stands for a value that JSON has no kind for; of objects that say nothing, their type."""
+    if isinstance(value, bytes | bytearray):
+        return value.hex()
+    if hasattr(value, "tolist"):  # an array
+        with suppress(Exception):  # or any object of the user's
+            return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    kinds = (datetime.date, datetime.time, datetime.timedelta, Decimal, Fraction, complex, UUID, PurePath)
+    return str(value) if isinstance(value, kinds) else type(value).__name__

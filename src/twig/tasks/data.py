@@ -9,15 +9,17 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from twig.common.errors import UserError
 from twig.common.hub import hub_or_cache, refusal
-from twig.common.text import storable
+from twig.common.text import message_of, storable
+from twig.common.user_code import is_ours, message_from
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +54,14 @@ def read_rows(
     They are the data passed in, else those of `task.path` (a file, a folder, or a name on the Hub), else
     those of `hub_name`; `source` are the settings of the group `task`. A split called `all` is every row. If
     the data has no split for evaluation, rows are held out of training: `task.eval_size`, or a fifth but at
-    most 500, always the same ones. Data passed in is never divided. Raises UserError for anything that cannot
-    be read.
+    most 500, always the same ones. Data passed in is never divided, and read only as far as these sizes
+    say: a stream, which has no length, needs them. Raises UserError for anything that cannot be read.
     """
     if train_dataset is not None or eval_dataset is not None:
-        rows = Rows(_passed("train_dataset", train_dataset), _passed("eval_dataset", eval_dataset))
+        rows = Rows(
+            _passed("train_dataset", train_dataset, "train_size", source.train_size),
+            _passed("eval_dataset", eval_dataset, "eval_size", source.eval_size),
+        )
     else:
         rows = _choose(_open(source, hub_name, hub_config), source)
     return Rows(rows.train[: source.train_size], rows.eval[: source.eval_size])
@@ -94,9 +99,14 @@ def _open(source: Any, hub_name: str | None, hub_config: str | None) -> _Source:
                 f"not set, but task {source.name} needs data",
                 "Set task.path=FILE.jsonl, a folder, or the name of a data set on the Hub",
             )
-        return _Source(hub_name, _hub(hub_name, hub_config, source))
+        return _Source(hub_name, _hub(hub_name, source.subset or hub_config, source))
     path = Path(source.path).expanduser()
     try:
+        if source.subset is not None and path.exists():
+            problem = f"{path} is on this machine, where nothing has configurations"
+            raise UserError(
+                "task.subset", problem, "Leave task.subset out, or set task.path to one of its files"
+            )
         if path.is_dir():
             return _Source(str(path), _folder(path))
         if path.exists():
@@ -110,7 +120,7 @@ def _open(source: Any, hub_name: str | None, hub_config: str | None) -> _Source:
             f"{path} does not exist",
             "Set task.path to a JSON, JSONL or Parquet file, or to a folder of them",
         )
-    return _Source(source.path, _hub(source.path, None, source))
+    return _Source(source.path, _hub(source.path, source.subset, source))
 
 
 def _unreadable(path: Path, reason: str) -> UserError:
@@ -148,7 +158,11 @@ def _refused(name: str, source: Any, error: Exception) -> UserError:
     def refused(problem: str, fix: str) -> UserError:
         return UserError(f"task {source.name}", f"data set {name} {problem}", fix)
 
-    copy = "set task.path=FOLDER if you have a copy"
+    copy, reason = "set task.path=FOLDER if you have a copy", message_of(error)
+    if re.search("config name is missing|builderconfig", reason, re.IGNORECASE):
+        return UserError(
+            "task.subset", f"data set {name}: {reason}", "Set task.subset= one of its configurations"
+        )
     match refusal(error):
         case "gated":
             page = f"https://huggingface.co/datasets/{name}"
@@ -160,8 +174,10 @@ def _refused(name: str, source: Any, error: Exception) -> UserError:
         case "offline":
             problem = "is not on this machine, and the Hub is not reachable"
             return refused(problem, f"Check the network, or {copy}")
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return refused(f"cannot be read from the Hub ({reason})", "Set task.path=FOLDER if you have a copy")
+    return refused(
+        f"cannot be read from the Hub ({type(error).__name__}: {reason})",
+        "Set task.path=FOLDER if you have a copy",
+    )
 
 
 def _folder(path: Path) -> Splits:
@@ -325,7 +341,7 @@ def _hold_out(rows: list[Row], size: int | None, name: str) -> Rows:
     return Rows(train, [rows[number] for number in sorted(held_out)])
 
 
-def _passed(name: str, data: Any) -> list[Row]:
+def _passed(name: str, data: Any, size_name: str, size: int | None) -> list[Row]:
     if data is None:
         return []
     if isinstance(data, Mapping):
@@ -333,7 +349,10 @@ def _passed(name: str, data: Any) -> list[Row]:
         raise UserError(name, f"holds the splits {names}", "Pass one split, a Dataset or a list of dicts")
     if isinstance(data, str):
         raise UserError(name, f"is the text {data!r}", "Pass a Dataset or a list of dicts")
-    rows = list(data)
+    if size is None and not isinstance(data, Sized):
+        problem = f"has no length, so there is no telling whether it ends ({type(data).__name__})"
+        raise UserError(name, problem, f"Set task.{size_name}= the rows to read, or pass a list of dicts")
+    rows = _first(name, data, size)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise UserError(
@@ -344,4 +363,20 @@ def _passed(name: str, data: Any) -> list[Row]:
             raise UserError(name, f"row {number} has a column {odd!r}", "Pass column names as text")
     if not rows:
         raise UserError(name, "holds no rows", "Pass at least one")
-    return [_whole(dict(row)) for row in rows]
+    try:
+        return [_whole(dict(row)) for row in rows]
+    except RecursionError:
+        raise UserError(name, "a row holds itself, or is nested too deeply", "Pass flatter rows") from None
+
+
+def _first(name: str, data: Any, size: int | None) -> list[Any]:
+    """Returns the first `size` rows of data passed in (None: all); nothing beyond them is read."""
+    rows: list[Any] = []
+    try:
+        rows.extend(islice(iter(data), size))
+    except BaseException as error:  # of a generator of the user's, or of whatever a stream comes from
+        if is_ours(error):
+            raise
+        problem = f"row {len(rows)} cannot be read ({type(error).__name__}: {message_from(error)})"
+        raise UserError(name, problem, "Pass a Dataset or a list of dicts") from error
+    return rows

@@ -4,6 +4,7 @@ A task is one small module here, imported when it is used. Knows nothing about a
 """
 
 import difflib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any
 from twig.common.errors import UserError
 from twig.common.python_files import load_names
 from twig.common.text import either
+from twig.common.user_code import repr_of
 from twig.tasks.base import Task
 from twig.tasks.prompts import encode_prompt, fill_template, render_prompt
 from twig.tasks.reward_calls import Limit
@@ -71,7 +73,7 @@ def _with_texts(task: Task, group: Any) -> Task:
 
 def _with_rewards(task: Task, group: Any, passed: Any, notice: Callable[[str], None] | None) -> Task:
     if passed is not None:
-        functions = (passed,) if callable(passed) else tuple(passed)
+        functions = tuple(passed) if isinstance(passed, list | tuple) else (passed,)
     elif group.reward_file is not None:
         functions = load_names(group.reward_file, "task.reward_file", "function", notice)
     else:
@@ -86,8 +88,7 @@ def _with_rewards(task: Task, group: Any, passed: Any, notice: Callable[[str], N
     if group.name == "custom" and functions != task.reward_funcs:
         task = replace(task, score=None, score_lenient=None)  # its own rewards decide what is right
     for function in functions:
-        if not callable(function):
-            raise UserError("reward_funcs", f"{function!r} is not a function", "Pass functions, not names")
+        _refuse_no_function(function)
     weights = group.reward_weights
     if weights is not None and len(weights) != len(functions):
         names = ", ".join(function_name(function) for function in functions)
@@ -99,3 +100,19 @@ def _with_rewards(task: Task, group: Any, passed: Any, notice: Callable[[str], N
     weights = None if weights is None else tuple(weights)
     limit = Limit(group.reward_timeout, group.reward_on_timeout)
     return replace(task, reward_funcs=functions, reward_weights=weights, reward_limit=limit)
+
+
+def _refuse_no_function(function: Any) -> None:
+    """Raises UserError for what TRL takes as a reward and Twig does not: the name of a model, or a model."""
+    torch = sys.modules.get("torch")
+    is_model = torch is not None and isinstance(function, torch.nn.Module)
+    if isinstance(function, str) or is_model:
+        what = repr_of(function) if isinstance(function, str) else f"a {type(function).__name__}"
+        raise UserError(
+            "reward_funcs",
+            f"{what} is a reward model, and Twig calls functions only",
+            "Pass a function that runs the model and returns one number per completion",
+        )
+    if not callable(function):
+        problem = f"{repr_of(function)} is not a function"
+        raise UserError("reward_funcs", problem, "Pass a function, or a list of functions")

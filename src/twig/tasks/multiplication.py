@@ -150,6 +150,7 @@ def load(settings: Any) -> Task:
     task = settings.task
     for name, value, own in (
         ("path", task.path, None),
+        ("subset", task.subset, None),
         ("train_split", task.train_split, "train"),
         ("eval_split", task.eval_split, "eval"),
     ):

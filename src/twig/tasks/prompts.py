@@ -4,18 +4,20 @@ The tokenizer is an argument; knows nothing about models.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from twig.common.errors import UserError
-from twig.common.text import storable
+from twig.common.text import message_of, storable
 from twig.core.types import Example
 from twig.tasks.base import Task
 
 Messages = list[dict[str, Any]]
 _MOST_COUNTED = 4000
+# More than most tokenizers need for a token: a prompt of so many characters may be too long.
+_CHARACTERS = 8
 
 # `{{` and `}}` are braces, `{name}` is a column, every other brace is itself: `\boxed{}` needs no escape.
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
@@ -50,7 +52,8 @@ def render_prompt(task: Task, example: Example, tokenizer: Any) -> str:
     """Returns the text that the model sees for an example: template, system prompt, chat template.
 
     A prompt of chat messages always goes through the tokenizer's chat template; a text does if the tokenizer
-    has one (`task.chat` auto), always or never. Raises UserError if the tokenizer lacks the template.
+    has one (`task.chat` auto), always or never. Messages that end with one of the assistant end where the
+    model is to continue it. Raises UserError if the tokenizer lacks the template.
     """
     if _is_chat(task, example, tokenizer):
         return _render_chat(task, _messages(task, example), tokenizer)
@@ -81,10 +84,13 @@ def encode_prompt(task: Task, example: Example, tokenizer: Any) -> np.ndarray:
     return np.array(ids, np.int64)
 
 
-def longest_prompt(task: Task, examples: Sequence[Example], tokenizer: Any) -> int:
+def longest_prompt(
+    task: Task, examples: Sequence[Example], tokenizer: Any, context: int | None = None
+) -> int:
     """Counts the tokens of the longest prompt of `examples`; 0 if there is none.
 
-    Of more than 4,000 problems only those with the most characters are counted: well under a second.
+    Of more than 4,000 problems only those with the most characters are counted: well under a second. Raises
+    UserError for a prompt that is far too long for `context` (None: no limit).
     """
 
     def characters(example: Example) -> int:
@@ -95,6 +101,8 @@ def longest_prompt(task: Task, examples: Sequence[Example], tokenizer: Any) -> i
     texts: dict[bool, list[str]] = {True: [], False: []}
     for example in examples:
         text = render_prompt(task, example, tokenizer)
+        if context is not None:
+            _refuse_far_too_long(task, text, tokenizer, context)
         texts[_is_chat(task, example, tokenizer)].append(text)
     counts = [
         len(ids)
@@ -108,11 +116,70 @@ def longest_prompt(task: Task, examples: Sequence[Example], tokenizer: Any) -> i
 def refuse_too_long(task: Task, prompt: int, context: int | None) -> None:
     """Raises UserError if a prompt of so many tokens leaves no room in a model's context (None: no limit)."""
     if context is not None and prompt >= context:
-        raise UserError(
-            f"task {task.name}",
-            f"a prompt has {prompt} tokens, and the model's context only {context}",
-            "Leave such rows out, or choose a model with a longer context",
-        )
+        raise _too_long(task, str(prompt), context)
+
+
+def _refuse_far_too_long(task: Task, text: str, tokenizer: Any, context: int) -> None:
+    """Raises UserError if the beginning of a prompt alone has twice the tokens of the context.
+
+    So a prompt of any length is refused in the time that takes, without tokenizing the rest of it. The
+    factor of two leaves room for how the end of the beginning is cut.
+    """
+    length = _CHARACTERS * context
+    while length < len(text):
+        if len(tokenizer(text[:length], add_special_tokens=False)["input_ids"]) >= 2 * context:
+            raise _too_long(task, f"over {2 * context}", context)
+        length *= 4
+
+
+def _too_long(task: Task, tokens: str, context: int) -> UserError:
+    return UserError(
+        f"task {task.name}",
+        f"a prompt has {tokens} tokens, and the model's context only {context}",
+        "Leave such rows out, or choose a model with a longer context",
+    )
+
+
+def written_twice(task: Task, tokenizer: Any) -> str | None:
+    """Returns a special token that the chat template writes around a prompt and that a prompt holds already.
+
+    None if no prompt does, or if there is no template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        around = _render_chat(task, [{"role": "user", "content": ""}], tokenizer)
+    except UserError:
+        return None  # a template that refuses this refuses the prompts too, or takes only its own kind
+    special = {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special |= {str(token) for token in added if getattr(token, "special", False)}
+    markers = sorted(token for token in special if token and token in around)
+
+    def texts() -> Iterator[str]:
+        yield from (text for text in (task.system_prompt, task.prompt_template) if text is not None)
+        for example in (*task.train, *task.eval):
+            if not isinstance(example.prompt, str):
+                yield from (text_of(message.get("content")) or "" for message in example.prompt)
+            elif task.chat != "never":
+                yield example.prompt
+
+    return next((marker for text in texts() for marker in markers if marker in text), None)
+
+
+def text_of(content: Any) -> str | None:
+    """Returns the text of a message's content: a text, or parts that are all text; None for any other.
+
+    >>> text_of([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]), text_of([{"type": "image"}])
+    ('a b', None)
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        return None
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    parts = [text for text in texts if isinstance(text, str)]
+    return "".join(parts) if len(parts) == len(content) else None
 
 
 def _is_chat(task: Task, example: Example, tokenizer: Any) -> bool:
@@ -146,22 +213,31 @@ def _messages(task: Task, example: Example) -> Messages:
         problem = "the prompts are chat messages, which take no template"
         raise UserError("task.prompt_template", problem, "Leave task.prompt_template out")
     else:
-        messages = list(example.prompt)
+        # Templates for text alone cannot write parts.
+        messages = [{**message, "content": _plain_content(message)} for message in example.prompt]
     # A system message in the data wins.
     if task.system_prompt is not None and not (messages and messages[0].get("role") == "system"):
         messages = [{"role": "system", "content": task.system_prompt}, *messages]
     return messages
 
 
+def _plain_content(message: Mapping[str, Any]) -> Any:
+    content = message.get("content")
+    text = text_of(content)
+    return content if text is None else text
+
+
 def _render_chat(task: Task, messages: Messages, tokenizer: Any) -> str:
-    options = {"add_generation_prompt": True, **task.chat_template_kwargs}
+    continues = bool(messages) and messages[-1].get("role") == "assistant"
+    turn = {"continue_final_message": True} if continues else {}
+    options = {"add_generation_prompt": not continues, **turn, **task.chat_template_kwargs}
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # templates refuse roles and their order by raising errors of any kind
         if type(error).__module__.partition(".")[0] not in ("jinja2", "builtins"):
             raise
         roles = ", ".join(str(message.get("role")) for message in messages)
-        reason = " ".join(str(error).split())
+        reason = message_of(error)
         raise UserError(
             f"task {task.name}",
             f"the chat template refuses messages with the roles {roles} ({reason})",

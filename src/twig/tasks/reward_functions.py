@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from twig.common.python_files import FileError
-from twig.common.text import shortened
-
-_LONGEST_MESSAGE = 800
+from twig.common.user_code import message_from, traceback_from
 
 
 class RewardError(FileError):
@@ -28,7 +26,8 @@ def is_async(function: Callable[..., Any]) -> bool:
 def function_name(function: Callable[..., Any]) -> str:
     """Returns a reward function's name in metrics: its own, or that of its class if it is an object."""
     function = _unwrapped(function)
-    return getattr(function, "__name__", type(function).__name__)
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
 
 
 def function_names(functions: Sequence[Callable[..., Any]]) -> list[str]:
@@ -67,17 +66,19 @@ def label_of(function: Callable[..., Any], name: str) -> str:
     return f"reward function {name!r} ({defined_at(function)})"
 
 
-def failure(function: Callable[..., Any], name: str, error: Exception) -> RewardError:
-    """Returns the error for a function's exception; its place is the last line in the function's own file."""
+def failure(function: Callable[..., Any], name: str, error: BaseException) -> RewardError:
+    """Returns the error for a function's exception; its place is the last line in the function's own file.
+
+    Never raises, whatever the exception does when it is shown.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     code = _code(function)
     own = [frame for frame in frames if code and frame.filename == code.co_filename]
     frame = (own or frames)[-1]
-    message = shortened(" ".join(str(error).split()), _LONGEST_MESSAGE)
     return RewardError(
         f"reward function {name!r}",
-        f"raised {type(error).__name__} at {frame.filename}:{frame.lineno}: {message}",
-        traceback_text="".join(traceback.format_exception(error)),
+        f"raised {type(error).__name__} at {frame.filename}:{frame.lineno}: {message_from(error)}",
+        traceback_text=traceback_from(error),
     )
 
 
@@ -85,7 +86,7 @@ def check_signature(function: Callable[..., Any], name: str, arguments: Mapping[
     """Raises RewardError if the function does not take these keyword arguments."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some built-in callables have none
+    except Exception:  # some callables have none
         return
     try:
         signature.bind(**arguments)

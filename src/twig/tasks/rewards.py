@@ -1,25 +1,32 @@
 """Calls reward functions the way TRL 1.16 does and turns their results into numbers.
 
 All arguments are keywords: prompts, completions (texts, or one assistant message each if the prompt is chat
-messages), completion_ids, each column of the data as a list, trainer_state, log_extra, log_metric. Async
-functions run together, in the background of sampling. None leaves a completion out of that function's share.
-A function that fails stops the run with one line. Knows nothing about models or algorithms.
+messages), completion_ids, each column of the data as a list, trainer_state, log_extra, log_metric. Each call
+gets its own copies of them. Async functions run together, in the background of sampling. None leaves a
+completion out of that function's share. A function that fails stops the run with one line. Knows nothing
+about models or algorithms.
 """
 
+import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from twig.common.metrics import logged_name
 from twig.common.text import plain
+from twig.common.user_code import ProcessState, is_ours, message_from, repr_of
 from twig.core.types import Example, Score
 from twig.tasks.answers import score_answer, score_lenient
 from twig.tasks.base import Task
-from twig.tasks.reward_calls import call, start
+from twig.tasks.reward_calls import Background, Late, call, start
 from twig.tasks.reward_functions import RewardError, function_names, is_async, label_of
 
 logger = logging.getLogger(__name__)
@@ -33,7 +40,7 @@ class Rewards:
     reward, is in no average and gets no credit. `per_function` has [N] per function, NaN for None. `logged`
     has the values passed to `log_metric`. `lenient`, bool [2, N], says whether a completion has a last number
     and whether that is right; None if the task has no lenient reading. `extra` has the columns passed to
-    `log_extra`, N values each.
+    `log_extra`, N values each, in JSON's kinds.
     """
 
     total: np.ndarray
@@ -57,10 +64,11 @@ class Rewards:
         """Metrics of the step.
 
         `rewards/NAME/mean` and `rewards/NAME/std` (if a function returned any number), the means of the
-        values passed to `log_metric`, `answers/found_lenient` and `answers/right_lenient`.
+        values passed to `log_metric` (named by `common.metrics.logged_name`), `answers/found_lenient` and
+        `answers/right_lenient`.
         """
         metrics = _statistics(self.per_function)
-        metrics |= {name: sum(values) / len(values) for name, values in self.logged.items()}
+        metrics |= {logged_name(name): sum(values) / len(values) for name, values in self.logged.items()}
         if self.lenient is not None:
             names = ("answers/found_lenient", "answers/right_lenient")
             metrics |= {name: float(row.mean()) for name, row in zip(names, self.lenient, strict=True)}
@@ -104,10 +112,10 @@ def score_completions(
 
 @dataclass(frozen=True)
 class _Part:
-    # Completions of a batch, by their numbers in it, and the future results of the async functions for them.
+    # Completions of a batch, by their numbers in it, and the async functions at work on them.
     numbers: np.ndarray
     log: "_Log"
-    returned: dict[str, Future[Any]]
+    returned: dict[str, Background]
 
 
 class Rewarding:
@@ -119,6 +127,7 @@ class Rewarding:
 
     def __init__(self, task: Task, trainer_state: Any = None) -> None:
         self.task, self.trainer_state = task, trainer_state
+        self.state = ProcessState.now()
         names = function_names(task.reward_funcs)
         self.functions = dict(zip(names, task.reward_funcs, strict=True))
         self.background = {name: f for name, f in self.functions.items() if is_async(f)}
@@ -134,12 +143,18 @@ class Rewarding:
         """Starts the async functions for the completions that have these numbers in the batch."""
         if not self.background:
             return
-        log, limit, count = _Log(), self.task.reward_limit, len(texts)
-        arguments = self._arguments(examples, texts, completion_ids, log)
-        futures = {
-            name: start(function, name, arguments, limit, count) for name, function in self.background.items()
+        log, limit = _Log(), self.task.reward_limit
+        returned = {
+            name: start(
+                function,
+                name,
+                self._arguments(examples, texts, completion_ids, log),
+                limit,
+                _Reader(function, name, len(texts)),
+            )
+            for name, function in self.background.items()
         }
-        self.parts.append(_Part(np.array(numbers, np.int64), log, futures))
+        self.parts.append(_Part(np.array(numbers, np.int64), log, returned))
 
     def finish(
         self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Any]
@@ -147,27 +162,30 @@ class Rewarding:
         """Returns the rewards of the whole batch; see `score_completions`."""
         task, count, log = self.task, len(texts), _Log()
         assert count == len(completion_ids) == len(examples) > 0, "one text, list of ids and example each"
-        arguments = self._arguments(examples, texts, completion_ids, log)
         per_function = {}
         try:
             for name, function in self.functions.items():
                 if name not in self.background:
-                    returned = call(function, name, arguments, task.reward_limit, count)
-                    per_function[name] = _values(function, name, returned, count)
+                    arguments = self._arguments(examples, texts, completion_ids, log)
+                    read = _Reader(function, name, count)
+                    values = partial(call, function, name, arguments, task.reward_limit, read)
+                    per_function[name] = _or_score(values, count)
             if not self.parts:
                 self.start(range(count), examples, texts, completion_ids)
             assert not self.parts or sum(len(part.numbers) for part in self.parts) == count, "each once"
-            for name, function in self.background.items():
+            for name in self.background:
                 per_function[name] = np.empty(count)
                 for part in self.parts:
-                    returned = part.returned[name].result()
-                    per_function[name][part.numbers] = _values(function, name, returned, len(part.numbers))
+                    values = _or_score(part.returned[name].result, len(part.numbers))
+                    per_function[name][part.numbers] = values
         finally:
             for part in self.parts:
-                for future in part.returned.values():
-                    future.cancel()
+                for background in part.returned.values():
+                    background.cancel()
+            self.state.restore()
         per_function = {name: per_function[name] for name in self.functions}
         total = weighted_total(np.stack(list(per_function.values()), axis=1), task.reward_weights)
+        _refuse_beyond(total)
         _warn_unrewarded(total, [example.prompt for example in examples], texts)
         logged = _chained([log.metrics, *(part.log.metrics for part in self.parts)])
         lenient = read_leniently(task, examples, texts)
@@ -176,15 +194,19 @@ class Rewarding:
     def _arguments(
         self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Any], log: "_Log"
     ) -> dict[str, Any]:
-        columns = columns_of(examples)
+        columns = {
+            name: [_copied(value, f"column {name!r}") for value in values]
+            for name, values in columns_of(examples).items()
+            if name not in ("prompt", "completion")
+        }
         return {
-            **{name: values for name, values in columns.items() if name not in ("prompt", "completion")},
-            "prompts": [example.prompt for example in examples],
+            **columns,
+            "prompts": [_copied(example.prompt, "the prompt") for example in examples],
             "completions": [
                 _as_prompted(example.prompt, text) for example, text in zip(examples, texts, strict=True)
             ],
             "completion_ids": [[int(token) for token in ids] for ids in completion_ids],
-            "trainer_state": self.trainer_state,
+            "trainer_state": deepcopy(self.trainer_state),
             "log_extra": log.add_extra,
             "log_metric": log.add_metric,
         }
@@ -236,7 +258,8 @@ def weighted_total(values: np.ndarray, weights: Sequence[float] | None) -> np.nd
     >>> weighted_total(np.array([[1.0, 0.5], [np.nan, 2.0], [np.nan, np.nan]]), [1.0, 2.0])
     array([ 2.,  4., nan])
     """
-    total = np.nansum(values * (1.0 if weights is None else np.array(weights)), axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.nansum(values * (1.0 if weights is None else np.array(weights)), axis=1)
     return np.where(np.isnan(values).all(axis=1), np.nan, total)
 
 
@@ -278,11 +301,17 @@ class _Log:
         self.extra: dict[str, list[Any]] = {}
         self.metrics: dict[str, list[float]] = {}
 
-    def add_extra(self, column: str, values: list[Any]) -> None:
-        self.extra.setdefault(column, []).extend(map(plain, values))
+    # What cannot be written raises inside the function that logs it, so that it is that function's error.
+    def add_extra(self, column: Any, values: Any) -> None:
+        ordered = _ordered(values)
+        if ordered is None:
+            raise TypeError(f"log_extra takes a list, not {repr_of(values)}")
+        columns = [plain(value) for value in ordered]
+        json.dumps(columns)
+        self.extra.setdefault(_name(column), []).extend(columns)
 
-    def add_metric(self, name: str, value: float) -> None:
-        self.metrics.setdefault(name, []).append(float(value))
+    def add_metric(self, name: Any, value: Any) -> None:
+        self.metrics.setdefault(_name(name), []).append(float(value))
 
     def columns(self, count: int) -> dict[str, list[Any]]:
         for name, values in self.extra.items():
@@ -327,40 +356,92 @@ def _warn_unrewarded(total: np.ndarray, prompts: Sequence[Any], completions: Seq
 
 # ---- what functions return ---------------------------------------------------------------------------------
 
+_LARGEST = float(np.finfo(np.float32).max)  # weights of tokens are float32
+_FIX = "Return one finite number or None per completion"
 
-def _values(function: Callable[..., Any], name: str, returned: Any, count: int) -> np.ndarray:
-    def refused(problem: str) -> RewardError:
-        fix = "Return one finite number or None per completion"
-        return RewardError(label_of(function, name), f"returned {problem}", fix)
 
-    if isinstance(returned, (str, bytes, Mapping)) or not _is_iterable(returned):
-        raise refused(f"{_show(returned)}, not a list")
-    returned = list(returned)
-    if len(returned) != count:
-        raise refused(f"{len(returned)} values for {count} completions")
-    values = np.empty(count)
-    for index, value in enumerate(returned):
-        number = math.nan if value is None else _as_number(value)
-        if number is None or value is not None and not math.isfinite(number):
-            raise refused(f"{_show(value)} for completion {index}")
-        values[index] = number
-    return values
+@dataclass(frozen=True)
+class _Reader:
+    # Turns what a function returned for `count` completions into numbers; runs the user's code.
+    function: Callable[..., Any]
+    name: str
+    count: int
+
+    def __call__(self, returned: Any) -> np.ndarray:
+        values = np.empty(self.count)
+        for index, value in enumerate(self._in_order(returned)):
+            number = math.nan if value is None else _as_number(value)
+            if number is None or value is not None and not abs(number) <= _LARGEST:
+                raise self._refused(f"{repr_of(value)} for completion {index}")
+            values[index] = number
+        return values
+
+    def _in_order(self, returned: Any) -> list[Any]:
+        values = _ordered(returned)
+        if values is None:
+            raise self._refused(f"{repr_of(returned)}, not a list")
+        endless = isinstance(values, Iterator)  # or so long that nobody wants to wait for its end
+        first = list(islice(values, self.count + 1)) if endless else list(values)
+        if len(first) != self.count:
+            number = f"more than {self.count}" if endless and len(first) > self.count else len(first)
+            raise self._refused(f"{number} values for {self.count} completions")
+        return first
+
+    def _refused(self, problem: str) -> RewardError:
+        return RewardError(label_of(self.function, self.name), f"returned {problem}", _FIX)
+
+
+def _ordered(values: Any) -> Sequence[Any] | Iterator[Any] | None:
+    # A sequence, an array or tensor with a dimension, or an iterator: they have an order, a set has none.
+    values = values.tolist() if hasattr(values, "tolist") else values
+    is_text = isinstance(values, str | bytes | bytearray)
+    return values if isinstance(values, Sequence | Iterator) and not is_text else None
 
 
 def _as_number(value: Any) -> float | None:
     # Scalars of numpy and torch have `tolist`; a text is no number, even if float() could read it.
     value = value.tolist() if hasattr(value, "tolist") else value
-    return float(value) if isinstance(value, (bool, int, float)) else None
-
-
-def _is_iterable(value: Any) -> bool:
+    if not isinstance(value, Real):
+        return None
     try:
-        iter(value)
-    except TypeError:  # also a tensor of no dimension
-        return False
-    return True
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
-def _show(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+def _or_score(call: Callable[[], np.ndarray], count: int) -> np.ndarray:
+    # Rewards, or the score of a call that took too long.
+    try:
+        return call()
+    except Late as late:
+        return np.full(count, late.score)
+
+
+def _refuse_beyond(total: np.ndarray) -> None:
+    beyond = np.flatnonzero(~np.isnan(total) & ~(np.abs(total) <= _LARGEST))
+    if len(beyond):
+        raise RewardError(
+            "task.reward_weights",
+            f"the weighted sum of the rewards of completion {beyond[0]} is {total[beyond[0]]:g}",
+            "Set smaller weights, or return smaller rewards",
+        )
+
+
+def _copied(value: Any, what: str) -> Any:
+    # Rows may hold any object: what copy.deepcopy returns is the function's own.
+    try:
+        return deepcopy(value)
+    except BaseException as error:
+        if is_ours(error):
+            raise
+        raise RewardError(
+            what,
+            f"holds {repr_of(value)}, which cannot be copied ({type(error).__name__}: {message_from(error)})",
+            "Leave it out of the data, or make it something that copy.deepcopy copies",
+        ) from error
+
+
+def _name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a text, not {repr_of(name)}")
+    return name
