@@ -59,6 +59,8 @@ def record(folder, steps=STEPS):
     """All that a run leaves behind and that must not depend on where it was broken off."""
     tensors, state = checkpoint.load(checkpoint.newest_valid(folder / "checkpoints")[0])
     del state["standing"]["totals"]["seconds"]
+    for name in ("settings", "contents"):  # the same run may be asked for in several ways
+        state.pop(name, None)
     del tensors["random"]["python"]  # the checks of types, which only tests have, draw from it
     summary = {k: v for k, v in read_summary(folder).items() if k not in MACHINE}
     return {

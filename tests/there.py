@@ -5,6 +5,8 @@ operation that would mix the two raises, as it would on CUDA, but for what CUDA 
 dimension), indices, and copies. `TWIG_TEST_DEVICE=there` runs `tests/gpu/` on it.
 """
 
+from collections import Counter
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
@@ -13,6 +15,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "there"
 _PUT = {"aten::index_put_", "aten::index_put"}
 _FREE = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::_unsafe_index"} | _PUT
+waits: Counter[str] = Counter()  # operations whose result the host has to wait for, by name
 
 
 class There(torch.Tensor):
@@ -41,6 +44,7 @@ class There(torch.Tensor):
         return f"There({self.inner!r})"
 
     def tolist(self):
+        waits["tolist"] += 1
         return self.inner.tolist()
 
     def numpy(self, *args, **kwargs):
@@ -75,6 +79,8 @@ def _run(func, args, kwargs):
         raise RuntimeError(f"{name}: values on another device")
     if not there and not on:
         return func(*args, **kwargs)
+    if there and _waits_for_values(func, args, on):
+        waits[name] += 1
     moved = dict(kwargs)
     if device is not None:
         moved["device"] = torch.device("cpu")
@@ -91,6 +97,17 @@ def _run(func, args, kwargs):
     if not there:
         return wrapped
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _waits_for_values(func, args, on) -> bool:
+    """Whether the host needs values of the device to go on: as a number, a shape, or a copy."""
+    name = func._schema.name
+    if name == "aten::copy_":
+        return isinstance(args[1], There) and not isinstance(args[0], There)
+    if name.startswith(("aten::index.", "aten::index_put", "aten::_unsafe_index")) or name == "aten::index":
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    return not on or any(tag in func.tags for tag in tags)
 
 
 class Device(TorchDispatchMode):
@@ -123,3 +140,5 @@ def register():
     """Makes the name known to torch; once in a process."""
     if torch._C._get_privateuse1_backend_name() != NAME:
         _setup_privateuseone_for_python_backend(NAME)
+        # asked for when checkpointed layers run again
+        getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]

@@ -312,3 +312,45 @@ def test_what_to_write_instead_is_the_value_put_right(override, instead):
     with pytest.raises(UserError) as caught:
         Settings.from_dict(LEAST, [override])
     assert caught.value.fix.endswith(instead)
+
+
+# Aliases
+
+NINE = "\n".join(
+    f"{name}: &{name} [{', '.join(['x' if before is None else f'*{before}'] * 9)}]"
+    for before, name in zip([None, *"abcdefgh"], "abcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        NINE,
+        "a: &a [*a]",
+        "a: &a {b: [1, *a]}",
+        "&a {x: *a}",
+        f"{NINE}\nz: {{<<: [*a]}}",
+        "a: &a {x: 1}\n" + "b: [" + "*a, " * 11_000 + "]",
+    ],
+)
+def test_aliases_without_end_are_refused_before_they_are_followed(text):
+    with pytest.raises(UserError) as caught:
+        parse_yaml(text, "my.yaml")
+    assert str(caught.value).startswith("my.yaml: ") and "alias" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_that_a_person_writes_are_read():
+    text = "base: &base {seed: 3, optim: sgd}\ntrain: {<<: *base, max_steps: 5}\nmore: [*base, *base]"
+    base = {"seed": 3, "optim": "sgd"}
+    assert parse_yaml(text, "") == {"base": base, "train": base | {"max_steps": 5}, "more": [base, base]}
+    long = list(range(20_000))
+    assert parse_yaml(str(long), "") == long, "without an alias there is no limit"
+
+
+@given(st.text(st.sampled_from("&*ab: [],{}\n-<1"), max_size=60))
+def test_aliases_are_read_or_refused(text):
+    try:
+        parse_yaml(text, "my.yaml")
+    except UserError as error:
+        assert "\n" not in str(error)

@@ -19,7 +19,7 @@ from twig.config.load import Settings, load, parse_yaml, settings_with
 from twig.config.messages import fields_of
 from twig.core.algorithms.registry import shipped
 from twig.runs.folder import RunLog
-from twig.tasks.base import data_revision
+from twig.tasks.base import data_checksums, data_revision
 from twig.tasks.load import load_task
 from twig.tasks.prompts import encode_prompt
 from twig.tasks.rewards import judge, score_completions
@@ -161,7 +161,7 @@ def use(task, expected, tokenizer):
     texts = [str(example.columns.get("answer", "#### 5"))[:100] for example in problems]
     rewards = score_completions(task, problems, texts, [[1, 2] for _ in problems])
     judge(task, problems, texts, rewards.total)
-    assert data_revision(task).startswith("sha256:")
+    assert data_revision(data_checksums(task)).startswith("sha256:")
 
 
 def task_settings(path, *overrides):

@@ -247,7 +247,7 @@ class Wrong(Deep):
 @pytest.mark.parametrize("make", ["short", "nan", "negative", "root", "raise", "none", "tokens"])
 def test_weights_that_are_none_stop_the_run_in_one_line(make):
     trie = PrefixTrie.build([[1, 5], [2]], [1.0, 0.0])
-    with pytest.raises(ValueError, match=r"^algorithm Wrong: .*\.$") as caught:
+    with pytest.raises(UserError, match=r"^algorithm Wrong: .*\.$") as caught:
         assign(Wrong(make=make), [trie], [np.random.default_rng(0)], 1)
     if make == "raise":
         assert "test_steps.py:" in str(caught.value) and "IndexError" in caught.value.traceback_text
@@ -307,7 +307,7 @@ def test_weights_may_be_lists():
 
 def test_a_divisor_that_is_no_number_above_zero_stops_the_run():
     trie = PrefixTrie.build([[1], [1]], [1.0, 1.0])
-    with pytest.raises(ValueError, match="divisor is 0.0"):
+    with pytest.raises(UserError, match="divisor is 0.0"):
         assign(Deep(), [trie], [np.random.default_rng(0)], 1)
 
 

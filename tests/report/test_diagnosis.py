@@ -48,6 +48,11 @@ def two(first, second):
     return names | {"reward": first + second}
 
 
+def one(value, deviation):
+    """Metrics of one reward function, of a task that cannot tell answers apart from it."""
+    return both(value, **{"rewards/a/mean": value, "rewards/a/std": deviation, "answers/found": None})
+
+
 # Symptom -> (a run that has it, a run that comes near and has not): metrics in place of the healthy ones, or
 # settings, summary and dtype.
 CASES = {
@@ -69,6 +74,10 @@ CASES = {
     "A reward function that always says the same": (
         two(RISING, 1 + 0 * T) | {"rewards/b/std": 0.0},
         two(RISING, 1 + 0 * T) | {"rewards/b/std": [*0 * T[1:], 0.1]},
+    ),
+    "The reward is always the same": (
+        one(0.5, 0.0),
+        one(0.5, [*0 * T[1:], 0.1]),
     ),
     "Groups without signal: all right": (
         both(0.99, frac_reward_zero_std=0.95),
@@ -182,6 +191,15 @@ def test_what_is_to_be_changed_is_a_setting(symptom):
     }
     named = re.findall(r"\b(?:model|lora|task|rollout|algorithm|train|eval|memory|log)\.\w+", symptom.change)
     assert named and set(named) <= settings
+
+
+def test_a_constant_reward_is_not_called_hard_problems():
+    run = history(one(0.0, 0.0) | {"frac_reward_zero_std": 1.0})
+    assert [name for name in names(run) if "same" in name or "without signal" in name] == [
+        "The reward is always the same"
+    ]
+    run = history(one(0.0, 0.0) | {"frac_reward_zero_std": 1.0, "answers/found": 0.9})
+    assert "Groups without signal: all wrong" in names(run), "answers of a task's own are judged by it"
 
 
 def test_problems_come_first():

@@ -32,6 +32,7 @@ def test_a_run_that_learns_hears_nothing():
         (NO_SIGNAL | {"answers/found": 0.0}, "task.prompt_template"),
         (NO_SIGNAL | {"answers/right": 1.0}, "all completions are right"),
         (NO_SIGNAL | {"answers/right": 0.0}, "rollout.num_generations"),
+        (NO_SIGNAL | {"answers/right": 0.0, "answers/found": None}, "task.reward_file"),
         (NO_SIGNAL, "rollout.temperature"),
     ],
 )
@@ -47,3 +48,10 @@ def test_what_lasts_is_said_once_with_the_setting_to_change(row, names):
 def test_a_row_of_a_task_that_finds_no_answers_is_understood():
     row = {key: value for key, value in NO_SIGNAL.items() if key != "answers/found"}
     assert len(said([row] * PATIENCE)) == 1
+
+
+def test_rewards_that_differ_from_step_to_step_are_not_called_constant():
+    row = {key: value for key, value in NO_SIGNAL.items() if key != "answers/found"}
+    rows = [row | {"answers/right": 0.0, "reward": step / 10} for step in range(PATIENCE)]
+    (text,) = said(rows)
+    assert "task.reward_file" not in text and "easier problems" in text

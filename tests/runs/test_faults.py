@@ -2,6 +2,7 @@
 are none move nothing."""
 
 import errno
+import hashlib
 import json
 import random
 import re
@@ -118,13 +119,13 @@ def test_the_command_line_says_where_the_disk_is_full(base, tmp_path, monkeypatc
     with Failing(0, errno.ENOSPC, "checkpoints"):
         assert main([*command.split(), "log.progress=quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("twig: run: ") and "No space left on device" in line
-    assert "twig train run --resume" in line
+    assert line.startswith(f"twig: {tmp_path / 'run'}: ") and "No space left on device" in line
+    assert f"twig train {tmp_path / 'run'} --resume" in line
     held = FolderLock(tmp_path / "run")
     assert held.take()
     assert main([*command.split(), "--resume"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("twig: --resume run: another process")
+    assert line.startswith(f"twig: --resume {tmp_path / 'run'}: another process")
     held.release()
     assert main([*command.split(), "log.progress=quiet", "--resume"]) == 0
 
@@ -181,6 +182,20 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_the_batch_saved(run, tmp_
     batch = parquet.read_table(tmp_path / "run" / "nonfinite" / "step-4.parquet").to_pylist()
     assert len(batch) == 8 and max(row["reward"] for row in batch) > 1e28
     assert [row["optimizer/skipped"] for row in rows_of(tmp_path / "run") if "loss" in row] == [1, 0, 1, 1]
+
+
+def test_a_step_without_any_signal_ends_a_row_of_skipped_steps(run):
+    """Steps 1 and 3 are skipped; the completions of step 2 all have the same reward."""
+    bad = huge([1, 3])
+
+    def reward(completions, trainer_state=None, **kwargs):
+        alike = trainer_state is not None and trainer_state.global_step == 1
+        return [0.5] * len(completions) if alike else bad(completions, trainer_state)
+
+    overrides = ["algorithm.name=grpo", "algorithm.scale_rewards=none", "train.max_skipped_steps=2"]
+    rows = [row for row in rows_of(run("run", *overrides, reward_funcs=reward).folder) if "loss" in row]
+    assert [row["optimizer/skipped"] for row in rows[:4]] == [1, 0, 1, 0]
+    assert rows[1]["tokens/selected"] == 0 < rows[3]["tokens/selected"]
 
 
 def test_a_model_that_is_not_finite_is_one_line(run, base):
@@ -394,19 +409,31 @@ def test_a_changed_size_is_used_and_changes_nothing(run, whole):
 # The adapter
 
 
+def parts_of(safetensors: bytes) -> tuple[dict, bytes]:
+    """The header of a safetensors file, and its tensors."""
+    start = 8 + int.from_bytes(safetensors[:8], "little")
+    return json.loads(safetensors[8:start]), safetensors[start:]
+
+
 def test_the_adapter_is_what_peft_writes(base, tmp_path):
     model, _ = load_model(str(base))
     adapted = attach(model, r=4, alpha=8.0, target_modules=["v_proj", "q_proj"])
     adapted.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     checkpoint.save_adapter(adapted, tmp_path / "ours")
     checkpoint.save_adapter(adapted, tmp_path / "ours")
-    ours, theirs = (
+    (ours, our_config), (theirs, their_config) = (
         (
             (tmp_path / who / "adapter_model.safetensors").read_bytes(),
             json.loads((tmp_path / who / "adapter_config.json").read_text()),
         )
         for who in ("ours", "theirs")
     )
-    theirs[1]["target_modules"].sort()
-    assert ours == theirs
+    their_config["target_modules"].sort()
+    assert our_config == their_config
+    headers, tensors = zip(*map(parts_of, (ours, theirs)), strict=True)
+    assert tensors[0] == tensors[1]
+    assert headers[0].pop("__metadata__") == headers[1].pop("__metadata__") | {
+        "sha256": hashlib.sha256(tensors[0]).hexdigest()
+    }
+    assert headers[0] == headers[1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]

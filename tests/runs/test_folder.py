@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,7 +77,8 @@ def test_a_run_without_a_number_is_the_oldest():
 
 
 def test_without_output_the_folder_is_named_after_task_and_algorithm():
-    assert RunLog.create(None, load("quickstart")).folder.as_posix() == "runs/multiplication-t-spmo-1"
+    folder = RunLog.create(None, load("quickstart")).folder
+    assert folder == Path.cwd() / "runs" / "multiplication-t-spmo-1"
 
 
 @pytest.mark.parametrize("began_with", ["metrics.jsonl", "summary.json", "checkpoints"])

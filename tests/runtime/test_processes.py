@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from pyarrow import parquet
 from saved import save_model
 
 from twig.cli.app import main
+from twig.common.errors import UserError
 from twig.runs import checkpoint
 from twig.runs.reader import read_metrics, read_summary
-from twig.runtime.processes import ALONE, Processes, launched
+from twig.runtime.processes import ALONE, Launch, Processes, _meet, launched, together
 
 HERE = Path(__file__).resolve().parents[1]
 CLOSE = 1e-9
@@ -331,3 +333,42 @@ def test_only_training_takes_several_processes(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert main(["eval", "runs/x"]) == 2
     assert "twig eval: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_variables_of_a_launcher_that_is_gone_are_said_and_then_refused(rank, monkeypatch, caplog):
+    """Nobody else comes: one line says what is waited for, and why; in the end it is an error."""
+    monkeypatch.setattr("twig.runtime.processes._PATIENCE", 0.1)
+    monkeypatch.setattr("twig.runtime.processes._JOINING", timedelta(seconds=1))
+    port = str(workers.free_port())
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (variables | {"MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="unset RANK WORLD_SIZE") as refused, together():
+        pass
+    assert f"127.0.0.1:{port}" in str(refused.value)
+    (line,) = [record.message for record in caplog.records if record.name == "twig.runtime.processes"]
+    for text in (f"RANK={rank}", "WORLD_SIZE=2", f"127.0.0.1:{port}", "unset RANK WORLD_SIZE"):
+        assert text in line
+
+
+class Meeting(dict):
+    """A store in which process 1 comes late, or never."""
+
+    def __init__(self, late):
+        self.late = late
+
+    def set(self, key, value):
+        self[key] = value
+
+    def check(self, keys):
+        self.late -= 1
+        return all(key in self or (key == "1 is here" and self.late < 0) for key in keys)
+
+
+def test_a_process_waits_until_all_are_there(monkeypatch):
+    monkeypatch.setattr("twig.runtime.processes._JOINING", timedelta(seconds=0.2))
+    launch = Launch(0, 2, 0, 2)
+    _meet(launch, Meeting(late=2))
+    with pytest.raises(RuntimeError, match="process 1"):
+        _meet(launch, Meeting(late=10**9))

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from twig.common.errors import UserError
+from twig.common.errors import UserError, as_validator
 from twig.common.frozen import Frozen
 from twig.common.text import either, listed
 from twig.config.messages import explain, fields_of, group_of, kind_of, nearest, write
@@ -32,10 +32,12 @@ from twig.config.schema import Eval, Log, Lora, Memory, Model, Rollout, TaskSett
 from twig.core.algorithms.base import Algorithm
 from twig.core.algorithms.registry import DEFAULT, Unloaded, class_for, shipped
 
-RUN_CONFIG = "config.yaml"
+RUN_CONFIG, RUN_ENVIRONMENT = "config.yaml", "environment.json"
+_ALIASED = 10_000  # values that the aliases of a text may add
 logger = logging.getLogger(__name__)
 
 
+@as_validator
 def _algorithm(value: Any) -> Algorithm:
     """Builds the group `algorithm`: the class is the one that its `name` or `file` says."""
     if isinstance(value, Algorithm):
@@ -96,6 +98,8 @@ class Settings(Frozen):
             return cls.model_validate(values)
         except ValidationError as error:
             raise _with_origin(_explain(values, error), origins) from None
+        except UserError as error:  # of a validator of the user's own
+            raise _with_origin(error, origins) from None
 
     def with_overrides(self, overrides: Sequence[str]) -> "Settings":
         """Returns these settings with overrides such as "train.max_steps=100" on top."""
@@ -176,7 +180,16 @@ def load(source: str, overrides: Sequence[str] = (), shared: Sequence[str] = ())
             f"{kind_of(values)} is not a mapping of groups",
             "Write groups of settings, such as 'train:' with 'max_steps: 100' below it",
         )
+    _refuse_part(values or {}, Path(label))
     return Settings.from_dict(values or {}, overrides, label, shared)
+
+
+def _refuse_part(values: dict[str, Any], path: Path) -> None:
+    """Raises UserError if the config.yaml of a run lacks a group: a run writes them all."""
+    missing = [name for name in Settings.model_fields if name not in values]
+    if missing and path.name == RUN_CONFIG and (path.parent / RUN_ENVIRONMENT).is_file():
+        fix = f"Put the file back, or run twig train {path.parent} --resume, which may have its settings"
+        raise UserError(str(path), f"damaged: it has no group {either(missing)}", fix)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -201,9 +214,19 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_yaml(text: str, label: str) -> Any:
-    """Returns the value of YAML text: `1e-5` is a number, only true and false are booleans, no key twice."""
+    """Returns the value of YAML text: `1e-5` is a number, only true and false are booleans, no key twice.
+
+    Aliases may repeat values, but only as many as a person would write out: an alias inside its own anchor,
+    or aliases of aliases without end, are refused.
+    """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            _refuse_endless(node, label)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{label}, line {mark.line + 1}" if mark and "\n" in text.strip() else label
@@ -214,6 +237,26 @@ def parse_yaml(text: str, label: str) -> Any:
         raise UserError(
             label, f"not readable as YAML ({error})", "Write plain numbers and shallow groups"
         ) from None
+
+
+def _refuse_endless(node: yaml.Node | None, label: str) -> None:
+    """Raises UserError if the aliases of a YAML text stand for too many values, or for themselves."""
+    sizes: dict[int, int | None] = {}  # of the nodes visited, by their identity; None while one is open
+
+    def size(node: yaml.Node) -> int:
+        """Returns how many values a node stands for, its own one included."""
+        if id(node) not in sizes:
+            sizes[id(node)] = None
+            inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+            parts = [part for each in inner for part in (each if isinstance(each, tuple) else (each,))]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        total = sizes[id(node)]
+        if total is None:
+            raise UserError(label, "an alias stands for a value that it is part of", "Write the value out")
+        return total
+
+    if node is not None and size(node) - len(sizes) > _ALIASED:
+        raise UserError(label, f"its aliases stand for over {_ALIASED:,} values", "Write the values out")
 
 
 def _switch_algorithm(values: dict[str, Any], overrides: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from twig.common.errors import UserError
+from twig.common.errors import Invalid, UserError, as_validator
 from twig.common.text import parse_duration, parse_size
 
 Root = type[BaseModel]
@@ -60,8 +60,9 @@ def kind_of(value: Any) -> str:
 # ---- sizes and times -------------------------------------------------------------------------------------
 
 
+@as_validator
 def check_budget(value: str) -> str:
-    """Returns `value` if it is `auto` or a size; raises UserError."""
+    """Returns `value` if it is `auto` or a size; raises Invalid."""
     if value != "auto" and parse_size(value) is None:
         raise UserError(
             "memory.budget",
@@ -71,8 +72,9 @@ def check_budget(value: str) -> str:
     return value
 
 
+@as_validator
 def check_duration(value: str) -> str:
-    """Returns `value` if it is a time above 0; raises UserError."""
+    """Returns `value` if it is a time above 0; raises Invalid."""
     if parse_duration(value) is None:
         raise UserError(
             "train.max_time",
@@ -96,8 +98,8 @@ def explain(root: Root, faults: Sequence[Any]) -> UserError:
 
 
 def _explain(root: Root, fault: Any, faults: Sequence[Any]) -> UserError:
-    if fault["type"] == "value_error" and isinstance(fault["ctx"]["error"], UserError):
-        return fault["ctx"]["error"]
+    if fault["type"] == "value_error" and isinstance(fault["ctx"]["error"], Invalid):
+        return fault["ctx"]["error"].error
     group, path, info = _follow(root, fault["loc"])
     key = ".".join(path)
     if fault["type"] in ("extra_forbidden", "invalid_key"):

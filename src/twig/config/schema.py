@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
-from twig.common.errors import UserError
+from twig.common.errors import UserError, as_validator
 from twig.common.frozen import Frozen
 from twig.common.python_files import check_spec
 from twig.config.messages import check_budget, check_duration
@@ -45,6 +45,11 @@ class TaskSettings(Frozen):
     revision: Text | None = Field(
         default=None, description="Branch, tag or commit of a data set on the Hub.", examples=["main"]
     )
+    subset: Text | None = Field(
+        default=None,
+        description="Configuration of a data set on the Hub. null: the task's own, or the only one there is.",
+        examples=["main"],
+    )
     prompt_template: Text | None = Field(
         default=None,
         description="Text of the prompt with the columns of a row in braces. null: the task's own.",
@@ -64,6 +69,11 @@ class TaskSettings(Frozen):
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default={}, description="Passed to the chat template.", examples=["{enable_thinking: false}"]
+    )
+    skip_special_tokens: bool = Field(
+        default=True,
+        description="Whether rewards, stop texts and reports read a completion without its special tokens. "
+        "false: they stay in the text, the end token too.",
     )
     train_split: Text | None = Field(
         default=None, description="Split to train on. null: the task's own.", examples=["train"]
@@ -111,6 +121,7 @@ class TaskSettings(Frozen):
     )
 
     @model_validator(mode="after")
+    @as_validator
     def _is_timed(self) -> "TaskSettings":
         if self.reward_on_timeout is not None and self.reward_timeout is None:
             raise UserError(
@@ -122,6 +133,7 @@ class TaskSettings(Frozen):
 
     @field_validator("reward_file")
     @classmethod
+    @as_validator
     def _names_functions(cls, value: str | None) -> str | None:
         return value and check_spec(value, "task.reward_file")
 
@@ -359,6 +371,7 @@ class Train(Frozen):
     )
 
     @model_validator(mode="after")
+    @as_validator
     def _warmup_has_effect(self) -> "Train":
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             raise UserError(

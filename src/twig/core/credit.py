@@ -11,6 +11,7 @@ import numpy as np
 
 from twig.common.errors import UserError
 from twig.common.python_files import FileError
+from twig.common.user_code import is_ours, message_from, traceback_from
 from twig.core.algorithms.base import Algorithm, Credit, Items, Scale, Step
 from twig.core.trie import PrefixTrie
 from twig.core.types import Group
@@ -113,15 +114,14 @@ def _failing(algorithm: Algorithm) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
-        if type(algorithm).__module__.startswith("twig."):
+    except BaseException as error:
+        if is_ours(error) or type(algorithm).__module__.startswith("twig."):
             raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        message = " ".join(str(error).split())
         raise FileError(
             f"algorithm {algorithm.name}",
-            f"it raised at {frame.filename}:{frame.lineno}: {type(error).__name__}: {message}",
-            traceback_text="".join(traceback.format_exception(error)),
+            f"it raised at {frame.filename}:{frame.lineno}: {type(error).__name__}: {message_from(error)}",
+            traceback_text=traceback_from(error),
         ) from error
 
 

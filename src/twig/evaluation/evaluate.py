@@ -5,7 +5,6 @@ training.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -31,7 +30,7 @@ from twig.runtime.machine import environment
 from twig.runtime.memory_use import PeakMemory
 from twig.runtime.processes import ALONE, Processes
 from twig.tasks.answers import answer_text
-from twig.tasks.base import Task
+from twig.tasks.base import Task, as_json
 from twig.tasks.prompts import encode_prompt, refuse_too_long
 from twig.tasks.rewards import Rewards, joined, judge, score_completions
 
@@ -75,11 +74,15 @@ def _digits(flags: np.ndarray) -> str:
 
 
 def problems_checksum(examples: Sequence[Example]) -> str:
-    """Returns the checksum of problems and their answers, in their order."""
+    """Returns the checksum of problems in their order.
+
+    A problem is its prompt and its answer; without a column `answer`, any other may be what it is judged by.
+    """
     digest = hashlib.sha256()
     for example in examples:
-        row = [example.prompt, str(example.columns.get("answer"))]
-        digest.update(json.dumps(row).encode() + b"\n")
+        columns = example.columns
+        row = [example.prompt, str(columns["answer"]) if "answer" in columns else columns]
+        digest.update(as_json(row) + b"\n")
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from twig.common.errors import UserError
@@ -18,13 +18,14 @@ from twig.config.load import Settings
 from twig.config.schema import Model
 from twig.engine.base_policy import BasePolicy
 from twig.engine.build import build_policy
-from twig.engine.load import end_ids, load_model, load_tokenizer, remote_code_warning
-from twig.engine.lora import attach
-from twig.engine.model_files import source_of
+from twig.engine.load import end_ids, load_model, load_tokenizer, remote_code_warning, vocabulary_of
+from twig.engine.lora import attach, saved_dropout
+from twig.engine.model_files import Source, source_of
 from twig.engine.sampler import SamplingParams
 from twig.planner.choose import Sized
 from twig.tasks.base import Task
 from twig.tasks.load import load_task
+from twig.tasks.prompts import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Parts:
 
     `sampling` is how completions are sampled while training; `passed` are the names of what the caller
     passed; `reward_file_sha256` is the checksum of `task.reward_file` as it was run (None: there is none, or
-    other rewards were passed); `model_sha256` that of a base in local files.
+    other rewards were passed); `model_sha256` and `adapter_sha256` those of the
+    weights of a base and of the adapter to continue from, in local files.
     """
 
     sized: Sized
@@ -60,6 +62,7 @@ class Parts:
     passed: tuple[str, ...] = ()
     reward_file_sha256: str | None = None
     model_sha256: str | None = None
+    adapter_sha256: str | None = None
 
     @property
     def settings(self) -> Settings:
@@ -90,16 +93,43 @@ def prepare(
         chosen = model_settings or settings.model
         model, _ = load_model(chosen, tokenizer)
         weights = source_of(chosen).fetched(chosen.revision).checksum()
+    begun_from = None if settings.model.adapter is None else Source(settings.model.adapter).checksum()
     # A new adapter changes nothing until it is trained.
     adapter = {"seed": settings.train.seed, "adapter": settings.model.adapter}
     peft_model = attach(model, **dict(settings.lora), **adapter)
+    if settings.model.adapter is not None and (rate := saved_dropout(settings.model.adapter)):
+        progress.message(
+            f"note: {settings.model.adapter} was trained with lora_dropout={rate:g}; it is off here, so that "
+            "what is sampled and what is trained are one distribution"
+        )
+    _refuse_ids_without_row(task, model, tokenizer)
     if given.model is None:  # the name of the base, not the folder that it lies in on this machine
         for config in peft_model.peft_config.values():
             config.base_model_name_or_path = settings.model.name
     ends = end_ids(model, tokenizer)
     policy = build_policy(peft_model, settings)
     sampling = SamplingParams.of(settings, tokenizer, ends)
-    return Parts(sized, task, tokenizer, policy, sampling, given.names, checksum, weights)
+    return Parts(sized, task, tokenizer, policy, sampling, given.names, checksum, weights, begun_from)
+
+
+def _refuse_ids_without_row(task: Task, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Raises UserError if a prompt has a token that the model has no embedding for.
+
+    Only the prompts of a tokenizer that has such tokens are read.
+    """
+    rows = vocabulary_of(model)
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    if vocabulary is not None and max(vocabulary().values(), default=0) < rows:
+        return
+    for example in (*task.train, *task.eval):
+        outside = [int(i) for i in encode_prompt(task, example, tokenizer) if i >= rows]
+        if outside:
+            raise UserError(
+                f"task {task.name}",
+                f"a prompt has token {outside[0]} ({tokenizer.decode([outside[0]])!r}), and the model has "
+                f"only {rows} tokens",
+                "Save the model after model.resize_token_embeddings(len(tokenizer)), or leave such rows out",
+            )
 
 
 def _tokenizer(settings: Settings, given: Given, progress: Progress) -> Tokenizer:
@@ -110,10 +140,10 @@ def _tokenizer(settings: Settings, given: Given, progress: Progress) -> Tokenize
         return given.tokenizer or load_tokenizer(settings.model)
     if given.tokenizer is None:
         raise UserError("tokenizer", "a model was passed without its tokenizer", "Pass tokenizer=")
-    if any(isinstance(module, LoraLayer) for module in given.model.modules()):
+    if any(isinstance(module, BaseTunerLayer) for module in given.model.modules()):
         raise UserError(
             "model",
             "it already has an adapter, perhaps of an earlier run",
-            "Pass run.model.unload(), or load the model again",
+            "Set model.adapter= its folder to train it further, or pass run.model.unload() to begin anew",
         )
     return given.tokenizer

@@ -69,6 +69,21 @@ def constant_function(run: History) -> str | None:
     return None
 
 
+def constant_reward(run: History) -> str | None:
+    if _task_can_tell(run) or len(_function_names(run)) != 1:
+        return None
+    (name,) = _function_names(run)
+    means = run.column(f"rewards/{name}/mean")
+    if np.isnan(means).any() or np.ptp(means) > 0 or np.nanmax(run.column(f"rewards/{name}/std")) > 0:
+        return None
+    return f"{name} gave each completion of {len(run)} steps the same, {means[0]:g}"
+
+
+def _task_can_tell(run: History) -> bool:
+    # Then a reward function of Twig's own scores answers, and only problems make its values equal.
+    return bool((~np.isnan(run.column("answers/found"))).any())
+
+
 # ---- conditions: signal -----------------------------------------------------------------------------------
 
 
@@ -78,14 +93,14 @@ def _without_signal(run: History) -> float:
 
 def all_right(run: History) -> str | None:
     share = _without_signal(run)
-    if share >= _HIGH and run.last("answers/right") >= _HIGH:
+    if constant_reward(run) is None and share >= _HIGH and run.last("answers/right") >= _HIGH:
         return f"in {_share(share)} of the groups all completions got one reward, nearly all of them right"
     return None
 
 
 def all_wrong(run: History) -> str | None:
     share = _without_signal(run)
-    if share >= _HIGH and run.last("answers/right") <= _LOW:
+    if constant_reward(run) is None and share >= _HIGH and run.last("answers/right") <= _LOW:
         return f"in {_share(share)} of the groups all completions got one reward, nearly all of them wrong"
     return None
 

@@ -97,6 +97,13 @@ SYMPTOMS = (
         is_problem=False,
     ),
     Symptom(
+        "The reward is always the same",
+        conditions.constant_reward,
+        "A reward that never differs teaches nothing, whatever the problems are.",
+        "task.reward_file: check on a good and a bad completion that the function tells them apart; if it "
+        "does, easier or harder problems (task.path)",
+    ),
+    Symptom(
         "Groups without signal: all right",
         conditions.all_right,
         "If every completion of a group is right, nothing is left to learn: the problems are too easy now.",
@@ -215,6 +222,7 @@ class LiveWarnings:
 
     def __init__(self) -> None:
         self._lasting = {"cut off": 0, "no signal": 0}
+        self._rewards: set[float | None] = set()  # of the steps in a row without signal
 
     def warnings(self, row: Mapping[str, Any]) -> list[str]:
         """Returns the warnings after a step with the metrics `row`, usually none."""
@@ -225,11 +233,12 @@ class LiveWarnings:
                 f"all completions of the last {PATIENCE} steps were cut off at their length limit, so their "
                 "answers may be missing; set a larger rollout.max_completion_length"
             )
+        silent = row.get("frac_reward_zero_std") == 1
+        self._rewards = self._rewards | {row.get("reward")} if silent else set()
         # If all are cut off, that is the cause, and the warning above says so.
-        if self._lasts("no signal", row.get("frac_reward_zero_std") == 1) and not cut_off:
-            warnings.append(
-                f"no group of the last {PATIENCE} steps had anything to learn from: {_cause(row)}"
-            )
+        if self._lasts("no signal", silent) and not cut_off:
+            cause = _cause(row, constant=len(self._rewards) == 1)
+            warnings.append(f"no group of the last {PATIENCE} steps had anything to learn from: {cause}")
         return warnings
 
     def _lasts(self, name: str, here: bool) -> bool:
@@ -237,11 +246,16 @@ class LiveWarnings:
         return self._lasting[name] == PATIENCE
 
 
-def _cause(row: Mapping[str, Any]) -> str:
+def _cause(row: Mapping[str, Any], constant: bool) -> str:
     if row.get("reward") is None:
         return (
             "every reward function answered None; a function in task.reward_file should return a number for "
             "each completion that it can judge"
+        )
+    if constant and row.get("answers/found") is None:
+        return (
+            f"every completion got the same reward, {row['reward']:g}; check on a good and a bad completion "
+            "that the function in task.reward_file tells them apart, or choose other problems"
         )
     if row.get("answers/found") == 0:
         return (

@@ -9,7 +9,15 @@ import numpy as np
 
 from twig.common.errors import UserError
 from twig.config.load import RUN_CONFIG, Settings, load
-from twig.runs.reader import ENVIRONMENT, METRICS, is_run, read_json, read_metrics, read_summary
+from twig.runs.reader import (
+    ENVIRONMENT,
+    METRICS,
+    is_run,
+    read_evaluations,
+    read_json,
+    read_metrics,
+    read_summary,
+)
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,10 @@ class RunData:
     folder: Path
     settings: Settings
     history: History
-    evals: list[dict[str, Any]]  # rows of evaluations between steps
+    evals: list[dict[str, Any]]  # rows of evaluations between steps, of the problems of the last one
     summary: dict[str, Any]
     environment: dict[str, Any]
+    problems: str | None = None  # the checksum of the problems of the last evaluation
 
     @property
     def name(self) -> str:
@@ -93,7 +102,11 @@ def read_run(folder: Path) -> RunData:
     rows = read_metrics(folder) if (folder / METRICS).exists() else []
     summary, environment = read_summary(folder) or {}, read_json(folder / ENVIRONMENT) or {}
     history = History(rows, settings, summary, environment.get("dtype"))
-    return RunData(folder, settings, history, [r for r in rows if "eval/accuracy" in r], summary, environment)
+    asked = read_evaluations(folder)
+    problems = asked[-1]["problems"] if asked else None
+    others = {row["step"] for row in asked if row["problems"] != problems}
+    evals = [row for row in rows if "eval/accuracy" in row and row["step"] not in others]
+    return RunData(folder, settings, history, evals, summary, environment, problems)
 
 
 def settings_text(run: RunData) -> str:

@@ -88,6 +88,12 @@ def report_of_run(folder: Path, tell: Callable[[str], None]) -> None:
         tell(f"{folder / NAME} is not written ({reason}); to try again: twig report {folder}")
 
 
+def report_if_missing(folder: Path, tell: Callable[[str], None]) -> None:
+    """Writes the report of a finished run that was killed before it had one; see `report_of_run`."""
+    if not (folder / NAME).is_file():
+        report_of_run(folder, tell)
+
+
 def page_of(runs: Sequence[RunData]) -> str:
     """Returns the report of runs as the text of an HTML page."""
     arms = arms_of(runs)
@@ -198,6 +204,8 @@ def _standfirst(arms: list[Arm]) -> str:
             f"{label} {_unbroken_percent(value)}" for label, value in after.items() if value is not None
         ]
         text = f"{model} on {task}."
+        if len({run.problems for arm in arms for run in arm.runs} - {None}) > 1:
+            return f"{text} The runs answered different problems, so their accuracies cannot be compared."
         return f"{text} Right after training: {', '.join(values)}." if values else text
     sampled = sum(run.history.column("tokens/sampled").sum() for run in arm.runs)
     selected = sum(run.history.column("tokens/selected").sum() for run in arm.runs)

@@ -18,7 +18,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from twig.common.files import flush_folder, put_folder, remove_folder, write_flushed
+from twig.common.files import clear_leftovers, flush_folder, put_folder, remove_folder, write_flushed
 
 _MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", ".safetensors"
 
@@ -41,7 +41,7 @@ def save(
     if not folder.exists():
         folder.mkdir(parents=True)
         flush_folder(folder.parent)
-    _sweep(folder)
+    clear_leftovers(folder, "step-*")
     draft.mkdir()
     try:
         _write(draft, tensors, state)
@@ -60,7 +60,10 @@ def save(
 
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:
-    """Writes the adapter to `folder` in PEFT's format, replacing an older one; raises OSError."""
+    """Writes the adapter to `folder` in PEFT's format, replacing an older one; raises OSError.
+
+    Whatever else is in the folder stays there.
+    """
     config = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -68,8 +71,9 @@ def save_adapter(peft_model: PeftModel, folder: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        write_flushed(draft / SAFETENSORS_WEIGHTS_NAME, to_bytes(_on_cpu(weights), {"format": "pt"}))
+        write_flushed(draft / SAFETENSORS_WEIGHTS_NAME, _sealed(to_bytes(_on_cpu(weights), {"format": "pt"})))
         write_flushed(draft / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True))
+        _copy_others(folder, draft)
         put_folder(draft, folder)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
@@ -125,6 +129,26 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def _sealed(data: bytes) -> bytes:
+    """Returns a safetensors file whose header has the checksum of its tensors, see `reader.is_adapter`."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"]["sha256"] = hashlib.sha256(data[start:]).hexdigest()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+def _copy_others(folder: Path, draft: Path) -> None:
+    """Copies what somebody else put into a folder to the draft that replaces it."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not (draft / path.name).exists():
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, draft / path.name, symlinks=True)
+            else:
+                shutil.copy2(path, draft / path.name, follow_symlinks=False)
+
+
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
@@ -141,12 +165,6 @@ def _write(draft: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
         write(name + _TENSORS, to_bytes(_on_cpu(named)))
     write(_STATE, json.dumps(dict(state), allow_nan=False).encode())
     write_flushed(draft / _MANIFEST, json.dumps(manifest, indent=2))
-
-
-def _sweep(folder: Path) -> None:
-    # A killed process leaves drafts, and folders that it was about to remove.
-    for path in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _valid(path: Path) -> bool:

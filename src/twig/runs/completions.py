@@ -29,6 +29,7 @@ _COLUMNS = {
     "finished": "bool",
     "reward": "double",
     "rewards": "string",
+    "extra": "string",
     "right": "bool",
 }
 

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from twig.common.errors import UserError
-from twig.common.files import LOCK, FolderLock, append_whole, flush, write_whole
-from twig.common.python_files import FileError, file_checksum, python_file
+from twig.common.files import LOCK, FolderLock, append_whole, clear_leftovers, flush, write_whole
+from twig.common.python_files import FileError
 from twig.common.redact import hidden, secret_in, without_secrets
 from twig.common.text import one_line, plain, printable
 from twig.config.load import RUN_CONFIG, Settings, load
-from twig.core.algorithms.base import PASSED
 from twig.runs.completions import parquet_bytes, public_rows
+from twig.runs.contents import settings_of
 from twig.runs.reader import (
+    ADAPTER,
+    BEST,
+    CHECKPOINTS,
     COMPLETIONS,
     ENVIRONMENT,
     EVALUATIONS,
@@ -61,24 +64,14 @@ _BEFORE_THE_START = {RUN_CONFIG, ENVIRONMENT, TRACEBACK, LOCK, *TRACKERS}
 _BEFORE_THE_START |= {f".{name}.tmp" for name in (RUN_CONFIG, ENVIRONMENT)}  # of a process that was killed
 
 
-# Settings that name a Python file, by the name of the checksum in environment.json.
-CODE_FILES = {"reward_file": "task.reward_file", "algorithm_file": "algorithm.file"}
-
-
-def code_files(settings: Settings) -> dict[str, str]:
-    """Returns the Python files that the settings name, by their key in `CODE_FILES`."""
-    files = {"reward_file": settings.task.reward_file, "algorithm_file": settings.algorithm.file}
-    return {name: spec for name, spec in files.items() if spec is not None and spec != PASSED}
-
-
 class RunLog:
     """Writes one run's folder, and keeps other processes out of it until `close`.
 
-    `settings` are those in its `config.yaml`. `on_trouble` is called with a line if a file cannot be written.
+    `settings` are those that it began with. `on_trouble` is called with a line if a file cannot be written.
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # a reward function may change the working folder
         self.settings = settings
         self.on_trouble: Callable[[str], None] = lambda text: None
         self._lock = FolderLock(folder)
@@ -125,9 +118,12 @@ class RunLog:
         folder = Path(output)
         if not is_run(folder):
             raise UserError("--resume", f"{folder} holds no run", "Leave --resume out to start one there")
-        log = cls(folder, load(str(folder)))
+        log = cls(folder, settings_of(folder) or load(str(folder)))
         try:
             log._take("--resume")
+            for name in (ADAPTER, BEST):
+                clear_leftovers(folder, name, put_back=True)
+            clear_leftovers(folder / CHECKPOINTS, "step-*")
         except OSError as error:
             problem = f"{folder} cannot be written ({error.strerror or error})"
             raise UserError("--resume", problem, "Make it writable, or resume a copy of it") from error
@@ -237,6 +233,7 @@ class RunLog:
 
     def _try(self, name: str, write: Callable[[], None]) -> bool:
         """Writes a file that only records the run; returns whether it could, and warns once if not."""
+        self.refuse_vanished()
         what = name.partition("/")[0]
         try:
             write()
@@ -250,6 +247,15 @@ class RunLog:
             return False
         self._in_trouble.discard(what)
         return True
+
+    def refuse_vanished(self) -> None:
+        """Raises UserError if the run's folder is no longer there: nothing makes a second one."""
+        if not self.folder.is_dir():
+            raise UserError(
+                str(self.folder),
+                "the folder of this run is gone",
+                "Start the run again, and leave its folder where it is until it ends",
+            )
 
     def rewind(self, step: int) -> None:
         """Removes metrics, evaluations and completions of later steps, and a last row that a crash tore."""
@@ -267,18 +273,6 @@ class RunLog:
 
     # ---- reading
 
-    def refuse_changed_code(self, settings: Settings) -> None:
-        """Raises UserError if a Python file that the run began with has changed since."""
-        for name, spec in code_files(settings).items():
-            before = self.environment().get(f"{name}_sha256")
-            key = CODE_FILES[name]
-            if before is not None and file_checksum(spec, key) != before:
-                raise UserError(
-                    key,
-                    f"{python_file(spec, key)} has changed since the run began",
-                    "Put the old file back, or use another --output",
-                )
-
     def environment(self) -> dict[str, Any]:
         """Returns what environment.json holds; nothing if it is missing or damaged."""
         return read_json(self.folder / ENVIRONMENT) or {}
@@ -289,7 +283,7 @@ class RunLog:
 
 
 class NoLog:
-    """The run's log in processes other than the main one: every call does nothing."""
+    """The run's log in processes other than the main one: every method of `RunLog` does nothing."""
 
     on_trouble: Callable[[str], None] | None = None
 
@@ -298,6 +292,8 @@ class NoLog:
         self.settings = settings
 
     def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_") or not callable(getattr(RunLog, name, None)):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return lambda *arguments, **options: None
 
 

@@ -1,14 +1,17 @@
 """Reads run folders: which folder is a run, its metrics, evaluations and summary. No torch."""
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from twig.common.errors import UserError
-from twig.config.load import RUN_CONFIG
+from twig.config.load import RUN_CONFIG, RUN_ENVIRONMENT
 
-ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.json"
+ENVIRONMENT, METRICS, SUMMARY = RUN_ENVIRONMENT, "metrics.jsonl", "summary.json"
 EVALUATIONS = "evaluations.jsonl"
+CHECKPOINTS, ADAPTER, BEST = "checkpoints", "adapter", "adapter-best"
 COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt"
 
 # Numbers of summary.json, and of an evaluation in it.
@@ -91,3 +94,38 @@ def is_run(folder: Path) -> bool:
 def is_finished(summary: dict[str, Any] | None) -> bool:
     """Returns whether a summary is that of a finished run."""
     return summary is not None and summary.get("status") == "finished"
+
+
+def damage(folder: Path, steps: int, adapters: Iterable[str]) -> list[str]:
+    """Returns a line for each part of a run that is missing or damaged, though it was written once.
+
+    These are a row of metrics for each of the `steps` done, and the folders of `adapters`.
+    """
+    rows = read_metrics(folder) if (folder / METRICS).exists() else []
+    missing = sorted(set(range(1, steps + 1)) - {row["step"] for row in rows})
+    lines = [f"{folder / name} is missing or damaged" for name in adapters if not is_adapter(folder / name)]
+    if missing:
+        lines.append(
+            f"{folder / METRICS} lacks {len(missing)} of {steps} steps (the first: {missing[0]}), and so "
+            "does the report"
+        )
+    return lines
+
+
+def is_adapter(folder: Path) -> bool:
+    """Returns whether a folder holds a whole adapter, checked by the checksum in its file if it has one."""
+    try:
+        data = (folder / "adapter_model.safetensors").read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        about = header.pop("__metadata__", {})
+        end = max(each["data_offsets"][1] for each in header.values())
+        actual = hashlib.sha256(data[start:]).hexdigest()
+        expected = about.get("sha256", actual)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return False
+    return (
+        end == len(data) - start
+        and expected == actual
+        and read_json(folder / "adapter_config.json") is not None
+    )

@@ -1,10 +1,12 @@
 """Opens a run: in a new folder, or at the newest valid checkpoint of one that stopped.
 
+A run resumes with the settings, code, data and weights that its checkpoint says (`contents.py`).
 A setting may differ between a run and its continuation if it does not affect results (`config.load.affects`).
 Keeps what `auto` stood for. Knows nothing of training.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ from twig.config.schema import Model
 from twig.config.sizes import as_begun
 from twig.core.algorithms.registry import Unloaded
 from twig.runs import checkpoint
+from twig.runs.contents import code_checksums, contents_of, may_be_written_as, refuse_changed
 from twig.runs.folder import NoLog, RunLog
-from twig.runs.reader import is_finished
+from twig.runs.reader import ADAPTER, BEST, CHECKPOINTS, damage, is_finished
 from twig.runtime.processes import Processes
 
-CHECKPOINTS = "checkpoints"
 # With these schedules the learning rate does not depend on where the run ends.
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 # `auto` in one of these is decided when the model is loaded.
@@ -32,12 +34,13 @@ class Start:
     """A run about to begin or resume.
 
     `checkpoint` is the one to resume from (None: start from the beginning); `changed` are the settings that
-    changed since the run began.
+    changed since the run began, `contents` the checksums of what it began with.
     """
 
     log: RunLog | NoLog
     checkpoint: Path | None = None
     changed: tuple[str, ...] = ()
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_run(settings: Settings, output: str | Path | None, resume: bool, progress: Progress) -> Start:
@@ -62,12 +65,13 @@ def open_run(settings: Settings, output: str | Path | None, resume: bool, progre
 
 def _resume(log: RunLog, settings: Settings, progress: Progress) -> Start:
     newest, damaged = checkpoint.newest_valid(log.folder / CHECKPOINTS)
-    decided = {} if newest is None else checkpoint.load_state(newest).get("decided", {})
-    changed = changes(log.settings, settings, decided)
-    log.refuse_changed_code(settings)
-    for path in damaged:
-        log.warn(f"{path} is damaged and not used")
-        progress.message(f"warning: {path} is damaged and not used")
+    state = {} if newest is None else checkpoint.load_state(newest)
+    contents, code = contents_of(state, log.environment()), code_checksums(settings)
+    refuse_changed(contents, code, settings)
+    changed = changes(log.settings, settings, state.get("decided", {}), contents)
+    for text in [*(f"{path} is damaged and not used" for path in damaged), *_damage(log, newest)]:
+        log.warn(text)
+        progress.message(f"warning: {text}")
     if newest is None:
         if is_finished(log.summary()):
             raise UserError(
@@ -81,15 +85,28 @@ def _resume(log: RunLog, settings: Settings, progress: Progress) -> Start:
         line = f"{key}: {new} from here on, it was {old}"
         log.warn(line)
         progress.message(line)
-    return Start(log, newest, tuple(changed))
+    return Start(log, newest, tuple(changed), contents)
 
 
-def changes(before: Settings, now: Settings, decided: dict[str, str]) -> dict[str, tuple[Any, Any]]:
+def _damage(log: RunLog, newest: Path | None) -> list[str]:
+    """Returns a line for each part of the run that was written up to its newest checkpoint and is lost."""
+    if newest is None:
+        return []
+    standing = checkpoint.load_state(newest).get("standing", {})
+    adapters = [ADAPTER] if is_finished(log.summary()) else []
+    adapters += [BEST] if any(each["step"] > 0 for each in standing.get("evaluations", [])) else []
+    return damage(log.folder, standing.get("step", 0), adapters)
+
+
+def changes(
+    before: Settings, now: Settings, decided: dict[str, str], contents: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
     """Returns the settings that differ and may: key to old and new value.
 
-    `decided` says what `auto` stood for when the run began; setting that explicitly is no change. Raises
-    UserError for a setting that affects results, and for one that affects the length if the learning rate
-    depends on it.
+    `decided` says what `auto` stood for when the run began; setting that explicitly is no change. What
+    names one of `contents`, whose checksums are compared, may be written differently. Raises UserError for
+    any other setting that affects results, and for one that affects the length if the learning rate depends
+    on it.
     """
     old, new = before.flat(), as_begun(now, before).flat()
     # The class was not loaded when the folder was made: its defaults are no change.
@@ -105,7 +122,7 @@ def changes(before: Settings, now: Settings, decided: dict[str, str]) -> dict[st
         before_that = decided.get(key, was)
         began = f"{value!r} here, but the run began with {before_that!r}"
         fix = f"Set {key}={write(before_that)} or use another --output"
-        if affects(key) == "results":
+        if affects(key) == "results" and not may_be_written_as(key, was, value, contents):
             raise UserError(key, began, fix)
         schedule = now.train.lr_scheduler_type
         if affects(key) == "length" and schedule not in _SCHEDULES_WITHOUT_END:

@@ -13,6 +13,7 @@ reward or evaluation that one process waits for.
 """
 
 import json
+import logging
 import os
 import socket
 import time
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from threading import Timer
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from twig.common.errors import UserError
@@ -35,7 +37,11 @@ TIMEOUT = timedelta(days=1)  # of the process group
 _JOINING = timedelta(minutes=10)  # in which the processes find each other
 _FAREWELL = 10.0  # seconds in which process 0 reads why another one failed
 _POLL, _LOOK = 0.0002, 0.5  # seconds between looks at a collective, and at the store
-_FAILURE, _READ = "failure", "read by {}"  # keys in the store
+_FAILURE, _READ, _HERE = "failure", "read by {}", "{} is here"  # keys in the store
+_PATIENCE = 60.0  # seconds of waiting for the others, until a line says so
+_ALONE = "unset RANK WORLD_SIZE"
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -243,6 +249,11 @@ class Launch:
     local_rank: int
     local_size: int
 
+    @property
+    def address(self) -> str:
+        """Where the processes meet."""
+        return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
 
 def launched() -> Launch | None:
     """Returns what a launcher of several processes says; None if there is none, or only one process."""
@@ -294,7 +305,23 @@ def _join(launch: Launch) -> tuple[Several, bool]:
     gpu = torch.cuda.is_available() and dist.is_nccl_available()
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
-    made, group, store = not dist.is_initialized(), None, _store(launch)
+    line = (
+        f"waiting for the other processes of {launch.size} at {launch.address}, as RANK={launch.rank} and "
+        f"WORLD_SIZE={launch.size} are set in the environment; to train in this process alone: {_ALONE}"
+    )
+    with _said_after(_PATIENCE, line):
+        try:
+            store = _store()
+            _meet(launch, store)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                "MASTER_ADDR",
+                f"process {launch.rank} of {launch.size} cannot join the others at {launch.address} "
+                f"({message_of(error)})",
+                "Start all processes, and set MASTER_ADDR to an address of process 0's machine that all "
+                f"reach; to train in one process alone: {_ALONE}",
+            ) from error
+    made, group = not dist.is_initialized(), None
     if made:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
@@ -309,19 +336,34 @@ def _join(launch: Launch) -> tuple[Several, bool]:
     return Several(launch, store, group), made
 
 
-def _store(launch: Launch) -> "Store":
+@contextmanager
+def _said_after(seconds: float, line: str) -> Iterator[None]:
+    """Logs the line if what is inside takes longer than that."""
+    timer = Timer(seconds, logger.warning, (line,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _store() -> "Store":
     """Returns the store at MASTER_ADDR, which a launcher or process 0 holds."""
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    try:
-        store, _, _ = next(rendezvous("env://", timeout=_JOINING))
-    except (RuntimeError, ValueError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
-            "MASTER_ADDR",
-            f"process {launch.rank} cannot join the others at {address} ({message_of(error)})",
-            "Start all processes, and set MASTER_ADDR to an address of process 0's machine that all reach",
-        ) from error
+    store, _, _ = next(rendezvous("env://", timeout=_JOINING))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"twig {attempt}", store)
+
+
+def _meet(launch: Launch, store: "Store") -> None:
+    """Waits until all processes are at the store; raises RuntimeError if one does not come."""
+    store.set(_HERE.format(launch.rank), "")
+    end = time.monotonic() + _JOINING.total_seconds()
+    for rank in range(launch.size):
+        while not store.check([_HERE.format(rank)]):
+            if time.monotonic() > end:
+                raise RuntimeError(f"process {rank} does not come")
+            time.sleep(0.05)

@@ -181,14 +181,15 @@ def gaps(scored: Sequence[Scored], logps: NodeValues, ref: NodeValues | None) ->
 def completion_rows(batch: Batch, tokenizer: Decodes) -> list[dict[str, Any]]:
     """Returns the step's completions as rows of the completions file, with the weight of each token's node.
 
-    `weights` is `plus` + `minus`, all after division by `divisor`.
+    `weights` is `plus` + `minus`, all after division by `divisor`; `extra` has what functions passed to
+    `log_extra`.
     """
     weights: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # plus and minus by slot and number
     for each in batch.scored:
         rewarded = np.flatnonzero(~np.isnan(batch.groups[each.slot].rewards)).tolist()
         for number, path in zip(rewarded, each.trie.paths, strict=True):
             weights[each.slot, number] = (each.credit.plus[path], each.credit.minus[path])
-    rows, per_function = [], batch.kept.rewards.per_function
+    rows, per_function, extra = [], batch.kept.rewards.per_function, batch.kept.rewards.extra
     for slot, group in enumerate(batch.groups):
         prompt, texts = tokenizer.decode(group.prompt_ids), texts_after(group.prompt_ids, tokenizer.decode)
         for number, completion in enumerate(group.completions):
@@ -213,6 +214,7 @@ def completion_rows(batch: Batch, tokenizer: Decodes) -> list[dict[str, Any]]:
                     "finished": completion.finished,
                     "reward": None if np.isnan(reward) else reward,
                     "rewards": json.dumps({k: _number(v[n]) for k, v in per_function.items()}),
+                    "extra": json.dumps({k: v[n] for k, v in extra.items()}),
                     "right": bool(batch.kept.right[n]),
                 }
             )

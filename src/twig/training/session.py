@@ -31,17 +31,21 @@ from twig.evaluation.evaluate import evaluate_policy
 from twig.evaluation.prepare import Given, Parts, prepare
 from twig.planner.choose import Machine, Sized, size_run
 from twig.report.diagnosis import LiveWarnings
-from twig.report.page import report_of_run
+from twig.report.page import NAME, report_if_missing, report_of_run
 from twig.runs import checkpoint
+from twig.runs.contents import refuse_changed
+from twig.runs.folder import with_traceback
 from twig.runs.reader import is_finished
 from twig.runs.resume import CHECKPOINTS, Start, decisions
 from twig.runs.trackers import Report, reporting
+from twig.runtime.failures import failure_of
 from twig.runtime.memory_use import PeakMemory, out_of_memory
-from twig.runtime.processes import ALONE, Processes
+from twig.runtime.processes import ALONE, Processes, Several
 from twig.runtime.rng_state import random_states, restore_random_states, seed_all
 from twig.runtime.stop import Clock, Stop, stoppable
-from twig.tasks.base import Task, data_revision
-from twig.tasks.prompts import refuse_too_long
+from twig.tasks.base import Task, data_checksums, data_revision
+from twig.tasks.prompts import refuse_too_long, written_twice
+from twig.tasks.reward_functions import RewardError
 from twig.training.batch import Batch, completion_rows
 from twig.training.state import TOTALS, RunState
 from twig.training.trainer import Trainer
@@ -96,6 +100,7 @@ def prepare_run(
     parts = prepare(settings, given, size, progress, model_settings)
     if settings.model.adapter is not None:
         refuse_another_shape(settings, adapter_shape(parts.policy.peft_model))
+        parts.policy.keep_reference()
     refuse_too_long(parts.task, parts.sized.longest_prompt, parts.policy.context_length)
     processes.check_device(parts.policy.device)
     processes.copy_from_main(list(parts.policy.parameters.values()))
@@ -115,23 +120,28 @@ class Session:
         processes: Processes = ALONE,
     ) -> None:
         self.parts, self.processes, self.peak = parts, processes, 0
-        self.settings, self.task = parts.settings, parts.task
+        self.settings = parts.settings
+        self.task = replace(
+            parts.task, reward_limit=replace(parts.task.reward_limit, save=self._save_before_the_end)
+        )
         self.policy, self.tokenizer = parts.policy, parts.tokenizer
         self.start, self.log = start, start.log
         self.progress, self.memory, self.clock = progress, memory, clock
         self.log.on_trouble = self._warn
         self.stop, self.live, self.run_state = Stop(), LiveWarnings(), RunState()
         self.report: Report = lambda step, metrics: None
+        self.contents: dict[str, str] = {}
         self.after: dict[str, Any] | None = None
+        self.before: tuple[dict[str, Any], dict[str, Any]] | None = None  # the state before a step under way
         self._warn_of_sizes()
         self.trainer = Trainer(
-            parts.settings, parts.policy, parts.tokenizer, parts.task, parts.sampling, progress, processes
+            parts.settings, parts.policy, parts.tokenizer, self.task, parts.sampling, progress, processes
         )
         steps = self.trainer.total_steps * self.settings.rollout.max_completion_length
         self.policy.decode = decode_of(self.settings.rollout.decode, self.policy.decode, steps)
 
     def _warn_of_sizes(self) -> None:
-        """Warns if the run may not fit into memory, or a text into the model's context."""
+        """Warns if the run may not fit into memory, or a text into the model's context or template."""
         sized, context = self.parts.sized, self.policy.context_length
         if sized.warning is not None:
             self._warn(sized.warning)
@@ -141,17 +151,24 @@ class Session:
                 f"a prompt of {longest} tokens and its completion may be longer than the {context} of the "
                 f"model's context; set rollout.max_completion_length={context - longest}"
             )
+        if (marker := written_twice(self.task, self.tokenizer)) is not None:
+            self._warn(
+                f"a prompt already holds {marker}, which the chat template writes too; set task.chat=never "
+                "if the prompts are as the model is to see them, else remove it from them"
+            )
 
     # ---- the run
 
     def run(self) -> Run:
         """Trains to the end or to a stop, from the checkpoint to resume from if there is one."""
         seed_all(self.settings.train.seed)
-        self._refuse_another_base()
+        self._refuse_other_contents()
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
         summary, step = self.processes.from_main(self.log.summary()), self.run_state.step
         if is_finished(summary) and summary["steps"] == step and self._is_over():
+            if self.processes.main:
+                report_if_missing(self.log.folder, self.progress.message)
             self.progress.done(summary)
             return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
         with self._saving("the run folder"):
@@ -219,7 +236,9 @@ class Session:
 
     def _step(self) -> None:
         began, step = time.perf_counter(), self.run_state.step + 1
+        self.before = None if self.task.reward_limit.seconds is None else self._state()
         batch, metrics = self.trainer.step(step)
+        self.before = None
         seconds = time.perf_counter() - began
         self.run_state.add_step(metrics, seconds)
         self.peak = max(self.processes.gather(self.memory.peak()))
@@ -308,6 +327,8 @@ class Session:
         }
         self.log.flush()
         with self._saving("summary.json"):
+            if self.processes.main:
+                (self.log.folder / NAME).unlink(missing_ok=True)  # it is that of an older summary
             self.log.save_summary(summary)
         if self.processes.main:
             report_of_run(self.log.folder, self.progress.message)
@@ -316,15 +337,37 @@ class Session:
 
     # ---- saving
 
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns what `trainer.restore` takes, and the random states."""
+        tensors, state = self.trainer.state()
+        tensors["random"] = random_states()
+        return tensors, state
+
+    def _save_before_the_end(self, error: RewardError) -> BaseException:
+        """Saves the run as it was before this step, and returns the error to end with.
+
+        Called while the main thread may be inside a reward function that does not return.
+        """
+        several = self.processes if isinstance(self.processes, Several) else None
+        if several is not None:
+            several.fail(failure_of(several.rank, error))
+        if self.run_state.step > 0:
+            self._save()
+        reported = with_traceback(error, self.log)
+        if several is not None:
+            several.leave()
+        return reported
+
     def _save(self) -> None:
         if not self.processes.main:
             return
         self.log.flush()  # a checkpoint belongs to the rows up to it
-        tensors, state = self.trainer.state()
-        tensors["random"] = random_states()
+        tensors, state = self.before or self._state()
         state |= {
             "standing": self.run_state.as_dict(),
             "decided": decisions(self.policy.model, self.settings),
+            "settings": self.settings.to_yaml(),
+            "contents": self.contents,
         }
         keep = self.settings.train.save_total_limit
         with self._saving("a checkpoint"):
@@ -349,6 +392,7 @@ class Session:
         if is_finished(summary) and summary["steps"] == self.run_state.step and summary["accuracy_after"]:
             self.run_state.add_evaluation(summary["accuracy_after"])  # made when the checkpoint was there
         restore_random_states(tensors["random"])
+        self.progress.resumed(self.run_state.totals)
         self.progress.message(f"resuming from step {self.run_state.step} ({path})")
 
     def _save_adapter(self, name: str) -> None:
@@ -360,6 +404,7 @@ class Session:
     @contextmanager
     def _saving(self, what: str) -> Iterator[None]:
         """Ends the run with a UserError if something cannot be written: its last checkpoint is whole."""
+        self.log.refuse_vanished()
         try:
             yield
         except OSError as error:
@@ -370,16 +415,18 @@ class Session:
                 f"Free the space or make it writable, then run twig train {folder} --resume",
             ) from error
 
-    def _refuse_another_base(self) -> None:
-        """Raises UserError if the weights of a base in local files have changed since the run began."""
-        before = self.processes.from_main((self.log.environment() or {}).get("model_sha256"))
-        now = self.parts.model_sha256  # None: a model was passed
-        if None not in (before, now) and before != now:
-            raise UserError(
-                "model.name",
-                f"the weights of {self.settings.model.name} have changed since the run began",
-                "Put the old files back, or use another --output",
-            )
+    def _refuse_other_contents(self) -> None:
+        """Raises UserError if code, data or weights are not those that the run began with."""
+        begun, parts = self.processes.from_main(dict(self.start.contents)), self.parts
+        now = {
+            "reward_file": parts.reward_file_sha256,
+            "algorithm_file": self._algorithm_checksum(),
+            **data_checksums(self.task),
+            "base": parts.model_sha256 or getattr(self.policy.model.config, "_commit_hash", None),
+            "adapter": parts.adapter_sha256,
+        }
+        refuse_changed(begun, now, self.settings, self.start.changed)
+        self.contents = begun | {name: checksum for name, checksum in now.items() if checksum is not None}
 
     def _algorithm_checksum(self) -> str | None:
         file = self.settings.algorithm.file
@@ -393,7 +440,7 @@ class Session:
             dtype=str(model.dtype),
             quantization=quantization_of(model.config),
             model_revision=getattr(model.config, "_commit_hash", None),  # None: not from the Hub
-            data_revision=data_revision(self.task),
+            data_revision=data_revision(self.contents),
             passed=", ".join(self.parts.passed) or None,
             model_sha256=self.parts.model_sha256,
             reward_file_sha256=self.parts.reward_file_sha256,

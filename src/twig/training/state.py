@@ -17,7 +17,11 @@ TOTALS = {
 
 @dataclass
 class RunState:
-    """Steps done, totals over them, and every evaluation with its step (0: before training)."""
+    """Steps done, totals over them, and every evaluation with its step (0: before training).
+
+    Two evaluations are compared only if they asked the same problems. Those to evaluate on never change in a
+    run, and an evaluation asks the first ones: as many are the same.
+    """
 
     step: int = 0
     totals: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0) | {"seconds": 0.0})
@@ -37,15 +41,21 @@ class RunState:
 
     @property
     def before(self) -> dict[str, Any] | None:
-        """The evaluation before training, without its step; None if there was none."""
-        first = next((each for each in self.evaluations if each["step"] == 0), None)
+        """The evaluation before training of the newest one's problems, without its step; None without one."""
+        first = next((each for each in self._comparable() if each["step"] == 0), None)
         return first and {key: value for key, value in first.items() if key != "step"}
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The best evaluation since training began, the first of equal ones; None if there was none."""
-        trained = [each for each in self.evaluations if each["step"] > 0]
+        """The best evaluation since training began of the newest one's problems; None if there was none.
+
+        Of equal ones it is the first.
+        """
+        trained = [each for each in self._comparable() if each["step"] > 0]
         return max(trained, key=lambda each: each["value"], default=None)
+
+    def _comparable(self) -> list[dict[str, Any]]:
+        return [each for each in self.evaluations if each["n"] == self.evaluations[-1]["n"]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

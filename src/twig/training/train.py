@@ -95,7 +95,7 @@ def train(
         start = begun or Start(NoLog(Path(folder), same), checkpoint, changed)
         try:
             decided = decided_by_main(same, start, processes) if model is None else None
-            device = pick_device(decided.device) if decided else cast(PreTrainedModel, model).device
+            device = pick_device(decided.device if decided else str(cast(PreTrainedModel, model).device))
             with PeakMemory(str(device)) as memory:
                 parts = prepare_run(same, start, given, progress, memory, processes, decided)
                 return Session(parts, start, progress, memory, clock, processes).run()

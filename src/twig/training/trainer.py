@@ -125,6 +125,8 @@ class Trainer:
             self.assign_credit(batch, step)
         with self._timed("update"):
             updated = self.update(batch, self.rate_at(step))
+        # whatever is not skipped ends the row, a step without any signal too
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if updated["optimizer/skipped"] else 0
         self._queue_restarts(batch, step)
         self._use_smallest_sizes()
         return batch, {**batch_metrics(batch), **updated, **{f"time/{k}": v for k, v in self.seconds.items()}}
@@ -274,7 +276,7 @@ class Trainer:
         self.progress.phase("updating", len(passes.packs) * algorithm.num_iterations)
         given = LogProbs(passes.logps() if algorithm.num_iterations > 1 else None)
         if objective.beta > 0:
-            with policy.base():
+            with policy.reference():
                 given = replace(given, ref=passes.logps())
         num_forward = (given.old is not None) + (given.ref is not None)
         totals, iteration = _Totals(), 0
@@ -296,7 +298,6 @@ class Trainer:
             self._optimize(learning_rate, algorithm.l2_weight)
         self.sizes = passes.sizes  # smaller ones after out-of-memory
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["optimizer/skipped"] else 0
         metrics["tokens/nodes_run"] = totals.tokens * (iteration + 1)
         flops = policy.update_flops(totals.tokens, totals.rows, iteration + 1, num_forward)
         if flops is not None:

@@ -26,7 +26,7 @@ from typing import ClassVar, Literal, Protocol, Self, TypeVar, get_args, runtime
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from twig.common.errors import UserError
+from twig.common.errors import UserError, as_validator
 from twig.common.frozen import Frozen
 from twig.common.python_files import check_spec, split_spec
 from twig.core.replay import Replay
@@ -199,6 +199,7 @@ class Algorithm(Frozen):
 
     @field_validator("file")
     @classmethod
+    @as_validator
     def _names_a_class(cls, value: str | None) -> str | None:
         if value is None or value == PASSED:
             return value

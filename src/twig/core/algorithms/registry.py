@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from pydantic import ConfigDict, ValidationError
 
-from twig.common.errors import UserError
+from twig.common.errors import Invalid, UserError
 from twig.common.python_files import FileError, load_names, split_spec
 from twig.common.text import either
 from twig.core.algorithms.base import PASSED, Algorithm, Credit
@@ -111,6 +111,9 @@ def load_algorithm(algorithm: Algorithm, notice: Callable[[str], None] | None = 
         return _named(kind.model_validate(values), algorithm.file)
     except ValidationError as error:
         fault = error.errors()[0]
+        carried = fault.get("ctx", {}).get("error")
+        if isinstance(carried, Invalid):
+            raise carried.error from None
         key = ".".join(["algorithm", *map(str, fault["loc"])])
         own = [f"algorithm.{name}" for name in kind.model_fields if name not in Algorithm.model_fields]
         fix = (

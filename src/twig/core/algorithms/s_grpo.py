@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from twig.common.errors import UserError
+from twig.common.errors import UserError, as_validator
 from twig.core.algorithms.base import Credit, KlTerm, Load, ScaledRewards, on_tokens
 from twig.core.trie import PrefixTrie
 
@@ -34,6 +34,7 @@ class SGrpo(ScaledRewards, KlTerm):
     )
 
     @model_validator(mode="after")
+    @as_validator
     def _draws_something(self) -> Self:
         if self.unbiased and self.k <= self.alpha:
             raise UserError(
