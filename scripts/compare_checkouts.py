@@ -45,11 +45,8 @@ COMMON = [
     "log.progress=quiet",
     "train.save_steps=10",
 ]
-BYTES = (
-    "adapter/adapter_model.safetensors",
-    "adapter-best/adapter_model.safetensors",
-    "adapter/adapter_config.json",
-)
+ADAPTER = "adapter/adapter_model.safetensors"
+BYTES = ("adapter/adapter_config.json",)
 MACHINE = ("time/", "memory/", "seconds", "peak_memory_bytes", "predicted_peak_bytes")  # these vary
 
 
@@ -97,10 +94,17 @@ def run(src: Path, folder: Path, overrides: list[str]) -> Path:
     return folder
 
 
+def tensors(path: Path) -> dict[str, bytes]:
+    """Returns the tensors of a safetensors file by name."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """Returns what is compared, by name."""
     from pyarrow import parquet
-    from safetensors import safe_open
 
     values: dict[str, Any] = {
         name: (folder / name).read_bytes() for name in BYTES if (folder / name).exists()
@@ -117,11 +121,10 @@ def contents(folder: Path) -> dict[str, Any]:
     newest = max(
         (folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-"))
     )
-    for name in ("adapter", "optimizer"):
-        with safe_open(newest / f"{name}.safetensors", "pt") as file:
-            values |= {
-                f"{newest.name}/{name} {key}": file.get_tensor(key).numpy().tobytes() for key in file.keys()
-            }
+    states = [newest / "adapter.safetensors", newest / "optimizer.safetensors"]
+    for path in [folder / ADAPTER, folder / "adapter-best" / Path(ADAPTER).name, *states]:
+        if path.exists():
+            values |= {f"{path.relative_to(folder)} {key}": value for key, value in tensors(path).items()}
     assert sum(name.startswith("completions/") for name in values) > 10, "completions were written"
     return values
 
@@ -129,12 +132,13 @@ def contents(folder: Path) -> dict[str, Any]:
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Returns the names of what differs, at most five.
 
-    A column of the completions that only the second state writes is an addition, and no difference.
+    A column of the completions, or a metric, that only the second state writes is an addition, and no
+    difference.
     """
     names = [
         name
         for name in (before | after)
-        if (name not in before and not name.startswith("completions/"))
+        if (name not in before and not name.startswith(("completions/", "step ")))
         or (name in before and (name not in after or before[name] != after[name]))
     ]
     more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
@@ -143,7 +147,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def fingerprint(folder: Path) -> str:
     """Returns the beginning of the adapter's checksum."""
-    return "adapter " + hashlib.sha256((folder / BYTES[0]).read_bytes()).hexdigest()[:12]
+    digest = hashlib.sha256(b"".join(value for _, value in sorted(tensors(folder / ADAPTER).items())))
+    return f"adapter {digest.hexdigest()[:12]}"
 
 
 if __name__ == "__main__":
