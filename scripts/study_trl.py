@@ -38,7 +38,7 @@ from twig.planner.choose import Machine, Sized, size_run
 from twig.runs.folder import RunLog
 from twig.runs.reader import is_finished
 from twig.runtime.memory_use import PeakMemory
-from twig.tasks.base import Task, data_revision
+from twig.tasks.base import Task, data_checksums, data_revision
 from twig.tasks.prompts import encode_prompt, render_prompt
 from twig.tasks.rewards import score_completions
 
@@ -68,7 +68,7 @@ def train_run(folder: Path) -> None:
         log.save_environment(
             device="cpu",
             dtype="torch.float32",
-            data_revision=data_revision(parts.task),
+            data_revision=data_revision(data_checksums(parts.task)),
             processes=1,
         )
         watch = _Watch(log, parts)

@@ -123,7 +123,11 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = 
 
 def saved_dropout(adapter: str | Path) -> float:
     """Returns the dropout that a saved adapter was trained with; raises UserError as `load_adapter`."""
-    return float(_read_config(adapter, _adapter_folder(adapter)).get("lora_dropout") or 0.0)
+    value = _read_config(adapter, _adapter_folder(adapter)).get("lora_dropout", 0.0)
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        problem = message_of(f"lora_dropout={value!r} in {adapter} is not a share")
+        raise UserError("model.adapter", problem, "Write the one that it was trained with, such as 0.0")
+    return float(value)
 
 
 def _adapter_config(adapter: str | Path, folder: Path) -> LoraConfig:
@@ -131,6 +135,7 @@ def _adapter_config(adapter: str | Path, folder: Path) -> LoraConfig:
 
     PEFT would drop a field that it does not know, and build what the adapter was not trained as.
     """
+    saved_dropout(adapter)  # refused unless it is a share
     normal = LoraConfig()
     for name, value in _read_config(adapter, folder).items():
         if name in _FIELDS or not value or value == getattr(normal, name, None):
