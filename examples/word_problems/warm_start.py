@@ -6,7 +6,7 @@
     python warm_start.py merge --base BASE --adapter adapter --output base
 
 BASE is a GGUF file, a folder or an id on the Hub. `train` is TRL's SFTTrainer with a PEFT LoRA adapter on all
-linear modules. `merge` needs only the small adapter, which is kept with this script, and gives the same bytes
+linear modules. `merge` needs only the small adapter that `pack` writes, and gives the same bytes
 on every machine. Nothing here is part of the package.
 """
 
