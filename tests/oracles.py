@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from twig.core.algorithms.base import Objective
+from twig.core.branches import Split
 from twig.core.objective import k3
 
 
@@ -131,6 +132,12 @@ def sample_one(
         if token in end_ids:
             break
     return ids[len(prompt) :], logps, entropies
+
+
+def split_all(branch, tokens) -> Split:
+    """A branch for every completion, whether or not another reads the same."""
+    own = np.arange(len(branch))
+    return Split(own, tokens, branch, branch, own)
 
 
 def advantages(rewards, scale_rewards="group") -> list[float]:

@@ -289,7 +289,7 @@ def test_sampling_equals_a_step_by_step_loop(family, attention):
     assert len(lengths) > 3, "completions must end at different steps"
 
 
-def test_sampling_does_not_depend_on_waves_prompt_order_compaction_or_engine(monkeypatch):
+def test_sampling_does_not_depend_on_waves_prompt_order_branches_or_engine(monkeypatch):
     policy, requests, end_ids = tiny.build_policy(), requests_of(), [5, 6, 7]
 
     def draw(policy=policy, requests=requests, **kwargs):
@@ -305,9 +305,11 @@ def test_sampling_does_not_depend_on_waves_prompt_order_compaction_or_engine(mon
     for wave in (1, 2, 4, 7):
         assert_whole(draw(wave_size=wave))
     assert_whole(draw(requests=requests[::-1])[::-1])
-    for share in (0.0, 2.0):  # never compact, compact at every step
-        monkeypatch.setattr("twig.engine.sampler._COMPACT_BELOW", share)
+    for logits in (1, 2**30):  # tokens drawn branch by branch, and for all branches at once
+        monkeypatch.setattr("twig.engine.sampler._LOGITS_AT_ONCE", logits)
         assert_whole(draw())
+    monkeypatch.setattr("twig.engine.sampler.split", oracles.split_all)
+    assert_whole(draw())
     assert_whole(draw(policy=tiny.build_policy(engine="plain")))
 
 

@@ -10,7 +10,6 @@ from gradients import credit_of, groups_of, requests_of, scored, texts_of
 from numerics import assert_hidden, assert_same, assert_same_text, assert_values
 from running_out import Heard, gradient_of
 
-import twig.engine.decoder
 from twig.common.errors import UserError
 from twig.config.sizes import Sizes
 from twig.engine.decoder import Decoder
@@ -19,6 +18,7 @@ from twig.engine.lm_head import Head
 from twig.engine.pack import build_packs, halves
 from twig.engine.policy import Policy
 from twig.engine.sampler import SamplingParams, sample
+from twig.engine.wave_cache import SharedPrompts
 from twig.runtime.memory_use import out_of_memory
 
 CPU = RuntimeError(
@@ -82,11 +82,11 @@ def test_an_error_that_follows_from_it_is_one_too():
 
 SAMPLING = {
     "prompts": (Decoder, "run", [1, 2]),
-    "a cache of the prompts for each completion": (KeyValueCache, "select", [1]),
-    "a copy of a layer's cache": (twig.engine.kv_cache, "copy_rows", [1, 4, 9, 14]),
+    "a cache of the completions": (KeyValueCache, "update", [1, 5]),
+    "a branch that splits": (KeyValueCache, "copy_rows", [1, 2, 4]),
     "a token": (Decoder, "run", [3, 4, 7, 20]),
     "logits": (Policy, "next_token_logits", [1, 2, 6]),
-    "a mask": (Decoder, "masks", [1, 5]),
+    "masks": (SharedPrompts, "step", [1, 5]),
 }
 
 

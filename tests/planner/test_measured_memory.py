@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,8 +20,6 @@ from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.config.load import Settings
 from twig.config.sizes import DEFAULT_SIZES
-from twig.engine import kv_cache
-from twig.engine.kv_cache import KeyValueCache
 from twig.engine.load import load_model, load_tokenizer
 from twig.engine.pack import build_packs
 from twig.engine.sampler import Request, SamplingParams, sample
@@ -147,30 +144,6 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(family, atten
     table = Table(*pack.ids.shape, 0, len(pack.rows), len(pack.targets), int(widest))
     predicted = kept_by_pack(work, table)
     assert predicted == pytest.approx(saved_bytes(policy, pack), rel=0.01)
-
-
-# The cache
-
-
-def test_leaving_rows_out_never_holds_two_caches(monkeypatch):
-    """When a layer is copied, those copied before it are gone."""
-    cache = KeyValueCache(4, 6)
-    for layer in range(4):
-        cache.update(*torch.randn(2, 3, 2, 5, 8), layer)
-    cache.filled = 5
-    expected = cache.select(torch.tensor([2, 0]))
-    originals = [weakref.ref(buffer) for buffers in (cache.keys, cache.values) for buffer in buffers]
-    gone, copy = [], kv_cache.copy_rows
-
-    def watched(*arguments):
-        gone.append(sum(original() is None for original in originals))
-        return copy(*arguments)
-
-    monkeypatch.setattr(kv_cache, "copy_rows", watched)
-    cache.keep(torch.tensor([2, 0]))
-    assert gone == list(range(8))
-    for ours, theirs in ((cache.keys, expected.keys), (cache.values, expected.values)):
-        assert all(torch.equal(a[:, :, :5], b[:, :, :5]) for a, b in zip(ours, theirs, strict=True))
 
 
 # What sampling by captured steps keeps

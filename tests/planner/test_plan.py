@@ -81,8 +81,8 @@ def test_what_a_run_holds_all_along_is_counted_by_hand():
     assert (held["adapter"], held["gradients"], held["optimizer"]) == (4 * 56, 4 * 56, 2 * 4 * 56)
     # 2 prompts of 3 tokens, 4 completions of 5 tokens each; a row is 8 numbers wide
     assert held["trunk's output, recorded"] == 2 * (3 + 4 * 5) * 8 * 4
-    # 8 completions of 8 slots; 3 layers of a key and a value of 4 numbers
-    assert held["key-value cache"] == 8 * 8 * 3 * 2 * 4 * 4
+    # 8 completions of 5 slots behind 2 prompts of 3; 3 layers of a key and a value of 4 numbers
+    assert held["key-value cache"] == (8 * 5 + 2 * 3) * 3 * 2 * 4 * 4
     assert held["libraries"] == LIBRARIES["cpu"] + 15 * MIB
 
 
@@ -203,38 +203,29 @@ def test_packed_weights_are_as_set_and_only_where_onednn_multiplies():
         assert not plan(SMALL, asked, GIB, "cpu").sizes.packed_weights
 
 
-def test_packed_weights_are_there_once_a_wave_has_few_rows():
-    """Products of more than 64 rows do not use them: 200 rows of 8 slots are more than 64 and the copies."""
+def test_packed_weights_are_there_beside_a_whole_wave():
+    """The few branches that a wave begins with may use them before they become many."""
     fast = ("rollout.num_generations=100", "rollout.prompts_per_step=2", "rollout.max_completion_length=5")
     fast += ("model.kernels=onednn", "rollout.packed_weights=true")
-    row = 8 * 3 * 2 * 4 * 4  # 8 slots; 3 layers of a key and a value of 4 numbers
     packed = 4 * (3 * (8 * 24 + 3 * 8 * 16) + 10 * 8)
     crowded = items(plan(SMALL, settings_of(*fast), GIB, "cpu", prompt_tokens=3), "sampling")
-    assert (crowded["key-value cache"], "packed weights" in crowded) == (200 * row, False)
-    # Of four waves the later ones find the copies that the first one made.
-    for sizes in (["rollout.wave_size=64"], ["rollout.wave_size=100"]):
-        several = items(plan(SMALL, settings_of(*fast, *sizes), GIB, "cpu", prompt_tokens=3), "sampling")
-        assert several["packed weights"] == packed
-    # The end of a wave is its peak if it has few more rows than that, and the matrices are large.
-    deep = SMALL | {"num_hidden_layers": 30, "intermediate_size": 200}
-    asked = settings_of(*fast, "rollout.num_generations=50")
-    ended = items(plan(deep, asked, GIB, "cpu", prompt_tokens=3), "sampling")
-    assert ended["packed weights"] == 4 * (30 * (8 * 24 + 3 * 8 * 200) + 10 * 8)
-    assert ended["key-value cache"] == 64 * 8 * 30 * 2 * 4 * 4
+    assert crowded["packed weights"] == packed
+    # 200 rows of 5 slots behind 2 prompts of 3; 3 layers of a key and a value of 4 numbers
+    assert crowded["key-value cache"] == (200 * 5 + 2 * 3) * 3 * 2 * 4 * 4
 
 
 def test_completions_that_end_early_fill_fewer_slots():
-    """Pages count once they are written to: 14 of 4 x 11 slots, as in the example of `filled_slots`."""
+    """Pages count once they are written to: 14 of 4 x 8 slots."""
     overrides = ("rollout.num_generations=4", "rollout.prompts_per_step=1", "rollout.max_completion_length=8")
     work = workload_of(Shape.from_config(SMALL), settings_of(*overrides), "cpu", 3)
     whole, early = (
         Footprint(replace(work, filled=filled), Sizes(4, 64, 170, False)).sampling() for filled in (None, 14)
     )
     slot = 3 * 2 * 4 * 4  # 3 layers of a key and a value of 4 numbers
-    assert whole.peak - early.peak == (4 * 11 - 14) * slot
+    assert whole.peak - early.peak == (4 * 8 - 14) * slot
     # A page of 8 slots: half of one more in each row; but there is no room for more than `longest`.
-    assert filled_slots([1, 1, 5, 5], 3, 8, page=8) == 2 * (3 + 4 + 4)
-    assert filled_slots([8] * 4, 3, 8, page=8) == 4 * (3 + 8)
+    assert filled_slots([1, 1, 4, 4], 8, page=8) == 2 * (3 + 4)
+    assert filled_slots([8] * 4, 8, page=8) == 4 * 8
 
 
 def test_an_evaluation_asks_short_prompts_first():
@@ -247,8 +238,7 @@ def test_an_evaluation_asks_short_prompts_first():
     slot = 3 * 2 * 4 * 4  # 3 layers of a key and a value of 4 numbers
     for questions, width in (([3] * 9 + [20], 3), ([20, 4, *[3] * 8], 4), ([5] * 10, 5), (10, 3)):
         kept = {item.name: item.size for item in evaluation(questions).items}
-        # and a copy of three quarters of the rows of one layer in three
-        assert kept["key-value cache"] == 9 * (width + 50) * slot * 1.25
+        assert kept["key-value cache"] == 9 * (width + 50) * slot
     # A single prompt that is long enough takes more than nine short ones.
     assert evaluation([3] * 9 + [600]) == evaluation([600])
 
@@ -275,9 +265,8 @@ def test_restarts_are_planned_for():
         plan(SMALL, settings_of(*HAND, f"algorithm.replay.probability={p}"), GIB, "cpu", prompt_tokens=3)
         for p in (0, 0.5)
     )
-    assert items(plain, "sampling")["key-value cache"] * (3 + 4 + 5) == (
-        items(replayed, "sampling")["key-value cache"] * (3 + 5)
-    )
+    before, after = (items(each, "sampling")["key-value cache"] for each in (plain, replayed))
+    assert after - before == 2 * 4 * 3 * 2 * 4 * 4  # 4 slots more for each of 2 prompts
 
 
 # A CUDA device

@@ -1,6 +1,6 @@
 """Random numbers by name: functions of a seed, a stream and counters, never of what was drawn before.
 
-Resuming, waves, compaction and showing a step's credit again rest on this. Numpy only.
+Resuming, waves, branches and showing a step's credit again rest on this. Numpy only.
 """
 
 import numpy as np

@@ -55,6 +55,7 @@ class BasePolicy(ABC):
     """
 
     engine: ClassVar[str]  # its value of `model.engine`
+    sharing_refusal: str | None = None  # why sampling copies each prompt to its completions
     shares_prefixes: ClassVar[bool]  # whether completions of a pack share what they have in common
     can_checkpoint: ClassVar[bool]  # whether one path can be run with less memory
 

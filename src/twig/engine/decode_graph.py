@@ -15,8 +15,7 @@ Knows nothing of rewards, tries or algorithms. Legend: P prompts, R rows a promp
 a prompt, T slots of a completion, H heads, K heads of keys, D head size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,12 +23,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from twig.engine.decoder import Context, Decoder
 from twig.engine.inverse_cdf import invert
-from twig.engine.kv_cache import KeyValueCache
 from twig.engine.policy import Policy
+from twig.engine.shared_attention import attending
+from twig.engine.wave_cache import prefill
 from twig.runtime.memory_use import out_of_memory
 
 _ATTENTION = "twig_decode"  # its name in transformers' interface
@@ -115,19 +113,6 @@ def _wide_product(left: Tensor, right: Tensor) -> Tensor:
             return torch.bmm(left, right, out_dtype=torch.float32)
         return torch.bmm(left, right).float()
     return torch.bmm(left, right)
-
-
-@contextmanager
-def _attending(decoder: Decoder) -> Iterator[None]:
-    """Inside, the model's layers attend by `attend`."""
-    if _ATTENTION not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, attend)
-    before = decoder.config._attn_implementation
-    decoder.config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        decoder.config._attn_implementation = before
 
 
 def _run_layer(layer: nn.Module, hidden: Tensor, mask: Any, rotary: Any, at: Tensor, cache: Any) -> Tensor:
@@ -305,7 +290,7 @@ class DecodeStep:
 
     def _step(self) -> None:
         tokens = self._choose()
-        with _attending(self.policy.decoder):
+        with attending(self.policy.decoder.config, _ATTENTION, attend):
             self._forward(tokens)
         self.advance()
 
@@ -373,29 +358,6 @@ class DecodeStep:
         return masks
 
 
-def prefill(policy: Policy, prompts: list[np.ndarray], width: int) -> tuple[Tensor, Tensor, KeyValueCache]:
-    """Runs each prompt once.
-
-    Returns the last layer's output at its last token [P, D], the boundary [P, width, D] and the cache.
-    Prompts are padded on the right, where no token of the prompt can see the padding.
-    """
-    decoder, device = policy.decoder, policy.device
-    ids = np.zeros((len(prompts), width), np.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    positions = torch.arange(width, device=device).expand(len(prompts), -1)
-    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril().expand(len(prompts), -1, -1)
-    cache = KeyValueCache(policy.num_layers, width)
-    context = Context(
-        decoder.masks(causal, positions, positions), decoder.rotations(positions), positions, cache
-    )
-    trunk = decoder.run(decoder.embed(torch.from_numpy(ids).to(device)), 0, policy.cut, context)
-    hidden = decoder.run(trunk, policy.cut, policy.num_layers, context)
-    cache.filled = width
-    last = torch.tensor([len(p) - 1 for p in prompts], device=device)
-    return hidden[torch.arange(len(prompts), device=device), last], trunk, cache
-
-
 class DecodeSteps:
     """The decode steps of a policy, by shape: made when they are first asked for, and kept for the next wave.
 
@@ -443,15 +405,15 @@ def _check(policy: Policy, shared: bool) -> int:
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, vocabulary, length) for length in (6, 4)]
     forced = torch.from_numpy(draw.integers(0, vocabulary, (4, 4))).to(device)  # of 2 rows each, 4 tokens
-    hidden, _, cache = prefill(policy, prompts, 6)
+    done = prefill(decoder, policy.cut, prompts, 6)
     step = DecodeStep(policy, StepShape(2, 2, 6, 4, False, True, shared), forced.new_zeros(1))
     step.replay = step._step
     lengths = torch.tensor([6, 4], device=device)
-    pairs = cache.pairs()
+    pairs = done.pairs
     try:
-        step.load(pairs, lengths, policy.next_token_logits(hidden), lengths.new_full((2, 2), 4), None)
+        step.load(pairs, lengths, policy.next_token_logits(done.hidden), lengths.new_full((2, 2), 4), None)
         for t in range(4):
-            with _attending(decoder):
+            with attending(decoder.config, _ATTENTION, attend):
                 step._forward(forced[:, t])
             step.advance()
     except Exception as error:

@@ -44,7 +44,7 @@ _IS_NO_LENGTH = re.compile("_ids?$|position|vocab")
 class Context:
     """What the layers of one pass share: masks by window, rotary embeddings by layer type, positions."""
 
-    masks: dict[int | None, Tensor | None]
+    masks: dict[int | None, Any]  # additive [B, 1, L, S] or None; in a wave `shared_attention.KeyPart`s
     rotary: dict[str | None, tuple[Tensor, Tensor]]
     positions: Tensor
     cache: KeyValueCache | PrefixKV | None = None

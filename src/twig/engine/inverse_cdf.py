@@ -1,6 +1,7 @@
 """From probabilities and uniform numbers to tokens: the inverse of the cumulative distribution.
 
-Knows nothing of models or of where the numbers come from. Legend: B rows, V vocabulary.
+Knows nothing of models or of where the numbers come from. Legend: B numbers, N rows, V
+vocabulary.
 """
 
 import torch
@@ -8,20 +9,33 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def invert(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """Returns the token at which the cumulative distribution first exceeds `uniform`.
+def invert(
+    probabilities: Float[Tensor, "N V"], uniform: Float[Tensor, " B"], row: Int[Tensor, " B"] | None = None
+) -> Int[Tensor, " B"]:
+    """Returns the token at which a cumulative distribution first exceeds `uniform`.
 
-    It is never one of probability 0.
+    It is never one of probability 0. `row` [B] has the row of `probabilities` that each number belongs to
+    (None: they are one to one).
 
     The last sum stands for 1, so rounding in a large vocabulary cannot fall off the end.
     """
     if probabilities.is_cuda:
-        return invert_in_blocks(probabilities, uniform)
+        return invert_in_blocks(probabilities if row is None else probabilities[row], uniform)
     cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1]
+    total = cumulative[:, -1] if row is None else cumulative[row, -1]
     below = torch.minimum(uniform * total, total * (1 - torch.finfo(total.dtype).eps))
+    if row is None:
+        tokens = torch.searchsorted(cumulative, below[:, None], right=True)[:, 0]
+    else:
+        numbers = row.bincount(minlength=len(cumulative))
+        order = row.argsort(stable=True)  # each row's numbers become one row of a table
+        at = torch.arange(len(row)) - (numbers.cumsum(0) - numbers)[row[order]]
+        table = below.new_zeros(len(cumulative), int(numbers.max()))
+        table[row[order], at] = below[order]
+        tokens = torch.empty_like(row)
+        tokens[order] = torch.searchsorted(cumulative, table, right=True)[row[order], at]
     # If nothing is a number the search ends behind the last token; `completions` refuses such rows.
-    return torch.searchsorted(cumulative, below[:, None], right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+    return tokens.clamp(max=cumulative.shape[1] - 1)
 
 
 def invert_in_blocks(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:

@@ -1,10 +1,11 @@
 """Keys and values of earlier tokens: a buffer that is written in place, and a fixed prefix.
 
-Knows nothing of models but that their layers call `update`. Legend: B rows.
+Knows nothing of models but that their layers call `update`. Legend: M rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -12,59 +13,59 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of B rows for up to `capacity` tokens, in one buffer per layer, written in place.
+    """Keys and values of up to `rows` rows of `capacity` tokens, in one buffer per layer, written in place.
 
-    The layers call `update`, which writes behind what `filled` says is there; the caller moves `filled` on
-    once all layers have run.
+    The layers call `update`, which writes behind what `filled` says is there, in as many of the first rows as
+    it is given; the caller moves `filled` on once all layers have run. With `before`, tables of keys and
+    values by layer that rows share, `update` returns a sequence of these and the rows' own, which only
+    `shared_attention.attend_parts` can read.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        capacity: int,
+        rows: int,
+        before: Sequence[Sequence[tuple[Tensor, Tensor]]] = (),
+    ) -> None:
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
-        self.capacity = capacity
+        self.capacity, self.rows, self.before = capacity, rows, before
         self.filled = 0
+
+    @classmethod
+    def begun(cls, pairs: Sequence[tuple[Tensor, Tensor]], rows: int, capacity: int) -> "KeyValueCache":
+        """Returns a cache whose first rows begin with the keys and values `pairs`, by layer."""
+        cache = cls(len(pairs), capacity, rows)
+        for layer, (keys, values) in enumerate(pairs):
+            cache.update(keys, values, layer)
+        cache.filled = pairs[0][0].shape[2]
+        return cache
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Any]:
         """Writes a layer's new keys and values; returns all that are filled, these included."""
-        stop = self.filled + keys.shape[2]
-        k, v = self.keys[layer], self.values[layer]
-        if k is None or v is None:
-            shape = (keys.shape[0], keys.shape[1], self.capacity)
-            k = self.keys[layer] = keys.new_empty(*shape, keys.shape[3])
-            v = self.values[layer] = values.new_empty(*shape, values.shape[3])
-        k[:, :, self.filled : stop] = keys
-        v[:, :, self.filled : stop] = values
-        return k[:, :, :stop], v[:, :, :stop]
+        own = self._write(self.keys, keys, layer), self._write(self.values, values, layer)
+        if not self.before:
+            return own
+        shared_keys, shared_values = zip(*(part[layer] for part in self.before), strict=True)
+        return (*shared_keys, own[0]), (*shared_values, own[1])
 
-    def select(self, rows: Int[Tensor, " B2"], capacity: int | None = None) -> "KeyValueCache":
-        """Returns a cache of the given rows (repeats allowed), with room for `capacity` tokens."""
-        chosen = KeyValueCache(len(self.keys), capacity or self.capacity)
-        chosen.filled = self.filled
-        chosen.keys = [
-            copy_rows(buffer, rows, self.filled, chosen.capacity) for buffer in self._written(self.keys)
-        ]
-        chosen.values = [
-            copy_rows(buffer, rows, self.filled, chosen.capacity) for buffer in self._written(self.values)
-        ]
-        return chosen
+    def _write(self, buffers: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
+        count, heads, tokens, size = new.shape
+        buffer, stop = buffers[layer], self.filled + tokens
+        if buffer is None:
+            buffer = buffers[layer] = new.new_empty(self.rows, heads, self.capacity, size)
+        buffer[:count, :, self.filled : stop] = new
+        return buffer[:count, :, :stop]
 
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns the keys and values of every layer."""
-        return list(zip(self._written(self.keys), self._written(self.values), strict=True))
-
-    def keep(self, rows: Int[Tensor, " B2"]) -> None:
-        """Keeps only the given rows. One layer at a time, so that there are never two caches."""
-        for buffers in (self.keys, self.values):
-            for layer, buffer in enumerate(self._written(buffers)):
-                buffers[layer] = copy_rows(buffer, rows, self.filled, self.capacity)
-
-    def _written(self, buffers: list[Tensor | None]) -> Iterator[Tensor]:
-        """Yields the buffers, one per layer; all layers have run."""
-        for buffer in buffers:
-            assert buffer is not None, "a layer wrote no keys and values"
-            yield buffer
+    def copy_rows(self, sources: Int[Tensor, " M"], targets: Int[Tensor, " M"]) -> None:
+        """Copies rows to others, one buffer after another."""
+        if len(sources) and self.filled:
+            for buffer in (*self.keys, *self.values):
+                assert buffer is not None, "a layer wrote no keys and values"
+                buffer[targets, :, : self.filled] = buffer[sources, :, : self.filled]
 
 
 class StopForward(Exception):
@@ -98,10 +99,3 @@ class PrefixKV:
             return self.pairs[layer]
         first_keys, first_values = (prefix.expand(len(keys), -1, -1, -1) for prefix in self.pairs[layer])
         return torch.cat((first_keys, keys), 2), torch.cat((first_values, values), 2)
-
-
-def copy_rows(buffer: Tensor, rows: Tensor, filled: int, capacity: int) -> Tensor:
-    """Copies rows of a buffer into one with room for `capacity` tokens, of which `filled` are there."""
-    copy = buffer.new_empty(len(rows), buffer.shape[1], capacity, buffer.shape[3])
-    copy[:, :, :filled] = buffer[rows, :, :filled]
-    return copy

@@ -25,6 +25,7 @@ from twig.engine.kv_cache import PrefixKV
 from twig.engine.loops import resolve_decode
 from twig.engine.lora import adapted_layers
 from twig.engine.pack import Pack, Stem, head_columns
+from twig.engine.wave_cache import why_not_shared
 
 # The last layer runs on the head rows alone if they are at most this share of the cells: every cell's keys
 # and values are needed, and computing those first costs a little.
@@ -62,6 +63,7 @@ class Policy(BasePolicy):
             self.decoder.check()
         self.num_layers = len(self.decoder.layers)
         self.cut = min(adapted_layers(self.decoder.layers))
+        self.sharing_refusal = why_not_shared(self.decoder)
         self._refuse_unmoved(self.decoder.tree_logits, PLAIN)
 
     def _refuse_outside_layers(self) -> None:

@@ -1,12 +1,12 @@
 """Sampling: prompts become completions, with log-probs, entropies and the boundary recorded on the way.
 
-Each prompt is run once and its keys and values are expanded to its completions; finished rows are compacted
-away; masks and rotary embeddings of all steps are made before the first. The token at a position follows from
-its probabilities and one uniform number, a function of (seed, step, prompt, completion, position) and of
-nothing else, so batch shape, waves, compaction and history cannot change what is sampled beyond rounding.
+Completions of a prompt that have drawn the same tokens so far are one branch of their trie: it is run once,
+and splits when they draw different ones (`branches`). The token at a position follows from its probabilities
+and one uniform number, a function of (seed, step, prompt, completion, position) and of nothing else, so batch
+shape, waves, branches and history cannot change what is sampled beyond rounding.
 
-Knows nothing of rewards, tries or algorithms. Legend: B rows, P prompts, T positions, D hidden, V vocabulary,
-C cells.
+Knows nothing of rewards or algorithms. Legend: B rows (completions) of a wave, A unfinished ones, N branches,
+P prompts, T positions, D hidden, V vocabulary, C cells.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,19 +20,20 @@ from torch import Tensor
 from twig.common.errors import UserError
 from twig.common.tokenizer import Tokenizer
 from twig.config.load import Settings
+from twig.core.branches import split
 from twig.core.rng import uniforms
 from twig.core.types import Completion
 from twig.engine.base_policy import BasePolicy
-from twig.engine.decode_graph import DecodeStep, DecodeSteps, NotCaptured, StepShape, prefill
-from twig.engine.decoder import Context
+from twig.engine.decode_graph import DecodeStep, DecodeSteps, NotCaptured, StepShape
 from twig.engine.inverse_cdf import invert
 from twig.engine.loops import Loop
 from twig.engine.plain_policy import PlainPolicy
 from twig.engine.policy import Policy
 from twig.engine.stop_rules import Decode, Ending
+from twig.engine.wave_cache import CopiedPrompts, SharedPrompts, prefill
 from twig.runtime.memory_use import give_back, out_of_memory, trim_freed_memory
 
-_COMPACT_BELOW = 0.75  # copy the cache once fewer than this share of its rows are unfinished
+_LOGITS_AT_ONCE = 2**20  # on a CPU: what is made of so many logits stays in the processor's caches
 _STEPS_AT_ONCE = 8  # captured steps between two looks at the unfinished rows: a look waits for the device
 
 
@@ -247,7 +248,10 @@ class _Wave:
 
 
 class _Recorder:
-    """Chooses each step's tokens and records them. Rows are those of the wave, before compaction."""
+    """Chooses each step's tokens and records them.
+
+    Tokens and ends are on the host, log-probs and entropies on the device: a step waits for it once.
+    """
 
     def __init__(self, policy: BasePolicy, wave: _Wave) -> None:
         limits = [row.request.max_tokens for row in wave.rows]
@@ -256,50 +260,67 @@ class _Recorder:
         wide = torch.promote_types(policy.dtype, torch.float32)
         self.noise = None
         if not params.greedy:
-            table = np.zeros((size, longest))
-            for noise, row in zip(table, wave.rows, strict=True):
+            self.noise = np.zeros((size, longest))
+            for noise, row in zip(self.noise, wave.rows, strict=True):
                 limit = row.request.max_tokens
                 noise[:limit] = uniforms(params.seed, wave.step, row.request.slot, row.number, limit)
-            self.noise = torch.from_numpy(table).to(wide).to(device)
-        self.limits = torch.tensor(limits, device=device)
+        self.limits = np.array(limits)
         self.ending = Ending(
             params.end_ids, params.stop, params.decode, [row.request.prefix for row in wave.rows]
         )
-        self.end_ids = torch.tensor(self.ending.end_ids, dtype=torch.long, device=device)
-        self.ids = torch.zeros(size, longest, dtype=torch.long, device=device)
+        self.ids = np.zeros((size, longest), np.int64)
+        self.lengths = np.zeros(size, np.int64)
+        self.finished = np.zeros(size, bool)
         self.logps = torch.zeros(size, longest, dtype=wide, device=device)
         self.entropies = torch.zeros(size, longest, dtype=wide, device=device)
-        self.lengths = torch.zeros(size, dtype=torch.long, device=device)
-        self.finished = torch.zeros(size, dtype=torch.bool, device=device)
-        self.going = torch.ones(size, dtype=torch.bool, device=device)
 
-    def choose(self, logits: Float[Tensor, "B V"], alive: Int[Tensor, " B"], t: int) -> tuple[Tensor, Tensor]:
-        """Returns the tokens [B] of position t for the wave's rows `alive`, and which are unfinished."""
+    def choose(
+        self, logits: Float[Tensor, "N V"], rows: np.ndarray, branch: np.ndarray, t: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens [A] of position t for the wave's unfinished `rows`, and which go on.
+
+        Row i of the logits is that of branch i; `branch` [A] has that of each row.
+        """
+        step = len(logits) if logits.is_cuda else max(_LOGITS_AT_ONCE // logits.shape[1], 1)
+        noise = None if self.noise is None else self.noise[rows, t]
+        ids = self.ids[rows, t]
+        for first in range(0, len(logits), step):
+            here = np.flatnonzero((branch >= first) & (branch < first + step))
+            part = logits[first : first + step], branch[here] - first
+            ids[here] = self._draw(part, rows[here], None if noise is None else noise[here], t)
+        self.ids[rows, t] = ids
+        self.lengths[rows] = t + 1
+        ended = np.isin(ids, self.ending.end_ids)
+        if self.ending.stop:
+            ended |= self.ending.stopped(self.ids[rows, : t + 1], rows)
+        self.finished[rows] = ended
+        return ids, ~ended & (self.limits[rows] > t + 1)
+
+    def _draw(
+        self, part: tuple[Tensor, np.ndarray], rows: np.ndarray, noise: np.ndarray | None, t: int
+    ) -> np.ndarray:
+        """Draws and records a token for each row; `part` is logits, and which of them is each row's."""
+        logits, place = part[0], torch.from_numpy(part[1]).to(part[0].device)
         logps = torch.log_softmax(logits, -1)
         probabilities = logps.exp()
-        if self.noise is None:
-            tokens = logits.argmax(-1)
+        if noise is None:
+            tokens = logits.argmax(-1)[place]
         else:
-            tokens = invert(probabilities, self.noise[alive, t])
-        self.ids[alive, t] = tokens
-        self.logps[alive, t] = logps.gather(-1, tokens[:, None])[:, 0]
-        self.entropies[alive, t] = torch.special.entr(probabilities).sum(-1)
-        going = self.going[alive]  # rows that ended earlier run along until the next compaction
-        ended = torch.isin(tokens, self.end_ids)
-        if self.ending.stop:
-            ended |= self.ending.stopped(self.ids[alive, : t + 1], alive)
-        self.lengths[alive] += going
-        self.finished[alive] |= going & ended
-        going = going & ~ended & (self.limits[alive] > t + 1)
-        self.going[alive] = going
-        return tokens, going
+            tokens = invert(probabilities, torch.from_numpy(noise).to(logits), place)
+        at = torch.from_numpy(rows).to(logits.device), t
+        self.logps[at] = logps[place, tokens]
+        # a token of probability 0 adds nothing
+        entropies = -torch.linalg.vecdot(probabilities, logps.clamp_(min=torch.finfo(logps.dtype).min))
+        self.entropies[at] = entropies[place]
+        return tokens.cpu().numpy()
 
     def take(self, step: DecodeStep, rows: Int[Tensor, " B"]) -> None:
         """Copies what a decode step recorded for its `rows`, which are the wave's."""
         longest = self.ids.shape[1]
-        self.lengths, self.finished = step.lengths[rows], step.finished[rows]
-        inside = torch.arange(longest, device=rows.device) < self.lengths[:, None]
-        self.ids = step.ids[rows, :longest]
+        self.ids, self.lengths, self.finished = (
+            x[rows].cpu().numpy() for x in (step.ids[:, :longest], step.lengths, step.finished)
+        )
+        inside = torch.from_numpy(np.arange(longest) < self.lengths[:, None]).to(rows.device)
         # values behind the end of a row are not used, and need not be finite
         self.logps, self.entropies = (
             torch.where(inside, values[rows, :longest], 0.0) for values in (step.logps, step.entropies)
@@ -313,20 +334,18 @@ class _Recorder:
                 "the model's probabilities are not finite, so there is nothing to sample from",
                 "Set model.dtype=float32, or a smaller train.learning_rate from an earlier adapter on",
             )
-        ids, logps, entropies, lengths, finished = (
-            x.cpu().numpy() for x in (self.ids, self.logps, self.entropies, self.lengths, self.finished)
-        )
-        kept = [row[:length].copy() for row, length in zip(ids, lengths, strict=True)]
+        logps, entropies = self.logps.cpu().numpy(), self.entropies.cpu().numpy()
+        kept = [row[:length].copy() for row, length in zip(self.ids, self.lengths, strict=True)]
         texts = wave.params.decode(
             [np.concatenate([row.request.prefix, own]) for row, own in zip(wave.rows, kept, strict=True)]
         )
         completions = []
-        for i, (row, length) in enumerate(zip(wave.rows, lengths, strict=True)):
+        for i, (row, length) in enumerate(zip(wave.rows, self.lengths, strict=True)):
             cells = np.empty(0, np.int64)
             if wave.table is not None:
                 cells = wave.table.first_cell(row) + np.arange(length)
             values = (kept[i], logps[i, :length].copy(), entropies[i, :length].copy())
-            completions.append(Completion(*values, bool(finished[i]), texts[i], cells))
+            completions.append(Completion(*values, bool(self.finished[i]), texts[i], cells))
         return completions
 
 
@@ -381,55 +400,33 @@ def take_fallback(policy: BasePolicy) -> str | None:
 
 
 def _sample_layers(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _Finished) -> None:
-    """Samples a wave by calling the layers one by one, finished rows compacted away."""
+    """Samples a wave by calling the layers one by one, every branch once."""
     decoder, device = policy.decoder, policy.device
     prompts = [request.prompt_ids for request in wave.prompts().values()]
-    width, longest = max(map(len, prompts)), recorder.ids.shape[1]
-    hidden, trunk, cache = prefill(policy, prompts, width)
-    rows = torch.from_numpy(wave.places()).to(device)
-    logits = policy.next_token_logits(hidden)[rows]
-    cache = cache.select(rows, width + longest)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)[rows]
-    cells = _record_prompts(wave, trunk)
-    del hidden, trunk
-
-    # Slot s of the cache holds prompt position s below `width`, and completion position s - width from there
-    # on.
-    slots = torch.arange(width + longest, device=device)
-    slot_positions = torch.where(slots < width, slots, lengths[:, None] + slots - width)
-    filled = (slots < lengths[:, None]) | (slots >= width)
-    positions = slot_positions[:, width:]
-    rotary = decoder.rotations(positions)
-    masked = bool((lengths < width).any()) or any(
-        w is not None and w < width + longest for w in decoder.windows
-    )
-
-    current = torch.arange(len(wave.rows), device=device)  # the wave's row of each row of the cache
+    longest = recorder.ids.shape[1]
+    kind = CopiedPrompts if policy.sharing_refusal else SharedPrompts
+    texts = kind(decoder, policy.cut, prompts, len(wave.rows), longest)
+    logits = policy.next_token_logits(texts.hidden)
+    cells = _record_prompts(wave, texts.trunk)
+    texts.forget_prompts()
+    rows, branch, of_prompt = np.arange(len(wave.rows)), wave.places(), np.arange(len(prompts))
     for t in range(longest):
-        tokens, going = recorder.choose(logits, current, t)
-        left = int(going.sum())
-        finished.in_wave(len(wave.rows) - left, left, (t + 1) / longest)
-        if left == 0:
+        tokens, going = recorder.choose(logits, rows, branch, t)
+        rows = rows[going]
+        finished.in_wave(len(wave.rows) - len(rows), len(rows), (t + 1) / longest)
+        if len(rows) == 0:
             break
-        if left < _COMPACT_BELOW * len(current):
-            keep = going.nonzero()[:, 0]
-            cache.keep(keep)
-            current, tokens, going = current[keep], tokens[keep], going[keep]
-            filled, slot_positions, positions = filled[keep], slot_positions[keep], positions[keep]
-            rotary = {kind: (cos[keep], sin[keep]) for kind, (cos, sin) in rotary.items()}
-        now = positions[:, t : t + 1]
-        masks: dict[int | None, Tensor | None] = {w: None for w in decoder.windows}
-        if masked:
-            stop = width + t + 1
-            masks = decoder.masks(filled[:, None, :stop], now, slot_positions[:, :stop])
-        here = {kind: (cos[:, t : t + 1], sin[:, t : t + 1]) for kind, (cos, sin) in rotary.items()}
-        context = Context(masks, here, now, cache)
-        hidden = decoder.run(decoder.embed(tokens[:, None]), 0, policy.cut, context)
-        if wave.table is not None:
-            # rows that ended run along until the next compaction, and have no cells behind their limit
-            wave.table.rows[(cells[current] + t)[going]] = hidden[:, 0][going]
-        hidden = decoder.run(hidden, policy.cut, policy.num_layers, context)
-        cache.filled += 1
+        now = split(branch[going], tokens[going])
+        branch, of_prompt = now.branch, of_prompt[now.parents]
+        texts.cache.copy_rows(*(torch.from_numpy(x).to(device) for x in (now.sources, now.targets)))
+        context = texts.step(t, of_prompt)
+        ids = torch.from_numpy(now.tokens).to(device)[:, None]
+        with texts.attending():
+            hidden = decoder.run(decoder.embed(ids), 0, policy.cut, context)
+            if wave.table is not None:
+                wave.table.rows[torch.from_numpy(cells[rows] + t).to(device)] = hidden[branch, 0]
+            hidden = decoder.run(hidden, policy.cut, policy.num_layers, context)
+        texts.cache.filled += 1
         logits = policy.next_token_logits(hidden[:, 0])
 
 
@@ -444,17 +441,19 @@ def _sample_steps(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _F
     each, width = int(number.max()) + 1, max(map(len, prompts))
     shape = StepShape(len(prompts), each, width, longest, wave.table is not None, recorder.noise is None)
     assert isinstance(policy.decode_steps, DecodeSteps)
-    step = policy.decode_steps.get(shape, recorder.end_ids)
-    hidden, trunk, cache = prefill(policy, prompts, width)
-    cells = _record_prompts(wave, trunk)
+    end_ids = torch.tensor(recorder.ending.end_ids, dtype=torch.long, device=policy.device)
+    step = policy.decode_steps.get(shape, end_ids)
+    done = prefill(policy.decoder, policy.cut, prompts, width)
+    cells = _record_prompts(wave, done.trunk)
+    noise = None if recorder.noise is None else torch.from_numpy(recorder.noise).to(recorder.logps.dtype)
     step.load(
-        cache.pairs(),
+        done.pairs,
         torch.tensor([len(p) for p in prompts], device=policy.device),
-        policy.next_token_logits(hidden),
-        _by_prompt(recorder.limits, group, number),
-        None if recorder.noise is None else _by_prompt(recorder.noise, group, number),
+        policy.next_token_logits(done.hidden),
+        _by_prompt(torch.from_numpy(recorder.limits), group, number).to(policy.device),
+        None if noise is None else _by_prompt(noise, group, number).to(policy.device),
     )
-    del hidden, trunk, cache
+    del done
     rows = torch.from_numpy(group * each + number).to(policy.device)
     for t in range(longest):
         step()
@@ -467,20 +466,21 @@ def _sample_steps(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _F
     recorder.take(step, rows)
     if wave.table is not None:
         # the last token of a completion is only predicted, never run
-        slots = torch.arange(longest, device=policy.device)
+        slots = np.arange(longest)
         there = slots < recorder.lengths[:, None] - 1
         assert step.trunk is not None
-        wave.table.rows[(cells[:, None] + slots)[there]] = step.trunk[rows, :longest][there]
+        own, there = (torch.from_numpy(x).to(policy.device) for x in ((cells[:, None] + slots)[there], there))
+        wave.table.rows[own] = step.trunk[rows, :longest][there]
 
 
-def _record_prompts(wave: _Wave, trunk: Float[Tensor, "P W D"]) -> Int[Tensor, " B"]:
+def _record_prompts(wave: _Wave, trunk: Float[Tensor, "P W D"]) -> Int[np.ndarray, " B"]:
     """Records the prompts' boundary; returns each row's first cell (0 if nothing is recorded)."""
     if wave.table is None:
-        return torch.zeros(len(wave.rows), dtype=torch.long, device=trunk.device)
+        return np.zeros(len(wave.rows), np.int64)
     for request, output in zip(wave.prompts().values(), trunk, strict=True):
         cells = wave.table.prompt_cells(request)
         wave.table.rows[cells[0] : cells[-1] + 1] = output[: len(cells)]
-    return torch.tensor([wave.table.first_cell(row) for row in wave.rows], device=trunk.device)
+    return np.array([wave.table.first_cell(row) for row in wave.rows])
 
 
 def _by_prompt(values: Tensor, group: np.ndarray, number: np.ndarray) -> Tensor:
@@ -492,23 +492,28 @@ def _by_prompt(values: Tensor, group: np.ndarray, number: np.ndarray) -> Tensor:
 
 def _sample_model(policy: PlainPolicy, wave: _Wave, recorder: _Recorder, finished: _Finished) -> None:
     """Samples a wave with the model's own forward and cache, one prompt at a time, for any architecture."""
-    group = wave.places()
+    places, longest = wave.places(), recorder.ids.shape[1]
+    ended = 0
     for place, request in enumerate(wave.prompts().values()):
-        alive = torch.from_numpy(np.flatnonzero(group == place)).to(policy.device)
-        ids = torch.from_numpy(request.prompt_ids).to(policy.device).expand(len(alive), -1)
-        cache, start = None, 0
-        for t in range(recorder.ids.shape[1]):
+        group = np.flatnonzero(places == place)
+        ids = torch.from_numpy(request.prompt_ids).to(policy.device).expand(len(group), -1)
+        cache, start, own = None, 0, np.arange(len(group))  # the rows of the batch that are unfinished
+        for t in range(longest):
             logits, cache = policy.next_logits(ids, start, cache)
-            tokens, going = recorder.choose(policy.sampled_logits(logits[:, -1]), alive, t)
-            left = int(going.sum())
-            finished.in_wave(int((~recorder.going).sum()), left, (t + 1) / recorder.ids.shape[1])
+            tokens, going = recorder.choose(policy.sampled_logits(logits[:, -1]), group[own], own, t)
+            drawn = np.zeros(len(group), np.int64)  # rows that ended run along
+            drawn[own], own = tokens, own[going]
+            left = len(own)
+            finished.in_wave(ended + len(group) - left, left, (t + 1) / longest)
             if left == 0:
                 break
+            new = torch.from_numpy(drawn).to(policy.device)[:, None]
             # without a cache the whole text is run again
             if cache is not None:
-                ids, start = tokens[:, None], start + ids.shape[1]
+                ids, start = new, start + ids.shape[1]
             else:
-                ids = torch.cat([ids, tokens[:, None]], 1)
+                ids = torch.cat([ids, new], 1)
+        ended += len(group)
 
 
 _LOOPS: dict[Loop, Callable[..., None]] = {

@@ -7,9 +7,7 @@ length. A rule that reads text needs the plain loop: see `loops.choose_loop`. Kn
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
 
 Decode = Callable[[list[np.ndarray]], list[str]]  # lists of ids to texts
 
@@ -29,14 +27,13 @@ class Ending:
         # at the beginning of a text.
         self.reach = max((len(text.encode()) for text in stop), default=0) + 4
 
-    def stopped(self, ids: Int[Tensor, "A T"], rows: Int[Tensor, " A"]) -> Bool[Tensor, " A"]:
+    def stopped(self, ids: Int[np.ndarray, "A T"], rows: Int[np.ndarray, " A"]) -> Bool[np.ndarray, " A"]:
         """Returns whether the ids so far of the wave's `rows` end with a stop text."""
-        tails = ids[:, -self.reach :].cpu().numpy()
-        missing = self.reach - tails.shape[1]
-        if missing:
+        tails = list(ids[:, -self.reach :])
+        missing = self.reach - ids.shape[1]
+        if missing > 0:
             tails = [
                 np.concatenate([self.prefixes[r][-missing:], tail])
-                for r, tail in zip(rows.tolist(), tails, strict=True)
+                for r, tail in zip(rows, tails, strict=True)
             ]
-        ended = [any(text in tail for text in self.stop) for tail in self.decode(list(tails))]
-        return torch.tensor(ended, device=ids.device)
+        return np.array([any(text in tail for text in self.stop) for tail in self.decode(tails)], bool)

@@ -108,6 +108,11 @@ def prepare(
             config.base_model_name_or_path = settings.model.name
     ends = end_ids(model, tokenizer)
     policy = build_policy(peft_model, settings)
+    if policy.sharing_refusal:
+        progress.message(
+            "note: sampling copies each prompt to its completions and takes more memory than planned: "
+            + policy.sharing_refusal
+        )
     sampling = SamplingParams.of(settings, tokenizer, ends)
     return Parts(sized, task, tokenizer, policy, sampling, given.names, checksum, weights, begun_from)
 

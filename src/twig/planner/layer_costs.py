@@ -11,8 +11,7 @@ from twig.planner.model_shape import Shape
 
 _FEW_ROWS = 0.75  # as in engine/policy.py, which needs torch
 _SLOTS, _SHARE_FROM = 64, 0.05  # as in engine/decode_graph.py
-COMPACTED = 0.75  # as in engine/sampler.py: the share of rows left below which finished ones are dropped
-PACKED_ROWS = 64  # as in engine/kernels.py: the most rows that packed matrices serve
+LOGITS_AT_ONCE = 2**20  # as in engine/sampler.py
 
 
 @dataclass(frozen=True)
@@ -203,6 +202,18 @@ def layer_moment(work: Workload, rows: int, columns: int, keys: int | None = Non
     return rows * columns * most
 
 
+def shared_moment(work: Workload, rows: int, prompts: int, width: int) -> float:
+    """Counts the bytes alive within `engine.shared_attention.attend_parts`, at a wave's last token."""
+    shape, e, wide = work.shape, work.element, work.wide
+    cast = wide if e != wide else 0
+
+    def part(tables: int, keys: int) -> float:  # scores, masked, and weights; keys or values
+        return 3 * rows * shape.heads * keys * wide + cast * tables * keys * shape.key
+
+    queries = rows * shape.query * (2 * e + cast + 3 * wide)
+    return queries + max(part(prompts, width), part(rows, work.length))
+
+
 def backward_moment(work: Workload, table: Table, queries: int | None = None) -> Halves:
     """Counts the bytes of gradients alive within one layer's backward pass."""
     shape, e = work.shape, work.element
@@ -245,22 +256,16 @@ def waves_of(prompts: int, generations: int, size: int) -> list[Wave]:
     return sorted(waves, key=lambda wave: (-wave.prompts * wave.each, -wave.prompts))
 
 
-def filled_slots(lengths: Sequence[int], width: int, longest: int, page: float = 0) -> int:
-    """Returns the most slots that a wave in the plain loop fills at once, if completions have these lengths.
+def filled_slots(lengths: Sequence[int], longest: int, page: float = 0) -> int:
+    """Returns the slots that completions of these lengths fill in the plain loop, if they share nothing.
 
-    Prompts are padded to `width`, and there is room for `longest` tokens behind them. Finished rows go once
-    fewer than three quarters of the rows are left. `page` is the number of slots in a page of memory: what a
+    There is room for `longest` tokens in each row. `page` is the number of slots in a page of memory: what a
     row has filled ends in the middle of one.
 
-    >>> filled_slots([1, 1, 5, 5], 3, 8)  # two rows of 3 + 4: the last token is not run
-    14
+    >>> filled_slots([1, 2, 5, 5], 8)  # the last token is not run
+    9
     """
-    rows, most = len(lengths), len(lengths) * width
-    for tokens in range(1, max(lengths)):
-        left = sum(length > tokens for length in lengths)
-        rows = left if left < COMPACTED * rows else rows
-        most = max(most, round(rows * min(width + tokens + page / 2, width + longest)))
-    return most
+    return round(sum(min(length - 1 + page / 2, longest) for length in lengths if length > 1))
 
 
 @dataclass(frozen=True)

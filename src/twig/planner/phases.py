@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 from twig.config.sizes import Sizes
 from twig.planner.layer_costs import (
-    COMPACTED,
-    PACKED_ROWS,
+    LOGITS_AT_ONCE,
     DecodeTable,
     Halves,
     Table,
@@ -27,6 +26,7 @@ from twig.planner.layer_costs import (
     last_queries,
     layer_moment,
     pack_table,
+    shared_moment,
     waves_of,
 )
 from twig.planner.ledger import Ledger, Phase
@@ -152,11 +152,10 @@ class Footprint:
             largest = waves_of(work.prompts, work.generations, self.sizes.wave_size)[0]
             self._decode_wave(ledger, self._decode_tables(), largest.prompts, width)
         else:
-            if rows < total:  # packed at the end of a wave, and there for the next one
-                self._packed(ledger)
+            self._packed(ledger)
             exact, rest = divmod(rows, work.generations)
             prompts = min(work.prompts, exact + 2 * (rest > 0) - (exact == 0))
-            self._wave(ledger, rows, prompts, width, rows == total, work.filled)
+            self._wave(ledger, rows, prompts, width, work.filled)
         return self._phase(ledger, "sampling")
 
     def evaluation(self) -> Phase:
@@ -185,7 +184,8 @@ class Footprint:
             table = DecodeTable.of(Wave(rows, 1), width, work.length, False)
             self._decode_wave(ledger, [table], rows, width)
         else:
-            self._wave(ledger, rows, rows, width, True)
+            self._packed(ledger)
+            self._wave(ledger, rows, rows, width)
         return self._phase(ledger, "evaluation")
 
     def _decode_tables(self) -> list[DecodeTable]:
@@ -228,62 +228,46 @@ class Footprint:
         if table.sampled and work.recorded:  # recorded rows, and then those in use
             ledger.moment("activations", 2 * table.rows * work.length * hidden)
 
-    def _wave(
-        self, ledger: Ledger, rows: int, prompts: int, width: int, pack: bool, filled: int | None = None
-    ) -> None:
+    def _wave(self, ledger: Ledger, rows: int, prompts: int, width: int, filled: int | None = None) -> None:
         """Predicts a wave of `rows` completions of `prompts` prompts of up to `width` tokens.
 
-        With `pack`, matrices are packed in this wave, which happens once there are few enough rows. At most
-        `filled` slots are in use at once (None: all).
+        A prompt is held once; the completions use `filled` slots for their own tokens (None: all).
         """
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
-        slots = width + work.length
         row = shape.layers * 2 * shape.key * e  # keys and values of a token
         hidden, prompt_tokens = shape.hidden * e, prompts * width
-        ledger.take("sampled tokens", rows * work.length * (3 * wide + 2 * _INT))
+        on_host = 2 * _INT if work.kind == "cpu" else 0  # ids and noise
+        ledger.take("sampled tokens", rows * work.length * (2 * wide + on_host))
 
         masks = self._masks(ledger, prompts, width, set(shape.windows))
         ledger.take("key-value cache", prompt_tokens * row)
         ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and the top's
         ledger.moment("activations", layer_moment(work, prompts, width))
         ledger.drop("masks", masks)
-        ledger.take("logits", (2 * prompts + rows) * shape.vocabulary * wide)
-        ledger.drop("logits", 2 * prompts * shape.vocabulary * wide)
-        # The buffers of the whole wave are allocated at once; on a CPU, pages count once they are written to.
-        first = width if work.kind == "cpu" else slots
-        ledger.take("key-value cache", rows * first * row)
-        ledger.drop("key-value cache", prompt_tokens * row)
-        filled = rows * slots if filled is None or first == slots else filled
-        ledger.take("key-value cache", (filled - rows * first) * row)
+        self._logits(ledger, prompts)
         ledger.drop("activations")
+        # All buffers are allocated at once; on a CPU, pages count once they are written to.
+        filled = rows * work.length if filled is None or work.kind != "cpu" else filled
+        ledger.take("key-value cache", filled * row)
 
         kinds = 2 if shape.per_type_rotary else 1
-        of_row = slots * (_INT + _BOOL) + work.length * 2 * kinds * shape.head_dim * e
-        ledger.take("masks", rows * of_row)
-        few = min(rows, PACKED_ROWS)
-        if pack and rows == few:
-            self._packed(ledger)
-        self._decode(ledger, rows, slots)
-        if pack and rows > few:  # most have ended by then
-            for name, size in (
-                ("key-value cache", max(filled - few * slots, 0) * row),
-                ("logits", (rows - few) * shape.vocabulary * wide),
-                ("masks", (rows - few) * of_row),
-            ):
-                ledger.drop(name, size)
-            self._packed(ledger)
-            self._decode(ledger, few, slots)
+        ledger.take("masks", prompts * work.length * (_INT + 2 * kinds * shape.head_dim * e))
+        # A branch that splits is copied, one buffer after another.
+        ledger.moment("key-value cache", rows * work.length * shape.key * e)
+        ledger.drop("logits")
+        self._logits(ledger, rows)
+        inner = max(layer_moment(work, rows, 1, 0), shared_moment(work, rows, prompts, width))
+        ledger.moment("activations", rows * hidden + inner)
 
-    def _decode(self, ledger: Ledger, rows: int, slots: int) -> None:
-        """Predicts the last step of a wave of `rows` completions in `slots` slots."""
-        work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
-        # Choosing a token: logits, log-probs, probabilities, and their sums or entropies.
-        ledger.moment("logits", 3 * rows * shape.vocabulary * wide)
-        # Finished rows are dropped by copying the others, one layer after another.
-        ledger.moment("key-value cache", COMPACTED * rows * slots * 2 * shape.key * e)
-        moment = rows * shape.hidden * e + layer_moment(work, rows, 1, slots)
-        ledger.moment("activations", moment)
-        ledger.moment("logits", rows * shape.vocabulary * (2 * wide if e == wide else wide + e))
+    def _logits(self, ledger: Ledger, rows: int) -> None:
+        """Takes logits of `rows` rows, and what is alive while tokens are drawn from them."""
+        work, vocabulary = self.work, self.work.shape.vocabulary
+        e, wide = work.element, work.wide
+        ledger.moment("logits", rows * vocabulary * (2 * wide if e == wide else wide + e))
+        ledger.take("logits", rows * vocabulary * wide)
+        at_once = max(LOGITS_AT_ONCE // vocabulary, 1) if work.kind == "cpu" else rows
+        # log-probs, probabilities, and their sums or entropies
+        ledger.moment("logits", 3 * min(rows, at_once) * vocabulary * wide)
 
     def _masks(
         self, ledger: Ledger, rows: int, columns: int, windows: set[int | None], keys: int | None = None

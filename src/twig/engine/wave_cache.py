@@ -1,0 +1,220 @@
+"""The texts of a wave as its layers see them: keys and values of prompts and branches, masks, rotations.
+
+A prompt's keys and values are held once, and once for all prompts what these begin with, if that is long: a
+branch holds its own tokens only (`SharedPrompts`). Layers that do not call transformers' attention interface
+read whole rows, so each branch gets a copy of its prompt's (`CopiedPrompts`).
+
+Knows nothing of sampling. Legend: N branches, P prompts, W width, D hidden.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from twig.engine.decoder import Context, Decoder
+from twig.engine.kv_cache import KeyValueCache, PrefixKV
+from twig.engine.shared_attention import Groups, KeyPart, attending
+from twig.runtime.memory_use import out_of_memory
+
+COMMON_FROM = 16  # tokens that all prompts begin with, from which these are run and held apart
+Pairs = list[tuple[Tensor, Tensor]]  # keys and values by layer
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Prompts that were run: output of the last layer at each last token, boundary, keys and values."""
+
+    hidden: Float[Tensor, "P D"]
+    trunk: Float[Tensor, "P W D"]
+    pairs: Pairs
+
+
+def prefill(
+    decoder: Decoder, cut: int, prompts: Sequence[np.ndarray], width: int, before: Pairs | None = None
+) -> Prefilled:
+    """Runs each prompt once, padded on the right to `width`; `before` has what precedes all of them.
+
+    No token of a prompt can see the padding. `cut` is where the trunk ends.
+    """
+    device, count = decoder.device, len(prompts)
+    ids = np.zeros((count, width), np.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    start = before[0][0].shape[2] if before else 0
+    keys = torch.arange(start + width, device=device).expand(count, -1)
+    positions = keys[:, start:]
+    visible = keys[:, None, :] <= positions[:, :, None]
+    cache = PrefixKV(dict(enumerate(before or [])))
+    context = Context(decoder.masks(visible, positions, keys), decoder.rotations(positions), positions, cache)
+    trunk = decoder.run(decoder.embed(torch.from_numpy(ids).to(device)), 0, cut, context)
+    hidden = decoder.run(trunk, cut, len(decoder.layers), context)
+    last = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    # Values may be views of all that a layer projects.
+    pairs = [tuple(x.contiguous() for x in cache.computed.pop(i)) for i in range(len(decoder.layers))]
+    return Prefilled(hidden[torch.arange(count, device=device), last], trunk, cast(Pairs, pairs))
+
+
+class WaveCache(ABC):
+    """The texts of a wave: `prefilled` prompts, and branches of up to `longest` tokens behind them.
+
+    There is room for `rows` branches at once.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cut: int, prompts: Sequence[np.ndarray], rows: int, longest: int
+    ) -> None:
+        self.decoder, self.longest, device = decoder, longest, decoder.device
+        self.lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]
+        self.width = max(map(len, prompts))
+        self.padded = min(map(len, prompts)) < self.width
+        self.positions = self.lengths + torch.arange(longest, device=device)
+        self.rotary = decoder.rotations(self.positions)
+        self.hidden, self.trunk, self.cache = self._open(cut, prompts, rows)
+
+    def forget_prompts(self) -> None:
+        """Frees what is needed for the first token only."""
+        del self.hidden, self.trunk
+
+    def step(self, t: int, of_prompt: np.ndarray) -> Context:
+        """Returns the context of token `t` of every branch; `of_prompt` [N] has the prompt of each."""
+        prompt = torch.from_numpy(of_prompt).to(self.positions.device)
+        here = prompt, slice(t, t + 1)
+        rotary = {kind: (cos[here], sin[here]) for kind, (cos, sin) in self.rotary.items()}
+        return Context(self._masks(t, prompt), rotary, self.positions[here], self.cache)
+
+    @abstractmethod
+    def attending(self) -> Any:
+        """Returns the context in which the layers are called."""
+
+    @abstractmethod
+    def _open(
+        self, cut: int, prompts: Sequence[np.ndarray], rows: int
+    ) -> tuple[Tensor, Tensor, KeyValueCache]:
+        """Runs the prompts; returns their last hidden state and boundary, and the branches' cache."""
+
+    @abstractmethod
+    def _masks(self, t: int, prompt: Tensor) -> dict[int | None, Any]:
+        """Returns what each kind of layer sees of the texts at token `t`."""
+
+
+class SharedPrompts(WaveCache):
+    """Prompts held once, and what they begin with once, if no layer has a window that ends there."""
+
+    def _open(
+        self, cut: int, prompts: Sequence[np.ndarray], rows: int
+    ) -> tuple[Tensor, Tensor, KeyValueCache]:
+        decoder = self.decoder
+        self.common, parts, trunk = self._common(prompts), [], []
+        before = None
+        if self.common:
+            first = prefill(decoder, cut, [prompts[0][: self.common]], self.common)
+            before = first.pairs
+            parts, trunk = [before], [first.trunk.expand(len(prompts), -1, -1)]
+        rest = prefill(decoder, cut, [p[self.common :] for p in prompts], self.width - self.common, before)
+        parts.append(rest.pairs)
+        cache = KeyValueCache(len(decoder.layers), self.longest, rows, parts)
+        return rest.hidden, torch.cat([*trunk, rest.trunk], 1), cache
+
+    def _common(self, prompts: Sequence[np.ndarray]) -> int:
+        """Returns how many tokens all prompts begin with, 0 if it is not worth while."""
+        end = self.width + self.longest
+        if len(prompts) == 1 or any(w is not None and w < end for w in self.decoder.windows):
+            return 0
+        shortest = min(map(len, prompts)) - 1  # each runs its last token
+        table = np.stack([p[:shortest] for p in prompts])
+        same = (table == table[0]).all(0)
+        common = shortest if same.all() else int(same.argmin())
+        return common if common >= COMMON_FROM else 0
+
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        with attending(self.decoder.config):
+            yield
+
+    def _masks(self, t: int, prompt: Tensor) -> dict[int | None, Any]:
+        groups = Groups(prompt, len(self.lengths))
+        device, now = prompt.device, self.lengths + t
+        slots = torch.arange(self.common, self.width, device=device)
+        own = torch.arange(t + 1, device=device)[None]
+        inside = slots < self.lengths if self.padded else None
+        masks: dict[int | None, Any] = {}
+        for window in dict.fromkeys(self.decoder.windows):
+            seen, seen_own = inside, None
+            if window is not None and window < self.width + self.longest:
+                seen = (slots < self.lengths) & (now - slots < window)
+                seen_own = t - own < window
+            parts = [KeyPart(groups, self._mask(seen)), KeyPart(None, self._mask(seen_own))]
+            if self.common:
+                parts.insert(0, KeyPart(Groups(torch.zeros_like(prompt), 1), None))
+            masks[window] = tuple(parts)
+        return masks
+
+    def _mask(self, seen: Tensor | None) -> Tensor | None:
+        if seen is None:
+            return None
+        dtype = torch.promote_types(self.decoder.dtype, torch.float32)
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+class CopiedPrompts(WaveCache):
+    """Every branch has a copy of its prompt, padded on the right; its own tokens follow the padding."""
+
+    def _open(
+        self, cut: int, prompts: Sequence[np.ndarray], rows: int
+    ) -> tuple[Tensor, Tensor, KeyValueCache]:
+        done = prefill(self.decoder, cut, prompts, self.width)
+        slots = torch.arange(self.width + self.longest, device=self.lengths.device)
+        self.slot_positions = torch.where(slots < self.width, slots, self.lengths + slots - self.width)
+        self.filled = (slots < self.lengths) | (slots >= self.width)
+        self.masked = self.padded or any(w is not None and w < len(slots) for w in self.decoder.windows)
+        return done.hidden, done.trunk, KeyValueCache.begun(done.pairs, rows, len(slots))
+
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        yield
+
+    def _masks(self, t: int, prompt: Tensor) -> dict[int | None, Any]:
+        if not self.masked:
+            return {w: None for w in self.decoder.windows}
+        stop = self.width + t + 1
+        masks = self.decoder.masks(
+            self.filled[:, None, :stop], self.positions[:, t : t + 1], self.slot_positions[:, :stop]
+        )
+        return {w: None if mask is None else mask[prompt] for w, mask in masks.items()}
+
+
+@torch.no_grad()
+def why_not_shared(decoder: Decoder) -> str | None:
+    """Returns why a model's layers cannot share prompts, None if they can: compared with its own forward."""
+    draw, device = np.random.default_rng(0), decoder.device
+    vocabulary = decoder.embedding.num_embeddings
+    prompts = [draw.integers(0, vocabulary, COMMON_FROM + n) for n in (6, 4)]
+    prompts[1][:COMMON_FROM] = prompts[0][:COMMON_FROM]
+    own = draw.integers(0, vocabulary, (3, 4))  # two branches of the first prompt
+    of_prompt = np.array([0, 1, 0])
+    try:
+        texts = SharedPrompts(decoder, 0, prompts, 3, 4)
+        for t in range(4):
+            with texts.attending():
+                ids = torch.from_numpy(own[:, t : t + 1]).to(device)
+                hidden = decoder.run(decoder.embed(ids), 0, len(decoder.layers), texts.step(t, of_prompt))
+            texts.cache.filled += 1
+        ours = decoder.logits(hidden[:, 0])
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return f"its layers cannot be called with such a cache ({type(error).__name__}: {error})"
+    for branch, place in enumerate(of_prompt):
+        ids = torch.from_numpy(np.concatenate([prompts[place], own[branch]]))[None].to(device)
+        expected = decoder.model(input_ids=ids, use_cache=False).logits[0, -1]
+        gap = float((ours[branch] - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if not gap <= decoder.tolerance:
+            return f"its logits differ by {gap:.1e} of their size from its own forward"
+    return None
