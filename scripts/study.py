@@ -40,7 +40,7 @@ from twig.runs.folder import RunLog
 from twig.runs.reader import is_finished, is_run, read_metrics, read_summary
 from twig.runtime.machine import environment
 from twig.study.plan import Planned, Study, load_study, runs_of
-from twig.study.runner import StudyProgress, changes, folder_of, run_all
+from twig.study.runner import StudyProgress, changed_since, folder_of, run_all
 from twig.study.tables import Result, compare_runs, markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -312,7 +312,7 @@ def _short(value: Any) -> Any:
 def is_kept(raw: Path, planned: Planned) -> bool:
     """Returns whether a run is kept, and not one of its name with other settings."""
     folder = folder_of(raw, planned)
-    return is_finished(read_summary(folder)) and not changes(folder, planned)
+    return is_finished(read_summary(folder)) and not changed_since(folder, planned)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------

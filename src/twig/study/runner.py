@@ -125,7 +125,7 @@ def _with_one_choice(runs: Sequence[Planned], folders: Sequence[Path]) -> list[P
     return decided
 
 
-def changes(folder: Path, run: Planned) -> dict[str, tuple[Any, Any]]:
+def changed_since(folder: Path, run: Planned) -> dict[str, tuple[Any, Any]]:
     """Returns the settings that the run in `folder` began with and that the study has changed since.
 
     The value before and the value now by key, where results depend on it.
@@ -139,7 +139,7 @@ def changes(folder: Path, run: Planned) -> dict[str, tuple[Any, Any]]:
 def _refuse_changes(folder: Path, run: Planned) -> None:
     if not is_run(folder):
         return
-    for key, (before, now) in changes(folder, run).items():
+    for key, (before, now) in changed_since(folder, run).items():
         problem = f"began with {key}={before!r}, and the study says {now!r}"
         raise UserError(str(folder), problem, "Pass another --output, or rename the variant")
 
