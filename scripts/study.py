@@ -23,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ import study_words
 from study_words import BASE, SAMPLED
 
 from twig.common.errors import UserError
-from twig.common.files import put_folder, write_whole
+from twig.common.files import FolderLock, put_folder, write_whole
 from twig.config.load import load
 from twig.evaluation.record import COMPLETIONS, RESULT
 from twig.runs.folder import RunLog
@@ -135,11 +136,26 @@ class Keeping(StudyProgress):
             keep_run(self.name, self.runs[name], self.options)
 
 
+def wait_for_others(study: Path, runs: Sequence[Planned]) -> None:
+    """Waits for runs that a study left when it was killed: they have processes of their own, which go on."""
+    for planned in runs:
+        folder = folder_of(study, planned)
+        if not is_run(folder) or _is_done(study, planned):
+            continue
+        lock = FolderLock(folder)
+        if not lock.take():
+            print(f"{planned.name}: waiting, for another process is training it", flush=True)
+            while not lock.take():
+                time.sleep(1)
+        lock.release()
+
+
 def run(name: str, options: argparse.Namespace) -> int:
     """Makes the runs of one study; returns 130 if it was stopped, 2 if a run failed, or 0."""
     study = options.work / name
     ours, theirs = plan(options.docs, name, given(name, options.overrides))
     if options.only != "trl":
+        wait_for_others(study, ours)
         outcome = run_all(ours, study, options.jobs, Keeping(name, ours, options))
         for each, reason in outcome.failed.items():
             print(f"{each}: failed: {reason}")

@@ -11,6 +11,7 @@ from study_runs import write_run
 
 from twig.common.errors import UserError
 from twig.config.load import load
+from twig.runs.folder import RunLog
 from twig.study.plan import Planned
 from twig.study.runner import Outcome, folder_of
 
@@ -234,6 +235,25 @@ def test_a_run_is_kept_when_it_ends_and_not_when_all_have(docs, tmp_path, script
     assert script.main(["run", "--docs", str(docs), "--work", str(tmp_path / "work"), "--only", "twig"]) == 0
     assert len(list((docs / "study" / "raw" / "study" / "runs").iterdir())) == 3
     assert "| grpo | 1 |" in (docs / "study.md").read_text()
+
+
+def test_a_run_that_another_process_trains_is_waited_for(docs, tmp_path, script, monkeypatch, capsys):
+    """A study that is killed leaves the processes of its runs, which go on."""
+    command = ["run", "--docs", str(docs), "--work", str(tmp_path / "work"), "--only", "twig"]
+    planned = script.plan(docs, "study", [])[0][0]
+    log = RunLog.create(folder_of(tmp_path / "work" / "study", planned), planned.settings)
+    waited = []
+
+    def sleep(seconds):
+        assert not script.commands, "nothing begins before"
+        waited.append(seconds)
+        if len(waited) == 2:
+            log.close()
+
+    monkeypatch.setattr(script, "time", SimpleNamespace(sleep=sleep))
+    assert script.main(command) == 0
+    assert len(waited) == 2 and "grpo-seed-0: waiting" in capsys.readouterr().out
+    assert len(script.commands) == 3
 
 
 def test_what_was_kept_of_other_settings_is_not_shown(docs, tmp_path, script, capsys):

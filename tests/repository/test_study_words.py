@@ -264,7 +264,7 @@ def test_a_folder_without_answers_is_one_line(words, tmp_path, capsys):
 
 SMALL = """
 base: quickstart
-max_tokens: MANY
+max_tokens: 1500
 seeds: [0, 1]
 overrides: [task.eval_size=4, eval.steps=1, rollout.num_generations=4, rollout.prompts_per_step=2,
             rollout.max_completion_length=10, train.save_steps=1]
@@ -276,7 +276,7 @@ variants:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_study_that_is_killed_keeps_what_has_finished_and_resumes(docs, tmp_path):
-    (docs / "study" / "svamp.yaml").write_text(SMALL.replace("MANY", "200"))
+    (docs / "study" / "svamp.yaml").write_text(SMALL)
     command = [sys.executable, str(ROOT / "scripts" / "study.py"), "run", "--study", "svamp", "--jobs", "1"]
     command += ["--docs", str(docs), "--work", str(tmp_path / "work"), "model.num_threads=1"]
     raw = docs / "study" / "raw" / "svamp"
@@ -289,10 +289,7 @@ def test_a_study_that_is_killed_keeps_what_has_finished_and_resumes(docs, tmp_pa
     process.wait()
     assert [path.name for path in (raw / "runs").iterdir()] == ["grpo-seed-0"]
     assert "Not run yet." in (docs / "study-svamp.md").read_text()
-    # The run under way has a process of its own, which ends it or has saved it.
-    summary = second.with_name("summary.json")
-    while not summary.exists() and time.monotonic() < until:
-        time.sleep(0.2)
+    # The run under way has a process of its own, which ends it; the same command waits for it.
     alike = json.loads((raw / "runs" / "grpo-seed-0" / "evaluations.jsonl").read_text().splitlines()[0])
     (docs / "study" / "svamp-alike.json").write_text(
         json.dumps({"problems": alike["problems"], "alike": "0011"})
