@@ -17,6 +17,7 @@ from project import ROOT
 from safetensors.torch import load_file, save_file
 
 from twig.common.errors import UserError
+from twig.config.load import load
 from twig.core.types import Example
 from twig.tasks.rewards import score_number
 
@@ -59,6 +60,11 @@ def small_mawps(tmp_path) -> Path:
 
 
 # ---- data --------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_asks_as_the_warm_start_did():
+    task = load("svamp-smollm2-135m").task
+    assert (task.prompt_template, task.chat) == (data.PROMPT, "never")
 
 
 def test_equations_of_mawps_give_its_answers(mawps):

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,9 @@ from study_runs import write_run
 
 from twig.common.errors import UserError
 from twig.config.load import load
-from twig.study.plan import Planned, load_study, runs_of
+from twig.runs.folder import RunLog
+from twig.study.plan import Planned
+from twig.study.runner import Outcome, folder_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TUNING = """
@@ -44,7 +45,10 @@ grid:
 variants:
   dr-grpo: [algorithm.name=dr-grpo]
 """
-STUDY_TRL = "variants:\n  trl grpo: [algorithm.name=grpo, train.learning_rate=0.004]\n"
+STUDY_TRL = (
+    "base: quickstart\nmax_tokens: 300\nseeds: [0]\n"
+    "variants:\n  trl grpo: [algorithm.name=grpo, train.learning_rate=0.004]\n"
+)
 PAGE = """# Study
 
 <!-- study: study -->
@@ -86,14 +90,16 @@ def test_pages_of_benchmarks_say_what_the_results_say(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # thousands of resamples of every pair of variants
-def test_the_page_of_the_study_says_what_its_raw_results_say(tmp_path, monkeypatch):
+def test_the_pages_of_the_studies_say_what_their_raw_results_say(tmp_path, monkeypatch):
     script = module(ROOT / "scripts" / "study.py", monkeypatch)
     shutil.copytree(ROOT / "docs" / "study", tmp_path / "study")
-    shutil.copyfile(ROOT / "docs" / "study.md", tmp_path / "study.md")
+    pages = sorted((ROOT / "docs").glob("study*.md"))
+    assert len(pages) == 2
+    for page in pages:
+        shutil.copyfile(page, tmp_path / page.name)
     assert script.main(["tables", "--docs", str(tmp_path)]) == 0
-    assert (tmp_path / "study.md").read_text() == (ROOT / "docs" / "study.md").read_text(), (
-        "run: python scripts/study.py tables"
-    )
+    for page in pages:
+        assert (tmp_path / page.name).read_text() == page.read_text(), "run: python scripts/study.py tables"
 
 
 @pytest.fixture
@@ -130,24 +136,33 @@ def script(monkeypatch):
         summary = json.loads((folder / "summary.json").read_text())
         (folder / "summary.json").write_text(json.dumps(summary | {"trl": "1.2"}))
 
+    def run_all(runs, study, jobs, watch):
+        outcome = Outcome()
+        for planned in runs:
+            if planned.name in script.failing:
+                outcome.failed[planned.name] = "no memory"
+                continue
+            if not (folder_of(study, planned) / "summary.json").exists():
+                script.commands.append("twig")
+                watch.begun(planned.name)
+                write(planned, study)
+                watch.ended(planned.name, "finished")
+        return outcome
+
     def run(command, **how):
         script.commands.append(command)
-        if "compare" in command:
-            assert command[:3] == [sys.executable, "-m", "twig"]
-            study = Path(command[command.index("compare") + 1])
-            for planned in runs_of(load_study(study, []), study.parent):
-                write(planned, Path(command[command.index("--output") + 1]))
-        else:
-            folder = Path(command[-1])
-            assert Path(command[1]).is_file() and (folder / "config.yaml").is_file()
-            settings = load(str(folder))
-            shutil.rmtree(folder)
-            variant, _, seed = folder.name.rpartition("-seed-")
-            planned = Planned(variant, int(seed), settings)
-            assert planned.name == folder.name
-            write(planned, folder.parents[1])
+        folder = Path(command[-1])
+        assert Path(command[1]).is_file() and (folder / "config.yaml").is_file()
+        settings = load(str(folder))
+        shutil.rmtree(folder)
+        variant, _, seed = folder.name.rpartition("-seed-")
+        planned = Planned(variant, int(seed), settings)
+        assert planned.name == folder.name
+        write(planned, folder.parents[1])
         return SimpleNamespace(returncode=0)
 
+    script.failing = set()
+    monkeypatch.setattr(script, "run_all", run_all)
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
     made_here = {"platform": "here", "cpu_count": 2, "versions": {}}
     monkeypatch.setattr(script, "environment", lambda: made_here)
@@ -183,24 +198,128 @@ def test_a_rate_is_tuned_only_by_runs_that_were_evaluated_on_the_way(docs, tmp_p
         script.main(["tune", "--docs", str(docs), "--work", str(tmp_path / "work")])
 
 
-def test_results_are_kept_once_all_runs_of_both_are_there(docs, tmp_path, script, capsys):
+def test_results_are_kept_as_they_come(docs, tmp_path, script, capsys):
     command = ["tune", "--docs", str(docs), "--work", str(tmp_path / "work")]
-    assert script.main([*command, "--only", "twig"]) == 0
-    assert len(script.commands) == 1 and "compare" in script.commands[0]
-    assert "nothing kept, 4 runs are missing" in capsys.readouterr().out
-    assert not (docs / "study" / "raw").exists()
-    assert script.main([*command, "--only", "trl"]) == 0
-    assert len(script.commands) == 5 and not any("compare" in command for command in script.commands[1:])
-    assert len(list((docs / "study" / "raw" / "tuning" / "runs").iterdir())) == 12
-    assert script.main([*command, "--only", "trl"]) == 0
-    assert len(script.commands) == 5, "what TRL had finished is not made again"
-    # A study that has got more variants since: its tables stay.
+    script.failing = {"t-spmo-train.learning_rate-0.002-seed-8"}
+    assert script.main([*command, "--only", "twig"]) == 2
+    shown = capsys.readouterr().out
+    assert "0.002-seed-8: failed: no memory" in shown and "tuning: 5 of 12 runs are missing" in shown
+    kept = docs / "study" / "raw" / "tuning"
+    assert len(list((kept / "runs").iterdir())) == 7
     page = (docs / "study.md").read_text()
+    assert "**So far 7 of 12 runs are there.**" in page
+    assert "| t-spmo, train.learning_rate=0.001 | 2 |" in page
+    assert "| t-spmo, train.learning_rate=0.002 | 1 of 2 |" in page
+    assert (docs / "study" / "study.yaml").read_text() == STUDY, "rates are chosen when all runs are there"
+    script.failing = set()
+    assert script.main(command) == 0
+    assert script.commands[:7] == ["twig"] * 7 and script.commands.count("twig") == 8
+    assert len(script.commands) == 12 and len(list((kept / "runs").iterdir())) == 12
+    page = (docs / "study.md").read_text()
+    assert "So far" not in page and "| 1 of 2 |" not in page and "| trl grpo, train" in page
+    assert script.main([*command, "--only", "trl"]) == 0
+    assert len(script.commands) == 12, "what TRL had finished is not made again"
+    # A study that has got more variants since, and one less.
     path = docs / "study" / "tuning.yaml"
-    path.write_text(TUNING + "  s-grpo: [algorithm.name=s-grpo]\n")
+    path.write_text(TUNING.replace("  t-spmo:", "  s-grpo: [algorithm.name=s-grpo]\n  t-spmo:"))
     assert script.main(["tables", "--docs", str(docs)]) == 0
-    assert (docs / "study.md").read_text() == page
-    assert "4 runs are missing, such as s-grpo" in capsys.readouterr().out
+    assert "**So far 12 of 16 runs are there.**" in (docs / "study.md").read_text()
+    path.write_text(TUNING.partition("  t-spmo:")[0])
+    assert script.main([*command, "--only", "trl"]) == 0
+    assert sorted({folder.name[:4] for folder in (kept / "runs").iterdir()}) == ["grpo", "trl-"]
+    assert "t-spmo" not in (docs / "study.md").read_text()
+
+
+def test_a_run_is_kept_when_it_ends_and_not_when_all_have(docs, tmp_path, script, monkeypatch):
+    monkeypatch.setattr(script, "keep", lambda name, options: False)  # as if it was killed before
+    assert script.main(["run", "--docs", str(docs), "--work", str(tmp_path / "work"), "--only", "twig"]) == 0
+    assert len(list((docs / "study" / "raw" / "study" / "runs").iterdir())) == 3
+    assert "| grpo | 1 |" in (docs / "study.md").read_text()
+
+
+def test_a_run_that_another_process_trains_is_waited_for(docs, tmp_path, script, monkeypatch, capsys):
+    """A study that is killed leaves the processes of its runs, which go on."""
+    command = ["run", "--docs", str(docs), "--work", str(tmp_path / "work"), "--only", "twig"]
+    planned = script.plan(docs, "study", [])[0][0]
+    log = RunLog.create(folder_of(tmp_path / "work" / "study", planned), planned.settings)
+    waited = []
+
+    def sleep(seconds):
+        assert not script.commands, "nothing begins before"
+        waited.append(seconds)
+        if len(waited) == 2:
+            log.close()
+
+    monkeypatch.setattr(script, "time", SimpleNamespace(sleep=sleep))
+    assert script.main(command) == 0
+    assert len(waited) == 2 and "grpo-seed-0: waiting" in capsys.readouterr().out
+    assert len(script.commands) == 3
+
+
+def test_what_was_kept_of_other_settings_is_not_shown(docs, tmp_path, script, capsys):
+    """Rates that are tuned again make other runs of the same names."""
+    command = ["run", "--docs", str(docs), "--only", "twig", "--work"]
+    assert script.main([*command, str(tmp_path / "work")]) == 0
+    path = docs / "study" / "study.yaml"
+    path.write_text(STUDY.replace("grpo, train.learning_rate=0.004", "grpo, train.learning_rate=0.001"))
+    assert script.main(["tables", "--docs", str(docs)]) == 0
+    page = (docs / "study.md").read_text()
+    assert "**So far 2 of 4 runs are there.**" in page and "| grpo |" not in page
+    assert script.main([*command, str(tmp_path / "again")]) == 0
+    assert "**So far 3 of 4 runs are there.**" in (docs / "study.md").read_text()
+
+
+def test_seeds_that_are_run_on_their_own_are_seeds_of_the_study(docs, tmp_path, script):
+    (docs / "study" / "study.yaml").write_text(STUDY.replace("[0]", "[0, 1]"))
+    (docs / "study" / "study-trl.yaml").unlink()
+    command = ["run", "--docs", str(docs), "--work", str(tmp_path / "work")]
+    for seeds, there in (("[0]", "1 of 2"), ("[1]", "2")):
+        assert script.main([*command, f"seeds={seeds}"]) == 0
+        assert f"| grpo | {there} |" in (docs / "study.md").read_text()
+    record = json.loads((docs / "study" / "raw" / "study" / "record.json").read_text())
+    assert record["overrides"] == []
+
+
+def test_no_folder_of_a_machine_is_in_what_is_kept(docs, tmp_path, script):
+    (docs / "study" / "study-trl.yaml").unlink()
+    model = tmp_path / "somewhere" / "words"
+    model.mkdir(parents=True)
+    command = ["run", "--docs", str(docs), "--work", str(tmp_path / "work"), f"model.name={model}"]
+    assert script.main([*command, "model.adapter=owner/of-the-hub"]) == 0
+    raw = docs / "study" / "raw" / "study"
+    texts = {path: path.read_text() for path in raw.rglob("*.*") if path.is_file()}
+    assert len(texts) == 3 * 5 + 1 and not any("somewhere" in text for text in texts.values())
+    assert all("owner/of-the-hub" in text for path, text in texts.items() if path.name == "config.yaml")
+    assert "model.name=words model.adapter=owner/of-the-hub" in texts[raw / "record.json"]
+    assert "model.name=words" in (docs / "study.md").read_text(), "and they are those of the study"
+
+
+def test_svamp_s_test_problems_choose_no_rate(script, tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match=r"^task\.path: .*held out"):
+        script.given("svamp-tuning", ["train.seed=1"])
+    with pytest.raises(UserError, match=r"^task\.path: "):
+        script.given("svamp-tuning", [f"task.path={tmp_path / 'data'}"])
+    file = tmp_path / "data" / "train.jsonl"
+    file.write_text("{}")
+    for path in (file, file.parent):
+        assert script.given("svamp-tuning", [f"task.path={path}", "a.b=1"]) == ["a.b=1", f"task.path={file}"]
+    assert script.given("svamp", ["task.path=x"]) == ["task.path=x"]
+
+
+def test_the_rates_of_each_model_go_into_its_own_studies(docs, tmp_path, script):
+    text = TUNING.replace("eval.limit=4", "eval.limit=4, lora.r=4")
+    (docs / "study" / "svamp-tuning.yaml").write_text(text)
+    (docs / "study" / "svamp.yaml").write_text(STUDY)
+    (tmp_path / "train.jsonl").write_text("")
+    command = ["run", "--study", "svamp-tuning", "--docs", str(docs), "--work", str(tmp_path / "work")]
+    assert script.main([*command, f"task.path={tmp_path}"]) == 0
+    chosen = (docs / "study" / "svamp.yaml").read_text()
+    assert "grpo, train.learning_rate=0.001" in chosen and "t-spmo, train.learning_rate=0.002" in chosen
+    assert (docs / "study" / "study.yaml").read_text() == STUDY
+    assert script.main(["tune", "--docs", str(docs), "--work", str(tmp_path / "work")]) == 0
+    assert (docs / "study" / "study.yaml").read_text() != STUDY
+    assert (docs / "study" / "svamp.yaml").read_text() == chosen
 
 
 def test_a_run_of_trl_that_began_with_other_settings_is_refused(docs, tmp_path, script):
@@ -213,8 +332,9 @@ def test_a_run_of_trl_that_began_with_other_settings_is_refused(docs, tmp_path, 
 def test_a_study_that_fails_keeps_nothing(docs, tmp_path, script, monkeypatch):
     failing = SimpleNamespace(run=lambda command, **how: SimpleNamespace(returncode=3))
     monkeypatch.setattr(script, "subprocess", failing)
-    for only in ([], ["--only", "trl"]):
-        command = ["tune", "--docs", str(docs), "--work", str(tmp_path / "work"), *only]
-        assert script.main(command) == 3
-        assert (docs / "study.md").read_text() == PAGE
-        assert not (docs / "study" / "raw").exists()
+    command = ["tune", "--docs", str(docs), "--work", str(tmp_path / "work")]
+    assert script.main([*command, "--only", "trl"]) == 3
+    monkeypatch.setattr(script, "run_all", lambda *of: Outcome(stopped=True))
+    assert script.main(command) == 130
+    assert (docs / "study.md").read_text() == PAGE
+    assert not (docs / "study" / "raw").exists()

@@ -67,7 +67,7 @@ def _write(folder: Path, runs: list[Planned], plan: Study) -> str | None:
     if not results:
         return None
     comparison = compare_runs(results, plan.max_tokens, plan.target)
-    text = markdown(comparison)
+    text = markdown(comparison, seeds=len(plan.seeds))
     (folder / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
     (folder / "comparison.md").write_text(text, encoding="utf-8")
     write_report([result.folder for result in results], folder / "report.html")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from twig.common.errors import UserError
 from twig.config.load import Settings, affects, load
@@ -124,16 +125,23 @@ def _with_one_choice(runs: Sequence[Planned], folders: Sequence[Path]) -> list[P
     return decided
 
 
+def changed_since(folder: Path, run: Planned) -> dict[str, tuple[Any, Any]]:
+    """Returns the settings that the run in `folder` began with and that the study has changed since.
+
+    The value before and the value now by key, where results depend on it.
+    """
+    before = load(str(folder))
+    old, new = before.flat(), as_begun(run.settings, before).flat()
+    differ = [key for key in {**new, **old} if new.get(key) != old.get(key)]
+    return {key: (old.get(key), new.get(key)) for key in differ if affects(key) not in ("speed", "display")}
+
+
 def _refuse_changes(folder: Path, run: Planned) -> None:
     if not is_run(folder):
         return
-    before = load(str(folder))
-    old = before.flat()
-    new = as_begun(run.settings, before).flat()
-    for key in {**new, **old}:
-        if new.get(key) != old.get(key) and affects(key) not in ("speed", "display"):
-            problem = f"began with {key}={old.get(key)!r}, and the study says {new.get(key)!r}"
-            raise UserError(str(folder), problem, "Pass another --output, or rename the variant")
+    for key, (before, now) in changed_since(folder, run).items():
+        problem = f"began with {key}={before!r}, and the study says {now!r}"
+        raise UserError(str(folder), problem, "Pass another --output, or rename the variant")
 
 
 def _begin(run: Planned, study: Path) -> _Process:

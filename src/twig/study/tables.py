@@ -329,8 +329,11 @@ def _last(rows: Sequence[dict[str, Any]], key: str) -> float:
 # ---- Markdown --------------------------------------------------------------------------------------------
 
 
-def markdown(comparison: dict[str, Any], differences: bool = True) -> str:
-    """Returns what `compare_runs` returns as tables to read, with or without the one of `differences`."""
+def markdown(comparison: dict[str, Any], differences: bool = True, seeds: int = 0) -> str:
+    """Returns what `compare_runs` returns as tables to read, with or without the one of `differences`.
+
+    Of a variant with fewer than `seeds` seeds the table says how many of them are there.
+    """
     target = f"{100 * comparison['target']:.0f}"
     lines = [
         f"Every run sampled {comparison['max_tokens']:,} tokens and answered the same "
@@ -342,7 +345,7 @@ def markdown(comparison: dict[str, Any], differences: bool = True) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     variants = comparison["variants"]
-    lines += [_row(name, variant, comparison["max_tokens"]) for name, variant in variants.items()]
+    lines += [_row(name, variant, comparison["max_tokens"], seeds) for name, variant in variants.items()]
     if any(variant["area"] for variant in variants.values()):
         lines += ["", _ABOUT_SPEED.format(target=target)]
     curves = {name: [_point_text(p) for p in variant["curve"]] for name, variant in variants.items()}
@@ -375,15 +378,15 @@ def _differences(pairs: list[dict[str, Any]], target: str) -> list[str]:
     ]
 
 
-def _row(name: str, variant: dict[str, Any], max_tokens: int) -> str:
+def _row(name: str, variant: dict[str, Any], max_tokens: int, seeds: int) -> str:
     answers, flops, before = variant["answers"], variant["update_flops"], variant["before"]
     area, tokens = variant["area"], variant["tokens_to_target"]
     cells = [
         _cell(name),
-        str(len(variant["seeds"])),
+        seeds_text(len(variant["seeds"]), seeds),
         "-" if before is None else percent(before),
-        _figure_text(variant["accuracy"]),
-        "-" if area is None else _figure_text(area),
+        figure_text(variant["accuracy"]),
+        "-" if area is None else figure_text(area),
         "-" if tokens is None else _tokens_text(tokens, max_tokens),
         "-" if answers is None else percent(answers["found"]),
         "-"
@@ -404,8 +407,8 @@ def _pair_row(pair: dict[str, Any]) -> str:
     cells = [
         _cell(pair["first"]),
         _cell(pair["second"]),
-        _gap_text(pair),
-        "-" if area is None else _gap_text(area),
+        gap_text(pair),
+        "-" if area is None else gap_text(area),
         "-" if ratio is None else f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
         f"{pair['p_runs']:.3f}",
         f"{below} of {len(pair['mcnemar'])} seeds" if pair["mcnemar"] else "-",
@@ -413,7 +416,17 @@ def _pair_row(pair: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _gap_text(gap: dict[str, Any]) -> str:
+def seeds_text(there: int, planned: int) -> str:
+    """Returns how many seeds a variant has, and of how many if some are missing.
+
+    >>> seeds_text(3, 3), seeds_text(1, 3)
+    ('3', '1 of 3')
+    """
+    return str(there) if there >= planned else f"{there} of {planned}"
+
+
+def gap_text(gap: dict[str, Any]) -> str:
+    """Returns a difference in points with its interval."""
     return f"{100 * gap['difference']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
 
 
@@ -421,10 +434,11 @@ def _point_text(point: dict[str, Any]) -> str:
     """Returns a point of the curve; a dash if there was no evaluation yet, or none since the beginning."""
     if point["value"] is None or (point["share"] > 0 and point["tokens"] == 0):
         return "-"
-    return f"{_figure_text(point)} ({point['seconds']:.0f} s)"
+    return f"{figure_text(point)} ({point['seconds']:.0f} s)"
 
 
-def _figure_text(figure: dict[str, Any]) -> str:
+def figure_text(figure: dict[str, Any]) -> str:
+    """Returns a share in percent with its interval."""
     return f"{percent(figure['value'])} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
 
 

@@ -1,0 +1,325 @@
+"""Tables of the study on word problems that `twig compare` does not have, and wrong answers to read.
+
+    python scripts/study_words.py alike SVAMP          # which test problems resemble training problems
+    python scripts/study_words.py wrong EVALUATION     # twenty wrong greedy answers, one after the other
+
+SVAMP is a folder with train.jsonl and test.jsonl, EVALUATION the folder that `twig eval --output` or
+`scripts/study.py sample` wrote. A test problem is *alike* if its body (all but the question), numbers masked,
+is that of a training problem. The tables are written by `scripts/study.py tables`.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twig.common.errors import UserError
+from twig.common.files import write_whole
+from twig.common.text import percent
+from twig.config.load import load
+from twig.evaluation.record import COMPLETIONS
+from twig.evaluation.statistics import bootstrap_gap, bootstrap_runs, mcnemar, pass_at_k, permutation
+from twig.study.tables import Result, figure_text, gap_text, seeds_text
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples" / "word_problems"))
+from problems import mask  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+ALIKE = Path("study") / "svamp-alike.json"  # in docs
+SAMPLED, BASE = "sampled", "base"  # in the raw results of a study
+NO_TRAINING = "no training"
+REDRAW = ", redraw"  # what the name of a variant with redrawing ends with
+GIB = 2**30
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the action; the exit status is 2 if something cannot be read."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    one = actions.add_parser("alike", help="write which test problems resemble training problems")
+    one.add_argument("svamp", metavar="SVAMP", help="a folder with train.jsonl and test.jsonl")
+    one.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="where study/ is")
+    one = actions.add_parser("wrong", help="print wrong answers")
+    one.add_argument("evaluation", type=Path, metavar="EVALUATION", help="a folder with completions.jsonl")
+    one.add_argument("--number", type=int, default=20, metavar="N", help="how many (20)")
+    one.add_argument("--seed", type=int, default=0, metavar="N", help="which ones are drawn (0)")
+    options = parser.parse_args(argv)
+    try:
+        if options.action == "alike":
+            write_alike(options.svamp, options.docs)
+        else:
+            print_wrong(options.evaluation, options.number, options.seed)
+    except UserError as error:
+        print(f"study_words: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---- which problems are alike ------------------------------------------------------------------------------
+
+
+def alike(train: Sequence[str], test: Sequence[str]) -> list[bool]:
+    """Returns which bodies of test problems have the wording of one of the training problems.
+
+    >>> alike(["Tom has 3 hens."], ["Tom has 17 hens.", "Ann has 3 hens."])
+    [True, False]
+    """
+    seen = {mask(body) for body in train}
+    return [mask(body) in seen for body in test]
+
+
+def write_alike(svamp: str, docs: Path) -> None:
+    """Writes which of SVAMP's test problems are alike, with the checksum of these problems."""
+    from twig.evaluation.evaluate import problems_checksum
+    from twig.tasks.load import load_task
+
+    task = load_task(load("svamp-smollm2-135m", [f"task.path={svamp}"]))
+    bodies = [[str(example.columns["Body"]) for example in split] for split in (task.train, task.eval)]
+    flags = alike(*bodies)
+    digits = "".join("1" if flag else "0" for flag in flags)
+    kept = {"problems": problems_checksum(task.eval), "number": sum(flags), "alike": digits}
+    write_whole(docs / ALIKE, json.dumps(kept) + "\n")
+    print(f"{sum(flags)} of {len(flags)} test problems have the body of a training problem")
+
+
+def unlike_problems(docs: Path, results: Sequence[Result]) -> np.ndarray:
+    """Returns which problems are not alike, bool [problems]; raises UserError if others were answered."""
+    kept = json.loads((docs / ALIKE).read_text(encoding="utf-8"))
+    answered = {row["problems"] for result in results for row in result.evaluations}
+    if answered != {kept["problems"]}:
+        problem = "lists other problems than those that the runs answered"
+        raise UserError(str(docs / ALIKE), problem, "Evaluate on all of SVAMP's test problems, or list anew")
+    return np.array([digit == "0" for digit in kept["alike"]])
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The runs of a variant; `sampled` has samples and right ones by problem, of the runs that have them."""
+
+    name: str
+    runs: list[Result]
+    sampled: list[tuple[int, list[int]]]
+
+    @cached_property
+    def before(self) -> np.ndarray:
+        """Which problems were right before training, float [runs, problems]."""
+        return np.stack([_digits(run.evaluations[0]["right"]) for run in self.runs])
+
+    @cached_property
+    def after(self) -> np.ndarray:
+        """Which were right in the end, float [runs, problems]."""
+        return np.stack([run.right for run in self.runs])
+
+
+def tables(docs: Path, name: str, results: Sequence[Result], seeds: int) -> str:
+    """Returns the tables of a study whose every run has `seeds` seeds if all are there."""
+    unlike = unlike_problems(docs, results)
+    raw = docs / "study" / "raw" / name / SAMPLED
+    problems = results[0].evaluations[0]["problems"]
+    by_variant: dict[str, list[Result]] = {}
+    for result in results:
+        by_variant.setdefault(result.variant, []).append(result)
+    variants = []
+    for own, runs in by_variant.items():
+        sampled = [_sampled(raw / f"{run.folder.name}.json", problems) for run in runs]
+        variants.append(Variant(own, runs, [each for each in sampled if each is not None]))
+    parts = [_accuracy(variants, unlike, seeds), _redrawn(variants), _costs(variants)]
+    base = _sampled(raw / f"{BASE}.json", problems)
+    rows = [Variant(NO_TRAINING, [], [base] if base else []), *variants]
+    parts.insert(1, _pass(rows, unlike, seeds))
+    return "\n".join(part for part in parts if part)
+
+
+def _sampled(path: Path, problems: str) -> tuple[int, list[int]] | None:
+    """Returns the number of samples, and how many are right by problem; None if the file is not there."""
+    if not path.is_file():
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept["problems"] != problems:
+        raise UserError(str(path), "has answers to other problems", "Remove it, and sample again")
+    return kept["samples"], kept["right"]
+
+
+def _digits(text: str) -> np.ndarray:
+    return np.array([float(digit) for digit in text])
+
+
+def _figure(right: np.ndarray) -> str:
+    """Returns the mean of float [runs, problems] with its interval."""
+    low, high = bootstrap_runs(right)
+    return figure_text({"value": float(right.mean()), "low": low, "high": high})
+
+
+def _gap(first: np.ndarray, second: np.ndarray) -> str:
+    """Returns the difference of two, each float [runs, problems], in points with its interval."""
+    low, high = bootstrap_gap(first, second)
+    return gap_text({"difference": float(first.mean() - second.mean()), "low": low, "high": high})
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _accuracy(variants: Sequence[Variant], unlike: np.ndarray, seeds: int) -> str:
+    """Returns accuracy before and after, on all problems and on those that are not alike."""
+    rows = []
+    for variant in variants:
+        tests = [
+            mcnemar(after.astype(bool), before.astype(bool)).p_value
+            for before, after in zip(variant.before, variant.after, strict=True)
+        ]
+        cells = [variant.name, seeds_text(len(variant.runs), seeds)]
+        for which in (np.ones_like(unlike), unlike):
+            before, after = variant.before[:, which], variant.after[:, which]
+            cells += [_figure(before[:1]), _figure(after), _gap(after, before[:1])]
+        rows.append([*cells, ", ".join(f"{p:.2g}" for p in tests)])
+    header = ["", "seeds", f"{len(unlike)} problems: before", "after", "gain, points"]
+    header += [f"the {unlike.sum()} unlike: before", "after", "gain, points", "p of each run, all problems"]
+    return "\n".join(["Greedy accuracy, and what training gained:", "", *_table(header, rows)])
+
+
+def _pass(variants: Sequence[Variant], unlike: np.ndarray, seeds: int) -> str:
+    """Returns pass@k of those that were sampled, the first without training; nothing if none was."""
+    there = [variant for variant in variants if variant.sampled]
+    numbers = {samples for variant in there for samples, _ in variant.sampled}
+    if len(numbers) > 1:
+        raise UserError(SAMPLED, "runs have different numbers of samples", "Remove them, and sample again")
+    if not numbers:
+        return ""
+    (n,) = numbers
+    ks = [k for k in (1, 2, 4, 8, 16) if k <= n]
+    rows = []
+    for variant in there:
+        cells = [variant.name]
+        cells.append("-" if not variant.runs else seeds_text(len(variant.sampled), seeds))
+        for which, chosen in ((np.ones_like(unlike), ks), (unlike, [ks[0], ks[-1]])):
+            for k in chosen:
+                values = [[pass_at_k(right, n, k) for right in counts] for _, counts in variant.sampled]
+                cells.append(_figure(np.array(values)[:, which]))
+        reachable = [pass_at_k(right, n, n) for _, counts in variants[0].sampled for right in counts]
+        told = variant.runs and reachable
+        cells.append(percent(variant.after.mean() / _mean(reachable)) if told else "-")
+        rows.append(cells)
+    header = ["", "seeds", *(f"pass@{k}" for k in ks)]
+    header += [f"unlike: pass@{k}" for k in (ks[0], ks[-1])]
+    header += [f"greedy, as a share of pass@{n} without training"]
+    intro = f"Pass@k from {n} sampled answers to each problem (pass@1 is the mean accuracy of these):"
+    return "\n".join([intro, "", *_table(header, rows)])
+
+
+def _redrawn(variants: Sequence[Variant]) -> str:
+    """Returns the difference that redrawing makes to each variant; nothing if none was run with it."""
+    by_name = {variant.name: variant for variant in variants}
+    rows = []
+    for name, variant in by_name.items():
+        plain = by_name.get(name.removesuffix(REDRAW))
+        if plain is None or plain is variant:
+            continue
+        groups = [sum(row.get("redraw/groups", 0) for row in run.steps) for run in variant.runs]
+        p = permutation(variant.after.mean(1).tolist(), plain.after.mean(1).tolist())
+        steps = [np.mean([run.summary["steps"] for run in each.runs]) for each in (plain, variant)]
+        row = [plain.name, _gap(variant.after, plain.after), f"{p:.3f}"]
+        rows.append([*row, f"{np.mean(groups):.0f}", f"{steps[0]:.0f}, {steps[1]:.0f}"])
+    if not rows:
+        return ""
+    header = ["", "gain by redrawing, points", "p, runs exchanged", "groups redrawn", "steps without, with"]
+    return "\n".join(
+        ["Redrawing prompts without a signal, at the same number of tokens:", "", *_table(header, rows)]
+    )
+
+
+def _costs(variants: Sequence[Variant]) -> str:
+    """Returns what a run cost, and how its figures moved from the first to the last tenth of its steps."""
+
+    def moved(runs: Sequence[Result], key: str, text: Callable[[float], str]) -> str:
+        if any(row.get(key) is None for run in runs for row in run.steps):
+            return "-"
+        ends = [(_mean(_tenth(run, key, first=True)), _mean(_tenth(run, key))) for run in runs]
+        return " to ".join(text(float(np.mean(part))) for part in zip(*ends, strict=True))
+
+    rows = []
+    for variant in variants:
+        summaries = [run.summary for run in variant.runs]
+        ends = [(s["accuracy_before"], s["accuracy_after"]) for s in summaries]
+        lengths = [_mean([each["mean_length"] for each in part]) for part in zip(*ends, strict=True)]
+        trained = sum(s["tokens_selected"] for s in summaries) / sum(s["tokens_sampled"] for s in summaries)
+        rows.append(
+            [
+                variant.name,
+                f"{np.mean([s['steps'] for s in summaries]):.0f}",
+                f"{np.mean([s['tokens_selected'] for s in summaries]):,.0f} ({percent(trained)})",
+                f"{np.mean([s['update_flops'] for s in summaries]):.3g}",
+                f"{np.mean([s['seconds'] for s in summaries]):.0f}",
+                moved(variant.runs, "reward", lambda value: f"{value:.2f}"),
+                moved(variant.runs, "frac_reward_zero_std", percent),
+                moved(variant.runs, "entropy", lambda value: f"{value:.3f}"),
+                " to ".join(f"{length:.1f}" for length in lengths),
+                *_memory(summaries),
+            ]
+        )
+    header = ["", "steps", "tokens trained", "update FLOPs", "seconds", "reward", "groups without signal"]
+    header += ["entropy", "answer, tokens", "peak, GiB", "predicted", "furthest off"]
+    intro = (
+        "What a run cost, and how it changed: means over the runs. Reward, groups and entropy are those "
+        "of the first and the last tenth of the steps, the answer is the greedy one before and after, the "
+        "peak is the largest of the runs."
+    )
+    return "\n".join([intro, "", *_table(header, rows)])
+
+
+def _memory(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the largest peak, its prediction, and by how much the worst prediction was off."""
+    pairs = [(s.get("peak_memory_bytes") or 0, s.get("predicted_peak_bytes") or 0) for s in summaries]
+    if not all(peak and predicted for peak, predicted in pairs):
+        return ["-", "-", "-"]
+    peak, predicted = max(pairs)
+    off = max(((planned - measured) / measured for measured, planned in pairs), key=abs)
+    return [f"{peak / GIB:.2f}", f"{predicted / GIB:.2f}", f"{100 * off:+.1f} %"]
+
+
+def _tenth(run: Result, key: str, first: bool = False) -> list[float]:
+    """Returns the values of the first or last tenth of a run's steps, at least one."""
+    values = [row[key] for row in run.steps]
+    number = max(len(values) // 10, 1)
+    return values[:number] if first else values[-number:]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+# ---- wrong answers -----------------------------------------------------------------------------------------
+
+
+def print_wrong(evaluation: Path, number: int, seed: int) -> None:
+    """Prints wrong greedy answers, drawn by a seed: problem, right answer, and what the model wrote."""
+    path = evaluation / COMPLETIONS
+    if not path.is_file():
+        fix = "Pass the folder that twig eval --output wrote"
+        raise UserError(str(evaluation), f"holds no {COMPLETIONS}", fix)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    greedy = [row for row in rows if row["sample"] is None]
+    mistakes = [row for row in greedy if not row["right"]]
+    drawn = random.Random(seed).sample(mistakes, min(number, len(mistakes)))
+    print(f"{len(mistakes)} of {len(greedy)} greedy answers are wrong; {len(drawn)} of them:")
+    for place, row in enumerate(sorted(drawn, key=lambda row: row["problem"]), 1):
+        end = "" if row["finished"] else " (cut off)"
+        print(f"\n---- {place} of {len(drawn)}, problem {row['problem']}\n{row['prompt']}")
+        print(f"right: {row['answer']}, read: {row['read']}{end}\n{row['completion']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
