@@ -8,7 +8,7 @@ import torch
 
 from twig.core.algorithms.base import Objective
 from twig.core.objective import loss
-from twig.engine.lm_head import Head
+from twig.engine.lm_head import Head, head_product
 
 ROWS, HIDDEN, VOCABULARY, TARGETS = 7, 6, 53, 20
 
@@ -114,3 +114,30 @@ def test_no_targets_and_no_gradient():
     assert head.logps(rows, none, none).shape == (0,)
     with torch.no_grad():
         assert not head.logps(rows, none.new_tensor([1]), none.new_tensor([2])).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_not_rounded_on_a_cpu(dtype, monkeypatch):
+    """Values and gradient are those of the same numbers in float64, though a product would be rounded."""
+    monkeypatch.setattr("twig.engine.lm_head._PART", 7)
+    draw = torch.Generator().manual_seed(0)
+    weight, rows = (8 * torch.randn(n, 16, generator=draw, dtype=torch.float64).to(dtype) for n in (23, 5))
+    row, token = torch.tensor([0, 2, 2, 4]), torch.tensor([3, 22, 0, 7])
+    exact = rows.double().requires_grad_()
+    logits = exact @ weight.double().t()
+    expected = torch.log_softmax(logits, -1)[row, token]
+    (expected * torch.arange(1.0, 5.0)).sum().backward()
+    assert exact.grad is not None
+    torch.testing.assert_close(
+        head_product(rows, weight, None).double(), logits.detach(), rtol=1e-5, atol=1e-3
+    )
+    rounded = torch.nn.functional.linear(rows, weight).double()
+    assert float((rounded - logits).detach().abs().max()) > 0.05, "or nothing is tested"
+    for chunk in (11 * 5, 2**20):
+        ours = rows.clone().requires_grad_()
+        logps = Head(weight, chunk=chunk).logps(ours, row, token)
+        assert logps.dtype is torch.float32
+        torch.testing.assert_close(logps.detach().double(), expected.detach(), rtol=1e-5, atol=1e-3)
+        (logps * torch.arange(1.0, 5.0)).sum().backward()
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=0.01, atol=0.01)

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from twig.common.errors import UserError
 from twig.engine.kv_cache import KeyValueCache, PrefixKV, StopForward
-from twig.engine.lm_head import Head
+from twig.engine.lm_head import Head, has_wide_products, head_product
 from twig.runtime.memory_use import out_of_memory
 
 PLAIN = "Set model.engine=plain to train it with the plain batched forward"
@@ -238,8 +238,12 @@ class Decoder:
 
     def logits(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
         """Returns next-token logits of rows of the last layer's output, in float32 or better."""
-        logits = self.head(self.norm(hidden))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        hidden = self.norm(hidden)
+        if has_wide_products(self.head.weight) and not torch.is_grad_enabled():
+            logits = head_product(hidden, self.head.weight, self.head.bias)
+        else:
+            logits = self.head(hidden)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap is not None:

@@ -8,7 +8,6 @@ Knows nothing of models or losses. Legend: R rows, N targets, D hidden, V vocabu
 chunk.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,41 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twig.engine.kernels import linear
+
+_PART = 2**12  # rows of a half-precision matrix that are held in float32 at a time
+
+
+def has_wide_products(weight: Tensor) -> bool:
+    """Tells whether products with a matrix are float32 though it is not: half precision on a CPU.
+
+    A product of half precision rounds its results, and logits from 16 to 32 would come in steps of 1/8.
+    """
+    return weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu"
+
+
+def head_product(
+    rows: Float[Tensor, "R D"], weight: Float[Tensor, "V D"], bias: Tensor | None, onednn: bool = False
+) -> Float[Tensor, "R V"]:
+    """Returns rows W^T + bias in float32 or better."""
+    if has_wide_products(weight):
+        rows, results = rows.float(), rows.new_empty(len(rows), len(weight), dtype=torch.float32)
+        for start in range(0, len(weight), _PART):
+            part = slice(start, start + _PART)
+            torch.mm(rows, weight[part].float().t(), out=results[:, part])
+        return results if bias is None else results.add_(bias)
+    results = (linear if onednn else torch.nn.functional.linear)(rows, weight, bias)
+    return results.to(torch.promote_types(results.dtype, torch.float32))
+
+
+def _transposed_product(weights: Tensor, weight: Float[Tensor, "V D"], onednn: bool) -> Float[Tensor, "R D"]:
+    """Returns weights W for weights in float32 or better."""
+    if has_wide_products(weight):
+        results = weights.new_zeros(len(weights), weight.shape[1])
+        for start in range(0, len(weight), _PART):
+            results.addmm_(weights[:, start : start + _PART], weight[start : start + _PART].float())
+        return results
+    product = linear if onednn else torch.nn.functional.linear
+    return product(weights.to(weight.dtype), weight.t(), None)
 
 
 @dataclass(frozen=True)
@@ -36,11 +70,6 @@ class Head:
     chunk: int = 2**22
     onednn: bool = False
 
-    @property
-    def product(self) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """The function that multiplies rows by a matrix and adds a bias."""
-        return linear if self.onednn else torch.nn.functional.linear
-
     def logps(
         self, rows: Float[Tensor, "R D"], row: Int[Tensor, " N"], token: Int[Tensor, " N"]
     ) -> Float[Tensor, " N"]:
@@ -55,8 +84,7 @@ class Head:
     ) -> tuple[Float[Tensor, "R C"], Tensor | float]:
         """Returns logits of the tokens start .. stop - 1, and their derivative by W x + bias."""
         bias = None if self.bias is None else self.bias[start:stop]
-        logits = self.product(rows, self.weight[start:stop], bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = head_product(rows, self.weight[start:stop], bias, self.onednn)
         slope: Tensor | float = self.scale / self.temperature
         if self.softcap is None:
             if slope != 1.0:
@@ -101,7 +129,7 @@ class _LogProbs(torch.autograd.Function):
                 if isinstance(slope, Tensor):
                     weights.mul_(slope)
                 expected.mul_(shrink[:, None])
-                expected += head.product(weights.to(head.weight.dtype), head.weight[start:stop].t(), None)
+                expected += _transposed_product(weights, head.weight[start:stop], head.onednn)
             highest = higher
         if expected is not None:
             ctx.head = head

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from twig.config.sizes import Sizes
 from twig.planner.layer_costs import (
+    HEAD_PART,
     LOGITS_AT_ONCE,
     DecodeTable,
     Halves,
@@ -261,9 +262,10 @@ class Footprint:
 
     def _logits(self, ledger: Ledger, rows: int) -> None:
         """Takes logits of `rows` rows, and what is alive while tokens are drawn from them."""
-        work, vocabulary = self.work, self.work.shape.vocabulary
-        e, wide = work.element, work.wide
-        ledger.moment("logits", rows * vocabulary * (2 * wide if e == wide else wide + e))
+        work, vocabulary, wide = self.work, self.work.shape.vocabulary, self.work.wide
+        # divided by the temperature
+        inner = max(rows * vocabulary * wide, self._head_product(rows, vocabulary))
+        ledger.moment("logits", rows * vocabulary * wide + inner)
         ledger.take("logits", rows * vocabulary * wide)
         at_once = max(LOGITS_AT_ONCE // vocabulary, 1) if work.kind == "cpu" else rows
         # log-probs, probabilities, and their sums or entropies
@@ -391,10 +393,19 @@ class Footprint:
             "head", rows * width * (e + 4 + e + wide)
         )  # rows, the norm's input and output, log Z's gradient
         # One chunk is computed while the one before it is still alive.
-        size = wide * several + e + wide * (e != wide) + 2 * wide * shape.logit_softcap
-        ledger.moment("head chunk", chunk * size)
+        size = wide * (several + 1 + 2 * shape.logit_softcap)
+        ledger.moment("head chunk", chunk * size + self._head_product(rows, chunk // rows))
         ledger.moment("head", targets * width * (e + wide + wide * (e != wide)) + rows * width * wide)
         ledger.drop("head")
+
+    def _head_product(self, rows: int, tokens: int) -> float:
+        """Counts the bytes alive in a product of the head beside its result in float32 or better."""
+        work = self.work
+        if work.element == work.wide:
+            return 0
+        if work.kind == "cpu":  # the rows, and a part of the matrix
+            return work.wide * work.shape.hidden * (rows + min(tokens, HEAD_PART))
+        return rows * tokens * work.element
 
     # ---- the plain engine ------------------------------------------------------------------------------
 
