@@ -365,7 +365,8 @@ class Train(Frozen):
     )
     checkpoint_layers: bool | None = Field(
         default=None,
-        description=f"Run the upper layers again in the backward pass, a third slower. {_PLANNED}",
+        description="Run the upper layers but the last again in the backward pass, up to a third slower. "
+        + _PLANNED,
         examples=[True],
         json_schema_extra=SPEED,
     )

@@ -190,13 +190,16 @@ class Decoder:
         layer: int,
         context: Context,
         columns: Int[Tensor, "B R"],
-        recompute: bool = False,
     ) -> Float[Tensor, "B R D"]:
         """Returns what `run` gives for one layer, at some columns of each row only.
 
         Every column's keys and values are computed, the rest of the layer at `columns` only.
         """
-        return _maybe_again(partial(self._layer_at, layer, context, columns), hidden, recompute)
+        pair = self._own_pair(layer, context, hidden)
+        if context.cache is not None:
+            pair = context.cache.update(*pair, layer)
+        context = context.at(columns, PrefixKV({layer: pair}, own=False))
+        return self._layer(layer, context, take(hidden, columns))
 
     def keys_values(
         self, hidden: Float[Tensor, "B L D"], first: int, last: int, context: Context, recompute: bool = False
@@ -219,13 +222,6 @@ class Decoder:
             past_key_values=context.cache,
             use_cache=context.cache is not None,
         )
-
-    def _layer_at(self, number: int, context: Context, columns: Tensor, hidden: Tensor) -> Tensor:
-        pair = self._own_pair(number, context, hidden)
-        if context.cache is not None:
-            pair = context.cache.update(*pair, number)
-        context = context.at(columns, PrefixKV({number: pair}, own=False))
-        return self._layer(number, context, take(hidden, columns))
 
     def _own_pair(self, number: int, context: Context, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Runs a layer only until its keys and values are computed; returns these."""

@@ -203,9 +203,10 @@ class Policy(BasePolicy):
         hidden = self._boundary(ids, pack.cells, boundary, context)
         hidden = decoder.run(hidden, self.cut, last, context, self._recompute)
         columns, place = map(self._tensor, head_columns(pack))
+        # The last layer is not checkpointed: its backward pass comes first, with nothing else alive.
         if columns.numel() > _FEW_ROWS * ids.numel():
-            return decoder.run(hidden, last, last + 1, context, self._recompute).flatten(0, 1)[rows]
-        return decoder.run_at(hidden, last, context, columns, self._recompute).flatten(0, 1)[place]
+            return decoder.run(hidden, last, last + 1, context).flatten(0, 1)[rows]
+        return decoder.run_at(hidden, last, context, columns).flatten(0, 1)[place]
 
     def _stem_pairs(self, stem: Stem, boundary: Tensor | None) -> dict[int, tuple[Tensor, Tensor]]:
         """Returns keys and values of a stem, by layer: the upper ones, and the trunk's if that was run."""

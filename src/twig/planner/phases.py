@@ -329,7 +329,7 @@ class Footprint:
             run = tokens if i < top or queries is None else rows * queries
             inner = layer_moment(work, 1, run, table.keys)
             ledger.take("activations", own)
-            if self.sizes.checkpoint_layers:
+            if self.sizes.checkpoint_layers and i < top:
                 ledger.moment("activations", inner)
                 ledger.take("kept for backward", tokens * hidden * (i > work.cut))
             else:
@@ -345,26 +345,26 @@ class Footprint:
         ledger.take("activations", tokens * hidden)  # the gradient that comes down
         layers = [top] if queries is None or top == work.cut else [top, top - 1]
         for i in layers:  # the last layer may run at few columns; the one below it then needs more
-            at = queries if i == top else None
-            self._layer_backward(ledger, table, kept[i], at, padded)
+            again = self.sizes.checkpoint_layers and i < top
+            self._layer_backward(ledger, table, kept[i], queries if i == top else None, padded, again)
         for name in ("activations", "masks", "kept for backward"):
             ledger.drop(name)
 
     def _layer_backward(
-        self, ledger: Ledger, table: Table, kept: Halves, queries: int | None, padded: float
+        self, ledger: Ledger, table: Table, kept: Halves, queries: int | None, padded: float, again: bool
     ) -> None:
+        """Predicts a layer's backward pass, which runs the layer `again` if it is checkpointed."""
         work = self.work
         gradients = backward_moment(work, table, queries)
-        if self.sizes.checkpoint_layers:
-            run = table.tokens if queries is None else table.rows * queries
-            ledger.moment("activations", layer_moment(work, 1, run, table.keys))
+        if again:
+            ledger.moment("activations", layer_moment(work, 1, table.tokens, table.keys))
             ledger.take("kept for backward", kept.both)
             ledger.take("masks", padded)
         ledger.moment("activations", gradients.mlp)
         ledger.drop("kept for backward", kept.mlp)
         ledger.moment("activations", gradients.attention)
         ledger.drop("kept for backward", kept.attention)
-        if self.sizes.checkpoint_layers:
+        if again:
             ledger.drop("masks", padded)
 
     def _stem(self, ledger: Ledger, table: Table) -> None:
@@ -379,7 +379,7 @@ class Footprint:
             ledger.take("kept for backward", size)
         ledger.moment("activations", layer_moment(work, table.rows, table.columns))
         if kept:
-            self._layer_backward(ledger, table, kept[max(kept)], None, 0)
+            self._layer_backward(ledger, table, kept[max(kept)], None, 0, self.sizes.checkpoint_layers)
         for name in ("activations", "masks", "kept for backward"):
             ledger.drop(name)
 
