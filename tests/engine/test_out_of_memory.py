@@ -86,7 +86,7 @@ SAMPLING = {
     "a branch that splits": (KeyValueCache, "copy_rows", [1, 2, 4]),
     "a token": (Decoder, "run", [3, 4, 7, 20]),
     "logits": (Policy, "next_token_logits", [1, 2, 6]),
-    "masks": (SharedPrompts, "step", [1, 5]),
+    "masks": (SharedPrompts, "_masks", [1, 5]),
 }
 
 

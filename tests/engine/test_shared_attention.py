@@ -25,7 +25,9 @@ def by_loops(query, key, value, parts, scaling, softcap, sinks):
         for head in range(heads):
             scores, values = [], []
             for k, v, part in zip(key, value, parts, strict=True):
-                table = row if part.groups is None else int(part.groups.of_row[row])
+                table = (
+                    row if part.groups is None else int(part.groups.place[row]) // part.groups.rows.shape[1]
+                )
                 kind = head // (heads // k.shape[1])
                 score = k[table, kind] @ query[row, head, 0] * scaling
                 score = score if softcap is None else torch.tanh(score / softcap) * softcap
@@ -59,10 +61,10 @@ def test_parts_are_merged_into_one_softmax(of_row, softcap, with_sinks, with_com
     mask[0, 3:] = mask[2, :] = float("-inf")  # one prompt is out of sight
     own = torch.zeros(1, 4, dtype=torch.float64)
     own[0, 0] = float("-inf")
-    parts = [KeyPart(Groups(torch.tensor(of_row), prompts), mask), KeyPart(None, own)]
+    parts = [KeyPart(Groups.of(np.array(of_row), prompts, torch.device("cpu")), mask), KeyPart(None, own)]
     sizes = [(prompts, 5), (rows, 4)]
     if with_common:
-        parts.insert(0, KeyPart(Groups(torch.zeros(rows, dtype=torch.long), 1), None))
+        parts.insert(0, KeyPart(Groups.of(np.zeros(rows, np.int64), 1, torch.device("cpu")), None))
         sizes.insert(0, (1, 6))
     key, value = ([tables(*size) for size in sizes] for _ in range(2))
     query = torch.randn(rows, 4, 1, 8, dtype=torch.float64)
@@ -129,7 +131,7 @@ def test_a_model_whose_attention_is_not_transformers_copies_prompts(monkeypatch)
     decoder = tiny.build_policy().decoder
     assert why_not_shared(decoder) is None
 
-    def unseen(self, t, prompt):
+    def unseen(self, t, of_prompt):
         return dict.fromkeys(self.decoder.windows, (KeyPart(None, None),) * 2)
 
     monkeypatch.setattr(SharedPrompts, "_masks", unseen)
@@ -137,8 +139,8 @@ def test_a_model_whose_attention_is_not_transformers_copies_prompts(monkeypatch)
     monkeypatch.undo()
     original = wave_cache.SharedPrompts._masks
 
-    def swapped(self, t, prompt):
-        return original(self, t, 1 - prompt)
+    def swapped(self, t, of_prompt):
+        return original(self, t, 1 - of_prompt)
 
     monkeypatch.setattr(SharedPrompts, "_masks", swapped)
     assert "differ by" in why_not_shared(decoder)

@@ -19,7 +19,7 @@ def invert(
 
     The last sum stands for 1, so rounding in a large vocabulary cannot fall off the end.
     """
-    if probabilities.is_cuda:
+    if probabilities.device.type != "cpu":
         return invert_in_blocks(probabilities if row is None else probabilities[row], uniform)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1] if row is None else cumulative[row, -1]

@@ -281,7 +281,8 @@ class _Recorder:
 
         Row i of the logits is that of branch i; `branch` [A] has that of each row.
         """
-        step = len(logits) if logits.is_cuda else max(_LOGITS_AT_ONCE // logits.shape[1], 1)
+        on_cpu = logits.device.type == "cpu"
+        step = max(_LOGITS_AT_ONCE // logits.shape[1], 1) if on_cpu else len(logits)
         noise = None if self.noise is None else self.noise[rows, t]
         ids = self.ids[rows, t]
         for first in range(0, len(logits), step):

@@ -12,9 +12,9 @@ H heads, K heads of keys, D head size.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -25,38 +25,26 @@ _NAME = "twig_shared"  # in transformers' interface
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rows share a table of keys: `of_row` [N] has the table of each row."""
+    """Which rows share a table of keys.
 
-    of_row: Int[Tensor, " N"]
-    count: int
+    `rows` [P, M] has the rows of each table, row 0 again where a table has fewer than the largest; row n is
+    at `place[n]` in it, flattened.
+    """
 
-    @cached_property
-    def rows(self) -> Int[Tensor, "P M"]:
-        """The rows of each group; a group with fewer than the largest repeats row 0."""
-        rows = self.of_row.new_zeros(self.count, int(self._sizes.max()))
-        rows[self.of_row[self._order], self._number] = self._order
-        return rows
+    rows: Int[Tensor, "P M"]
+    place: Int[Tensor, " N"]
 
-    @cached_property
-    def place(self) -> Int[Tensor, " N"]:
-        """Where each row is in `rows`, flattened."""
-        place = torch.empty_like(self.of_row)
-        place[self._order] = self.of_row[self._order] * self.rows.shape[1] + self._number
-        return place
-
-    @cached_property
-    def _sizes(self) -> Int[Tensor, " P"]:
-        return self.of_row.bincount(minlength=self.count)
-
-    @cached_property
-    def _order(self) -> Int[Tensor, " N"]:
-        return self.of_row.argsort(stable=True)
-
-    @cached_property
-    def _number(self) -> Int[Tensor, " N"]:
-        """The number of each row, in `_order`, within its group."""
-        before = self._sizes.cumsum(0) - self._sizes
-        return torch.arange(len(self.of_row), device=self.of_row.device) - before[self.of_row[self._order]]
+    @classmethod
+    def of(cls, table: Int[np.ndarray, " N"], count: int, device: torch.device) -> "Groups":
+        """Returns the groups of rows that each use one of `count` tables, made on the host."""
+        sizes = np.bincount(table, minlength=count)
+        order = np.argsort(table, kind="stable")
+        sorted_table = table[order]
+        number = np.arange(len(table)) - (np.cumsum(sizes) - sizes)[sorted_table]
+        rows, place = np.zeros((count, sizes.max()), np.int64), np.empty(len(table), np.int64)
+        rows[sorted_table, number] = order
+        place[order] = sorted_table * rows.shape[1] + number
+        return cls(torch.from_numpy(rows).to(device), torch.from_numpy(place).to(device))
 
 
 @dataclass(frozen=True)
@@ -70,15 +58,15 @@ class KeyPart:
 def attend_parts(
     module: nn.Module,
     query: Float[Tensor, "N H 1 D"],
-    key: Sequence[Float[Tensor, "P K S D"]],
-    value: Sequence[Float[Tensor, "P K S D"]],
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
     attention_mask: Sequence[KeyPart],
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Float[Tensor, " H"] | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "N 1 H D"], None]:
-    """Attention of one query a row over all parts of its keys, as transformers calls it.
+    """Attention of one query a row over all parts of its keys, each [P, K, S, D], as transformers calls it.
 
     softmax(q K^T * scaling + mask) V; the soft cap comes before the mask, and sinks `s_aux` are a term of the
     denominator. Raises TypeError for terms that it does not know.

@@ -84,10 +84,9 @@ class WaveCache(ABC):
 
     def step(self, t: int, of_prompt: np.ndarray) -> Context:
         """Returns the context of token `t` of every branch; `of_prompt` [N] has the prompt of each."""
-        prompt = torch.from_numpy(of_prompt).to(self.positions.device)
-        here = prompt, slice(t, t + 1)
+        here = torch.from_numpy(of_prompt).to(self.positions.device), slice(t, t + 1)
         rotary = {kind: (cos[here], sin[here]) for kind, (cos, sin) in self.rotary.items()}
-        return Context(self._masks(t, prompt), rotary, self.positions[here], self.cache)
+        return Context(self._masks(t, of_prompt), rotary, self.positions[here], self.cache)
 
     @abstractmethod
     def attending(self) -> Any:
@@ -100,7 +99,7 @@ class WaveCache(ABC):
         """Runs the prompts; returns their last hidden state and boundary, and the branches' cache."""
 
     @abstractmethod
-    def _masks(self, t: int, prompt: Tensor) -> dict[int | None, Any]:
+    def _masks(self, t: int, of_prompt: np.ndarray) -> dict[int | None, Any]:
         """Returns what each kind of layer sees of the texts at token `t`."""
 
 
@@ -138,9 +137,10 @@ class SharedPrompts(WaveCache):
         with attending(self.decoder.config):
             yield
 
-    def _masks(self, t: int, prompt: Tensor) -> dict[int | None, Any]:
-        groups = Groups(prompt, len(self.lengths))
-        device, now = prompt.device, self.lengths + t
+    def _masks(self, t: int, of_prompt: np.ndarray) -> dict[int | None, Any]:
+        device, now = self.positions.device, self.lengths + t
+        groups = Groups.of(of_prompt, len(self.lengths), device)
+        together = Groups.of(np.zeros_like(of_prompt), 1, device) if self.common else None
         slots = torch.arange(self.common, self.width, device=device)
         own = torch.arange(t + 1, device=device)[None]
         inside = slots < self.lengths if self.padded else None
@@ -151,8 +151,8 @@ class SharedPrompts(WaveCache):
                 seen = (slots < self.lengths) & (now - slots < window)
                 seen_own = t - own < window
             parts = [KeyPart(groups, self._mask(seen)), KeyPart(None, self._mask(seen_own))]
-            if self.common:
-                parts.insert(0, KeyPart(Groups(torch.zeros_like(prompt), 1), None))
+            if together:
+                parts.insert(0, KeyPart(together, None))
             masks[window] = tuple(parts)
         return masks
 
@@ -180,13 +180,14 @@ class CopiedPrompts(WaveCache):
     def attending(self) -> Iterator[None]:
         yield
 
-    def _masks(self, t: int, prompt: Tensor) -> dict[int | None, Any]:
+    def _masks(self, t: int, of_prompt: np.ndarray) -> dict[int | None, Any]:
         if not self.masked:
             return {w: None for w in self.decoder.windows}
         stop = self.width + t + 1
         masks = self.decoder.masks(
             self.filled[:, None, :stop], self.positions[:, t : t + 1], self.slot_positions[:, :stop]
         )
+        prompt = torch.from_numpy(of_prompt).to(self.positions.device)
         return {w: None if mask is None else mask[prompt] for w, mask in masks.items()}
 
 
