@@ -92,7 +92,7 @@ class _Figures:
 
     def left(self, step: int, total: int) -> str:
         """Returns the training time that is left, from the speed of the last steps."""
-        return "" if self.seconds is None else f"{_clock(self.seconds * (total - step))} left"
+        return "" if self.seconds is None else f"{clock(self.seconds * (total - step))} left"
 
 
 class QuietProgress(Progress):
@@ -303,7 +303,12 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Returns a time as a clock shows it.
+
+    >>> clock(100), clock(3725)
+    ('1:40', '1:02:05')
+    """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

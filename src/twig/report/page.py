@@ -9,7 +9,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from twig.report.credit_map import Strings, choose, compared
 from twig.report.curves import CHARTS, Arm, arm_series, arms_of, differing
 from twig.report.diagnosis import SYMPTOMS, Finding, findings
 from twig.report.history import RunData, read_run, settings_text
+from twig.runs.listing import short_names
 
 NAME = "report.html"
 _MOST_BYTES = 4_900_000  # of a page
@@ -64,7 +65,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Without `output` that is report.html, in the run's folder if there is only one. Raises UserError if a
     folder holds no run, or if the report cannot be written.
     """
-    runs = [read_run(Path(folder)) for folder in dict.fromkeys(map(str, folders))]
+    paths = [Path(folder) for folder in dict.fromkeys(map(str, folders))]
+    names = zip(paths, short_names(paths), strict=True)
+    runs = [replace(read_run(path), short_name=name) for path, name in names]
     path = Path(runs[0].folder) / NAME if len(runs) == 1 else Path(NAME)
     path = path if output is None else Path(output)
     page = page_of(runs)
