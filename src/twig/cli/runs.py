@@ -19,7 +19,7 @@ from twig.common.text import one_line
 from twig.runs.folder import RUNS
 from twig.runs.listing import Listed, list_runs
 
-_HEADS = ("run", "task", "algorithm", "state", "step", "accuracy", "time")
+_HEADS: tuple[str, ...] = ("run", "task", "algorithm", "state", "step", "accuracy", "time")
 _RIGHT = ("step", "accuracy", "time")
 _GAP = "  "
 _LONGEST_NAME = 32  # in a terminal

@@ -104,8 +104,8 @@ def _listed(name: str, folder: Path) -> Listed:
     return Listed(
         name=name,
         folder=folder,
-        task=settings.task.name if settings else summary and summary["task"],
-        algorithm=settings.algorithm.name if settings else summary and summary["algorithm"],
+        task=settings.task.name if settings else (summary or {}).get("task"),
+        algorithm=settings.algorithm.name if settings else (summary or {}).get("algorithm"),
         state=state,
         step=step,
         steps=step if state == "finished" else _expected(settings),
@@ -138,16 +138,16 @@ def _accuracies(
     folder: Path, summary: dict[str, Any] | None
 ) -> tuple[float | None, float | None, int | None]:
     """Returns the accuracy before training, that of the newest evaluation, and the step of that."""
-    if summary is not None and summary.get("accuracy_after"):
-        before = summary.get("accuracy_before")
-        return before and before["value"], summary["accuracy_after"]["value"], int(summary["steps"])
+    results = [(summary or {}).get(f"accuracy_{when}") for when in ("before", "after")]
+    before, after = (None if result is None else result["value"] for result in results)
+    if summary is not None and after is not None:
+        return before, after, int(summary["steps"])
     rows = []
     with suppress(OSError, ValueError, KeyError, TypeError):  # a row of an evaluation that is damaged
         rows = [row for row in read_evaluations(folder) if row["right"]]
         rows = [row for row in rows if row["problems"] == rows[-1]["problems"]]
     if not rows:
-        before = summary and summary.get("accuracy_before")
-        return before and before["value"], None, None
+        return before, None, None
     first, newest = (row["right"].count("1") / len(row["right"]) for row in (rows[0], rows[-1]))
     before = first if rows[0]["step"] == 0 else None
     return (before, newest, rows[-1]["step"]) if rows[-1]["step"] else (before, None, None)

@@ -248,7 +248,7 @@ class Session:
         self.progress.step(step, self._expected_steps(), metrics)
         every = self.settings.log.completions_steps
         if every and (step == 1 or step % every == 0):
-            self.log.save_completions(step, completion_rows(batch, self.tokenizer))
+            self.log.save_completions(step, self._completion_rows(batch))
         for text in self.live.warnings(metrics):
             self._warn(text)
         if metrics["optimizer/skipped"]:
@@ -260,12 +260,15 @@ class Session:
                 columns = {"accuracy": "value", "found": "found", "right_lenient": "right_lenient"}
                 self._log({f"eval/{name}": result[key] for name, key in columns.items()})
 
+    def _completion_rows(self, batch: Batch) -> list[dict[str, Any]]:
+        return completion_rows(batch, self.tokenizer, self.task.train)
+
     def _skipped(self, batch: Batch) -> None:
         """Warns that a step was skipped; raises UserError if it was the last of too many."""
         step, train, many = self.run_state.step, self.settings.train, self.trainer.skipped_in_a_row
         self._warn(f"step {step} was skipped: its loss or gradient is not finite")
         if many >= train.max_skipped_steps:
-            path = self.log.save_completions(step, completion_rows(batch, self.tokenizer), NOT_FINITE)
+            path = self.log.save_completions(step, self._completion_rows(batch), NOT_FINITE)
             raise UserError(
                 "train.max_skipped_steps",
                 f"the loss or gradient of {many} steps in a row is not finite (the last batch: {path})",
