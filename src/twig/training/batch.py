@@ -18,6 +18,7 @@ from twig.core.trie import without_rounding
 from twig.core.types import Example, Group
 from twig.engine.update import NodeValues
 from twig.runs.completions import texts_after
+from twig.tasks.base import right_answer
 from twig.tasks.rewards import Rewards, joined
 
 
@@ -194,7 +195,7 @@ def completion_rows(
             weights[each.slot, number] = (each.credit.plus[path], each.credit.minus[path])
     rows, per_function, extra = [], batch.kept.rewards.per_function, batch.kept.rewards.extra
     for slot, group in enumerate(batch.groups):
-        answer = _answer(examples[group.prompt_index]) if len(examples) else None
+        answer = right_answer(examples[group.prompt_index]) if len(examples) else None
         prompt, texts = tokenizer.decode(group.prompt_ids), texts_after(group.prompt_ids, tokenizer.decode)
         for number, completion in enumerate(group.completions):
             n, reward = len(rows), float(group.rewards[number])
@@ -224,11 +225,6 @@ def completion_rows(
                 }
             )
     return rows
-
-
-def _answer(example: Example) -> str | None:
-    value = example.columns.get("answer")
-    return str(value) if isinstance(value, str | int | float) else None
 
 
 def _number(value: float) -> float | None:
