@@ -99,6 +99,7 @@ TABLE = {
         ("export {stock}/run --base-model !!", ["--base-model: !!", "USER/NAME"]),
         ("env extra", ["extra", "twig env --help"]),
         ("env --all", ["--all", "twig env --help"]),
+        ("runs nowhere", ["nowhere: no such folder", "Name a run"]),
         ("recipes --all", ["--all", "twig recipes --help"]),
         ("eval {stock}/run --samples 1", ["--samples", "greater than or equal to 2"]),
         ("eval {model} --best --task multiplication", ["--best", "not a run", "Leave --best out"]),

@@ -175,7 +175,7 @@ def test_a_run_from_start_to_evaluation(twig, model):
     assert (status, "Traceback" in progress) == (0, False)
     for line in ("before ", "after ", "tokens ", "seconds ", "folder ", "next "):
         assert f"\n{line}" in shown
-    assert "step 3/3" in progress
+    assert "step 3/3" in progress and "\nbefore: " in shown, "and answers before and after"
     summary = read_summary(RunLog.open("runs/quickstart-1").folder)
     assert (summary["status"], summary["steps"], summary["algorithm"]) == ("finished", 3, "t-spmo")
     assert summary["accuracy_after"]["n"] == 20 and summary["predicted_peak_bytes"] > 0

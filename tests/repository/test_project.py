@@ -146,7 +146,7 @@ def test_importing_twig_imports_none_of_its_modules():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipes"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["runs", "src"]])
 def test_the_command_line_loads_nothing_heavy_until_a_command_needs_it(arguments):
     code = f"import sys; sys.argv = ['twig', *{arguments}]\n"
     code += "from twig.cli.app import main\ntry:\n    status = main()\n"

@@ -2,6 +2,7 @@
 
 import pytest
 from saved import build_tokenizer
+from small_runs import completions_of
 
 from twig.runs.completions import texts_after
 
@@ -38,3 +39,11 @@ def test_a_token_that_ends_inside_a_character_adds_nothing_and_the_next_one_adds
     assert texts_after([ids[0]], tokenizer.decode)(ids) == ["x", "", "龘"]
     # cut off inside it, the text ends as the decoder writes that
     assert texts_after([ids[0]], tokenizer.decode)(ids[:2]) == ["x", "\ufffd"]
+
+
+@pytest.mark.parametrize(("value", "expected"), [("7 apples", "7 apples"), (7, "7"), ([7], None)])
+def test_the_answer_of_the_data_is_beside_each_completion(run, value, expected):
+    """A text or a number; nothing if it is neither."""
+    data = [{"prompt": f"1+{n}=", "answer": value} for n in range(3)]
+    made = run("a", "train.max_steps=1", "eval.before=false", train_dataset=data)
+    assert {row["answer"] for row in completions_of(made.folder, 1)} == {expected}

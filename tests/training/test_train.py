@@ -628,6 +628,7 @@ def test_every_metric_and_field_is_explained_and_no_explanation_is_stale(run, wh
         parts = documented("An evaluation has these:")
         assert set(summary["accuracy_before"]) == set(summary["accuracy_after"]) == parts
         assert set(summary["accuracy_best"]) == parts | {"step"}
+        assert all(set(row) == documented("## answers of summary.json") for row in summary["answers"])
         environment = json.loads((folder / "environment.json").read_text())
         assert set(environment) == documented("## environment.json")
 

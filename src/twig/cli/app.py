@@ -20,7 +20,9 @@ from twig.cli.export import export_command
 from twig.cli.plan import plan_command
 from twig.cli.recipes import recipes_command
 from twig.cli.report import report_command
+from twig.cli.runs import runs_command
 from twig.cli.schema import schema_command
+from twig.cli.show import show_command
 from twig.cli.tasks import tasks_command
 from twig.cli.train import train_command
 from twig.common.errors import UserError
@@ -45,6 +47,8 @@ app.command("eval")(eval_command)
 app.command("compare")(compare_command)
 app.command("export")(export_command)
 app.command("plan")(plan_command)
+app.command("runs")(runs_command)
+app.command("show")(show_command)
 app.command("report")(report_command)
 app.command("recipes")(recipes_command)
 app.command("tasks")(tasks_command)

@@ -20,6 +20,13 @@ def complete_run(incomplete: str) -> list[str]:
     return [str(Path(path).parent) for path in configs]
 
 
+def complete_folder(incomplete: str) -> list[str]:
+    """Returns the folders with runs in them that start with `incomplete`."""
+    configs = _paths(incomplete, (f"*/*/{RUN_CONFIG}", f"*/runs/*/{RUN_CONFIG}"))
+    folders = {Path(config).parent.parent for config in configs}
+    return sorted(str(folder) for folder in folders if not (folder / RUN_CONFIG).exists())
+
+
 def _paths(incomplete: str, patterns: tuple[str, ...]) -> list[str]:
     """Returns the paths of the patterns in the folder that `incomplete` names, as they would be typed."""
     folder = Path(incomplete[: incomplete.rfind("/") + 1])

@@ -24,11 +24,13 @@ from twig.common.progress import Progress
 from twig.common.text import one_line, percent, printable, shortened
 from twig.report.diagnosis import Finding
 from twig.report.page import NAME
+from twig.runs.reader import KINDS, missing_kinds
 
 _LONGEST_TEXT = 20_000
 _SECONDS_BETWEEN_LINES = 5.0
 _SMOOTHING = 0.1
 _FINDINGS = 3
+_LONGEST_PROMPT, _LONGEST_ANSWER = 300, 600  # characters, of answers that are compared
 
 
 def clean(value: Any) -> str:
@@ -92,7 +94,7 @@ class _Figures:
 
     def left(self, step: int, total: int) -> str:
         """Returns the training time that is left, from the speed of the last steps."""
-        return "" if self.seconds is None else f"{_clock(self.seconds * (total - step))} left"
+        return "" if self.seconds is None else f"{clock(self.seconds * (total - step))} left"
 
 
 class QuietProgress(Progress):
@@ -273,6 +275,26 @@ def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
         console.print(Text(f"next     twig eval {quoted(folder)} --limit 100"), soft_wrap=True)
 
 
+def show_answers(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints problems with the answers before and after training, side by side (`reader.answers_of`)."""
+    for row in rows:
+        title = f"\n{KINDS[row['kind']]:<14} {one_line(row['prompt'], _LONGEST_PROMPT)}"
+        console.print(Text(title), soft_wrap=True)
+        if row["answer"] is not None:
+            right = one_line(row["answer"], _LONGEST_PROMPT)
+            console.print(Text(f"{'right answer':<14} {right}"), soft_wrap=True)
+        table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+        texts = []
+        for when in ("before", "after"):
+            answer = row[when]
+            table.add_column(f"{when}: {'right' if answer['right'] else 'wrong'}", ratio=1, overflow="fold")
+            texts.append(Text(clean(shortened(answer["text"].strip(), _LONGEST_ANSWER))))
+        table.add_row(*texts)
+        console.print(table)
+    for line in missing_kinds(rows):
+        console.print(f"\n{line}")
+
+
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
     """Prints what a run's numbers say is wrong: the first few findings, two lines each."""
     for finding in findings[:_FINDINGS]:
@@ -303,7 +325,12 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Returns a time as a clock shows it.
+
+    >>> clock(100), clock(3725)
+    ('1:40', '1:02:05')
+    """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -11,7 +11,7 @@ import typer
 
 from twig.cli.completion import complete_source
 from twig.cli.console import Overrides, Silent, Stopped, quiet_libraries, result_console
-from twig.cli.display import quoted, show_findings, show_run, showing
+from twig.cli.display import quoted, show_answers, show_findings, show_run, showing
 from twig.cli.plan import plan_as_comment
 from twig.common.errors import UserError
 from twig.common.text import file_name
@@ -23,7 +23,7 @@ from twig.report.history import read_run
 from twig.report.page import report_if_missing
 from twig.runs.contents import load_to_resume
 from twig.runs.folder import RunLog, new_folder, newest_folder
-from twig.runs.reader import ADAPTER, BEST, damage, is_finished, is_run, read_summary
+from twig.runs.reader import ADAPTER, BEST, answers_of, damage, is_finished, is_run, read_summary
 from twig.runtime.failures import Ended, exit_status
 from twig.runtime.processes import ALONE, Processes, launched, together
 
@@ -69,6 +69,7 @@ def train_command(
 
 def _show(folder: Path, summary: dict[str, Any]) -> None:
     show_run(result_console(), folder, summary)
+    show_answers(result_console(), answers_of(summary) or [])
     show_findings(result_console(), findings(read_run(folder).history))
 
 

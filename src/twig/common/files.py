@@ -16,6 +16,7 @@ _BINARY = getattr(os, "O_BINARY", 0)  # on Windows: no translation of line ends
 _FLUSHABLE = os.O_RDWR | _BINARY if os.name == "nt" else os.O_RDONLY  # Windows flushes only what is writable
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_PATIENCE = 0.1  # seconds: whoever only looks whether a folder is taken has it for much less
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
@@ -123,7 +124,7 @@ class FolderLock:
         if self._lock.is_locked:
             return True
         try:
-            self._lock.acquire()
+            self._lock.acquire(timeout=_PATIENCE, poll_interval=_PATIENCE / 4, blocking=True)
         except Timeout:
             return False
         except OSError as error:
@@ -134,6 +135,19 @@ class FolderLock:
     def release(self) -> None:
         """Lets others in."""
         self._lock.release()
+
+
+def in_use(folder: Path) -> bool:
+    """Returns whether a process has a folder's lock; False if it cannot be told. Creates nothing."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FolderLock(folder)
+    try:
+        return not lock.take()
+    except OSError:
+        return False
+    finally:
+        lock.release()
 
 
 def _set_aside(folder: Path) -> Path:

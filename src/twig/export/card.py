@@ -15,9 +15,10 @@ import yaml
 
 from twig import __version__
 from twig.common.redact import code, fenced, last_part, public, shown
-from twig.common.text import percent
+from twig.common.text import percent, shortened
 from twig.config.load import Settings
 from twig.core.algorithms.base import PAPER, Algorithm
+from twig.runs.reader import KINDS, answers_of, missing_kinds
 from twig.tasks.load import TASKS
 
 SOFTWARE = """@software{twig,
@@ -29,6 +30,7 @@ SOFTWARE = """@software{twig,
 
 # Settings that name files: only the last part of the name is shown.
 _FILES = ("model.adapter", "task.path", "task.reward_file", "algorithm.file")
+_LONGEST_ANSWER = 1000  # characters of a problem or an answer
 _LONGEST_PROMPT = 120  # characters in the example; a longer one is shown below it
 # What Markdown could take for more than a letter: anywhere in a line, and at the beginning of one.
 _MARKUP = re.compile(r"[\\`*_\[\]<>&|~$]|^(?:[-+#=]|\d+[.)](?!\S))")
@@ -90,6 +92,15 @@ class Subject:
         return self.summary.get("accuracy_best" if self.best else "accuracy_after")
 
     @property
+    def answers(self) -> list[dict[str, Any]]:
+        """Problems with the answers before and after training; none of data that may be somebody's own."""
+        task, passed = self.settings.task, self.passed.split(", ")
+        if task.name == "custom" or task.path is not None or {"train_dataset", "eval_dataset"} & {*passed}:
+            return []
+        last = not self.best or (self.measured or {}).get("step") == self.summary["steps"]
+        return (answers_of(self.summary) or []) if last else []
+
+    @property
     def passed(self) -> str:
         """What was passed from Python, with commas."""
         return self.environment.get("passed") or ""
@@ -131,6 +142,8 @@ def model_card(subject: Subject) -> str:
         "stop": public(settings.rollout.stop),
         "results": _results(subject),
         "measured": subject.measured,
+        "answers": [_answer_texts(row) for row in subject.answers],
+        "missing": missing_kinds(subject.answers) if subject.answers else [],
         "may_be_chance": _may_be_chance(subject.summary.get("accuracy_before"), subject.measured),
         "data": _data(subject).text,
         "adapter": _adapter(subject.adapter),
@@ -254,6 +267,18 @@ def _results(subject: Subject) -> list[_Row]:
     after = f"after step {int(summary['steps'])}{'' if subject.best else mark}"
     rows.append((after, summary.get("accuracy_after")))
     return [_Row(label, accuracy) for label, accuracy in rows if accuracy is not None]
+
+
+def _answer_texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a problem and its answers as the card shows them: no secrets and paths, and not too long."""
+    texts = {when: str(public(row[when]["text"].strip())) for when in ("before", "after")}
+    short = {when: shortened(text, _LONGEST_ANSWER) or "(empty)" for when, text in texts.items()}
+    return {
+        "title": KINDS[row["kind"]],
+        "prompt": shortened(str(public(row["prompt"])), _LONGEST_ANSWER),
+        "answer": row["answer"],
+        "answers": [(when, row[when]["right"], short[when]) for when in ("before", "after")],
+    }
 
 
 def _may_be_chance(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> bool:

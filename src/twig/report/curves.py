@@ -15,6 +15,7 @@ from twig.report.history import RunData
 
 _POINTS = 240  # of a curve, at most
 _NUMBERS = 250_000  # of all curves, about
+_MOST_IN_LABEL = 2  # settings; with more, an arm has the name of its first run
 # The runs of an arm may differ in these, and in settings that affect speed or display only.
 _NOT_COMPARED = ("train.seed", "model.device")
 
@@ -110,9 +111,12 @@ def _label(arm: Arm, arms: list[Arm]) -> str:
         return name
     parts = [name] if len({each.settings.algorithm.name for each in arms}) > 1 else []
     alike = [each for each in arms if each.settings.algorithm.name == name]
-    if len(alike) > 1:
+    keys = list(differing(alike))
+    if len(keys) > _MOST_IN_LABEL:
+        parts.append(arm.runs[0].name)
+    else:
         flat = arm.settings.flat()
-        parts += [f"{key.partition('.')[2]}={_label_value(flat.get(key))}" for key in differing(alike)]
+        parts += [f"{key.partition('.')[2]}={_label_value(flat.get(key))}" for key in keys]
     return ", ".join(parts) or name
 
 

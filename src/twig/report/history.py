@@ -88,10 +88,11 @@ class RunData:
     summary: dict[str, Any]
     environment: dict[str, Any]
     problems: str | None = None  # the checksum of the problems of the last evaluation
+    short_name: str | None = None  # among other runs
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return self.short_name or self.folder.resolve().name
 
 
 def read_run(folder: Path) -> RunData:

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ from typing import Any
 from twig import __version__
 from twig.common.errors import UserError
 from twig.common.files import write_whole
-from twig.common.text import percent
+from twig.common.text import percent, shortened
 from twig.report.credit_map import Strings, choose, compared
 from twig.report.curves import CHARTS, Arm, arm_series, arms_of, differing
 from twig.report.diagnosis import SYMPTOMS, Finding, findings
 from twig.report.history import RunData, read_run, settings_text
+from twig.runs.listing import short_names
+from twig.runs.reader import KINDS, answers_of, missing_kinds
 
 NAME = "report.html"
+_LONGEST_ANSWER, _MOST_ANSWERS = 2000, 6  # characters; arms whose answers are shown
 _MOST_BYTES = 4_900_000  # of a page
 _MOST_CREDIT = 3_000_000  # of its credit maps
 _SCRIPTS = ("text.js", "charts.js", "credit.js", "page.js")
@@ -51,6 +54,15 @@ class _Seen:
 
 
 @dataclass(frozen=True)
+class _Answers:
+    """Problems with a run's answers before and after training, and the kinds that there are none of."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
 class _Shown:
     """A symptom and the runs that have it."""
 
@@ -64,7 +76,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Without `output` that is report.html, in the run's folder if there is only one. Raises UserError if a
     folder holds no run, or if the report cannot be written.
     """
-    runs = [read_run(Path(folder)) for folder in dict.fromkeys(map(str, folders))]
+    paths = [Path(folder) for folder in dict.fromkeys(map(str, folders))]
+    names = zip(paths, short_names(paths), strict=True)
+    runs = [replace(read_run(path), short_name=name) for path, name in names]
     path = Path(runs[0].folder) / NAME if len(runs) == 1 else Path(NAME)
     path = path if output is None else Path(output)
     page = page_of(runs)
@@ -112,6 +126,7 @@ def page_of(runs: Sequence[RunData]) -> str:
         "headline": _headline(arms, runs),
         "standfirst": _standfirst(arms),
         "result_of": _result,
+        "answers": _answers(arms),
         "symptoms": _symptoms(runs),
         "num_symptoms": len(SYMPTOMS),
         "differing": differing(arms),
@@ -215,6 +230,24 @@ def _standfirst(arms: list[Arm]) -> str:
         text += f" Of {sampled:,.0f} tokens that were sampled, {selected:,.0f} were trained"
         text += f": one in {sampled / selected:,.0f}." if selected and sampled > 2 * selected else "."
     return text
+
+
+def _answers(arms: Sequence[Arm]) -> list[_Answers]:
+    """Returns the answers of the first run of each arm that has any."""
+    answers = []
+    for arm in arms:
+        rows_of = ((run.name, answers_of(run.summary)) for run in arm.runs)
+        name, rows = next(((name, rows) for name, rows in rows_of if rows), ("", None))
+        if rows:
+            rows = [row | {"title": KINDS[row["kind"]]} for row in rows]
+            for row in rows:
+                row |= {key: _cut(row[key]) for key in ("before", "after")}
+            answers.append(_Answers(name, rows, missing_kinds(rows)))
+    return answers[:_MOST_ANSWERS]
+
+
+def _cut(answer: dict[str, Any]) -> dict[str, Any]:
+    return answer | {"text": shortened(answer["text"].strip(), _LONGEST_ANSWER)}
 
 
 def _symptoms(runs: Sequence[RunData]) -> list[_Shown]:

@@ -4,10 +4,12 @@ Knows the columns of `completions/step-N.parquet` and how a tokenizer decodes; n
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from twig.common.errors import UserError
 from twig.common.redact import without_secrets
 from twig.common.text import storable
 
@@ -16,6 +18,7 @@ _COLUMNS = {
     "prompt_index": "int64",
     "completion_index": "int64",
     "prompt": "string",
+    "answer": "string",
     "completion": "string",
     "prefix_length": "int64",
     "token_ids": "list<int64>",
@@ -71,6 +74,32 @@ def parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
     buffer = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema), buffer, compression="zstd")
     return buffer.getvalue().to_pybytes()
+
+
+# Without these a row cannot be shown; older files lack others.
+_NEEDED = ("prompt_index", "completion_index", "prompt", "completion", "reward", "right")
+
+
+def read_completions(path: Path) -> list[list[dict[str, Any]]]:
+    """Returns the rows of a file of completions by problem, in their order; a missing column is None.
+
+    Raises UserError for a file that is damaged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError):
+        rows = None
+    if rows is None or any(key not in row for row in rows for key in _NEEDED):
+        raise UserError(str(path), "damaged, not a file of completions", "Name another step, or remove it")
+    problems: list[list[dict[str, Any]]] = []
+    for row in rows:
+        if row["completion_index"] == 0 or not problems:
+            problems.append([])
+        problems[-1].append(dict.fromkeys(_COLUMNS) | row)
+    return problems
 
 
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character yet

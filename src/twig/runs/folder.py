@@ -138,7 +138,7 @@ class RunLog:
 
         Metrics, checkpoints and a traceback say that it began.
         """
-        if not self.folder.is_dir() or not _names(self.folder) <= _BEFORE_THE_START - {TRACEBACK}:
+        if not self.folder.is_dir() or began(self.folder):
             return
         with suppress(OSError):
             if self._lock.take():
@@ -198,9 +198,14 @@ class RunLog:
         return path
 
     def save_summary(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json; a number that is not finite becomes null."""
+        """Writes summary.json; a number that is not finite becomes null.
+
+        The traceback of an older fault is removed.
+        """
         text = json.dumps(without_secrets(plain(summary)), indent=2, allow_nan=False) + "\n"
         write_whole(self.folder / SUMMARY, text)
+        with suppress(OSError):
+            (self.folder / TRACEBACK).unlink(missing_ok=True)
 
     def save_evaluation(self, step: int, each: dict[str, Any]) -> None:
         """Writes a row of evaluations.jsonl, problem by problem, in place of one of the same step.
@@ -324,6 +329,11 @@ def new_folder(name: str) -> Path:
             raise UserError("--output", problem, "Pass --output DIR") from error
         else:
             return folder
+
+
+def began(folder: Path) -> bool:
+    """Returns whether the run in a folder came as far as an evaluation, a step or a fault."""
+    return not _names(folder) <= _BEFORE_THE_START - {TRACEBACK}
 
 
 def newest_folder(name: str) -> Path | None:

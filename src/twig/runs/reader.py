@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,41 @@ COMPLETIONS, TRACEBACK, WARNINGS = "completions", "traceback.txt", "warnings.txt
 _NUMBERS = ("steps", "tokens_sampled", "tokens_selected", "nodes_run", "seconds")
 _RESULT = ("value", "low", "high", "n")
 
+# Problems whose answers summary.json has: an answer that became right, one that stayed wrong, any other.
+KINDS = {"became_right": "became right", "stayed_wrong": "stayed wrong", "random": "at random"}
+
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Returns a run folder's summary.json; None if it is missing or damaged."""
     summary = read_json(folder / SUMMARY)
     return summary if summary is not None and _is_summary(summary) else None
+
+
+def answers_of(summary: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Returns the problems of a summary with the answers before and after training, by kind.
+
+    None if there are none, because one of the two evaluations was not made.
+    """
+    rows = summary.get("answers")
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and _is_answers(row) for row in rows)
+    return rows if whole and rows else None
+
+
+def missing_kinds(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns a line for each kind of KINDS that no problem is of; `rows` are those of `answers_of`."""
+    kinds = {row["kind"] for row in rows}
+    return [f"no problem {KINDS[kind]}" for kind in ("became_right", "stayed_wrong") if kind not in kinds]
+
+
+def _is_answers(row: dict[str, Any]) -> bool:
+    answers = [row.get(when) for when in ("before", "after")]
+    return (
+        row.get("kind") in KINDS
+        and isinstance(row.get("prompt"), str)
+        and isinstance(row.get("answer"), str | None)
+        and all(isinstance(each, dict) and isinstance(each.get("text"), str) for each in answers)
+        and all(isinstance(each.get("right"), bool) for each in answers if each)
+    )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -53,6 +53,12 @@ class Task:
     reward_limit: Limit = Limit()
 
 
+def right_answer(example: Example) -> str | None:
+    """Returns the column `answer` of a problem if it is a text or a number, else None."""
+    value = example.columns.get("answer")
+    return str(value) if isinstance(value, str | int | float) else None
+
+
 def data_checksums(task: Task) -> dict[str, str]:
     """Returns a checksum of the problems to train on and one of those to evaluate on, each in their order.
 

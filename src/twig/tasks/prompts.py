@@ -167,6 +167,13 @@ def written_twice(task: Task, tokenizer: Any) -> str | None:
     return next((marker for text in texts() for marker in markers if marker in text), None)
 
 
+def problem_text(example: Example) -> str:
+    """Returns a problem without template and system prompt; of chat messages, the last one."""
+    if isinstance(example.prompt, str):
+        return example.prompt
+    return text_of(example.prompt[-1].get("content")) or "" if example.prompt else ""
+
+
 def text_of(content: Any) -> str | None:
     """Returns the text of a message's content: a text, or parts that are all text; None for any other.
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from twig.core.credit import Scored
 from twig.core.objective import k3
 from twig.core.trie import without_rounding
-from twig.core.types import Group
+from twig.core.types import Example, Group
 from twig.engine.update import NodeValues
 from twig.runs.completions import texts_after
+from twig.tasks.base import right_answer
 from twig.tasks.rewards import Rewards, joined
 
 
@@ -178,9 +179,12 @@ def gaps(scored: Sequence[Scored], logps: NodeValues, ref: NodeValues | None) ->
     return Gaps(largest, divergence, weight)
 
 
-def completion_rows(batch: Batch, tokenizer: Decodes) -> list[dict[str, Any]]:
+def completion_rows(
+    batch: Batch, tokenizer: Decodes, examples: Sequence[Example] = ()
+) -> list[dict[str, Any]]:
     """Returns the step's completions as rows of the completions file, with the weight of each token's node.
 
+    `examples` are the problems to train on: `answer` is that column's text or number, None without one.
     `weights` is `plus` + `minus`, all after division by `divisor`; `extra` has what functions passed to
     `log_extra`.
     """
@@ -191,6 +195,7 @@ def completion_rows(batch: Batch, tokenizer: Decodes) -> list[dict[str, Any]]:
             weights[each.slot, number] = (each.credit.plus[path], each.credit.minus[path])
     rows, per_function, extra = [], batch.kept.rewards.per_function, batch.kept.rewards.extra
     for slot, group in enumerate(batch.groups):
+        answer = right_answer(examples[group.prompt_index]) if len(examples) else None
         prompt, texts = tokenizer.decode(group.prompt_ids), texts_after(group.prompt_ids, tokenizer.decode)
         for number, completion in enumerate(group.completions):
             n, reward = len(rows), float(group.rewards[number])
@@ -201,6 +206,7 @@ def completion_rows(batch: Batch, tokenizer: Decodes) -> list[dict[str, Any]]:
                     "prompt_index": group.prompt_index,
                     "completion_index": number,
                     "prompt": prompt,
+                    "answer": answer,
                     "completion": completion.text,
                     "prefix_length": group.prefix_length,
                     "token_ids": completion.ids.tolist(),

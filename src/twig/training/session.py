@@ -20,14 +20,16 @@ from transformers import PreTrainedModel
 from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.common.python_files import file_checksum
+from twig.common.redact import without_secrets
 from twig.common.tokenizer import Tokenizer
 from twig.config.load import Settings
 from twig.config.schema import Model
 from twig.config.sizes import SIZE_KEYS, Sizes, with_values
 from twig.core.algorithms.base import PASSED
+from twig.core.types import Completion
 from twig.engine.load import quantization_of
 from twig.engine.lora import adapter_shape, refuse_another_shape
-from twig.evaluation.evaluate import evaluate_policy
+from twig.evaluation.evaluate import Evaluation, evaluate_policy
 from twig.evaluation.prepare import Given, Parts, prepare
 from twig.planner.choose import Machine, Sized, size_run
 from twig.report.diagnosis import LiveWarnings
@@ -46,6 +48,7 @@ from twig.runtime.stop import Clock, Stop, stoppable
 from twig.tasks.base import Task, data_checksums, data_revision
 from twig.tasks.prompts import refuse_too_long, written_twice
 from twig.tasks.reward_functions import RewardError
+from twig.training.answers import Answered, answers_after, answers_before
 from twig.training.batch import Batch, completion_rows
 from twig.training.state import TOTALS, RunState
 from twig.training.trainer import Trainer
@@ -132,6 +135,7 @@ class Session:
         self.report: Report = lambda step, metrics: None
         self.contents: dict[str, str] = {}
         self.after: dict[str, Any] | None = None
+        self.answers: list[dict[str, Any]] = []  # before and after training, for summary.json
         self.before: tuple[dict[str, Any], dict[str, Any]] | None = None  # the state before a step under way
         self._warn_of_sizes()
         self.trainer = Trainer(
@@ -248,7 +252,7 @@ class Session:
         self.progress.step(step, self._expected_steps(), metrics)
         every = self.settings.log.completions_steps
         if every and (step == 1 or step % every == 0):
-            self.log.save_completions(step, completion_rows(batch, self.tokenizer))
+            self.log.save_completions(step, self._completion_rows(batch))
         for text in self.live.warnings(metrics):
             self._warn(text)
         if metrics["optimizer/skipped"]:
@@ -260,12 +264,15 @@ class Session:
                 columns = {"accuracy": "value", "found": "found", "right_lenient": "right_lenient"}
                 self._log({f"eval/{name}": result[key] for name, key in columns.items()})
 
+    def _completion_rows(self, batch: Batch) -> list[dict[str, Any]]:
+        return completion_rows(batch, self.tokenizer, self.task.train)
+
     def _skipped(self, batch: Batch) -> None:
         """Warns that a step was skipped; raises UserError if it was the last of too many."""
         step, train, many = self.run_state.step, self.settings.train, self.trainer.skipped_in_a_row
         self._warn(f"step {step} was skipped: its loss or gradient is not finite")
         if many >= train.max_skipped_steps:
-            path = self.log.save_completions(step, completion_rows(batch, self.tokenizer), NOT_FINITE)
+            path = self.log.save_completions(step, self._completion_rows(batch), NOT_FINITE)
             raise UserError(
                 "train.max_skipped_steps",
                 f"the loss or gradient of {many} steps in a row is not finite (the last batch: {path})",
@@ -289,7 +296,7 @@ class Session:
         if not self.task.eval:
             return None
         self.stop.at_once = when in ("before", "after")
-        measured, _ = evaluate_policy(
+        measured, completions = evaluate_policy(
             self.policy,
             self.tokenizer,
             self.task,
@@ -304,7 +311,20 @@ class Session:
         self.progress.evaluation(when, result)
         if self.run_state.add_evaluation(result):
             self._save_adapter("adapter-best")
+        self._keep_answers(when, measured, completions)
         return result
+
+    def _keep_answers(self, when: str, measured: Evaluation, completions: list[Completion]) -> None:
+        """Keeps the answers of an evaluation before or after training, if they are to be compared."""
+        right, seed = measured.right, self.settings.train.seed
+        if right is None or when not in ("before", "after"):
+            return
+        asked = self.task.eval[: measured.n]
+        answered = Answered(asked, [completion.text for completion in completions], right.tolist())
+        if when == "before":
+            self.run_state.answers = without_secrets(answers_before(answered, seed))
+        elif self.run_state.before is not None:  # it asked the same problems
+            self.answers = without_secrets(answers_after(self.run_state.answers, answered, seed))
 
     def _finish(self, status: str) -> Run:
         self.policy.release()
@@ -320,6 +340,7 @@ class Session:
             "accuracy_before": run_state.before,
             "accuracy_after": self.after,
             "accuracy_best": run_state.best,
+            "answers": self.answers,
             **{total: totals[total] for total in TOTALS},
             "peak_memory_bytes": max(self.peak, self.memory.peak()),
             "predicted_peak_bytes": self.parts.sized.peak,

@@ -19,6 +19,8 @@ TOTALS = {
 class RunState:
     """Steps done, totals over them, and every evaluation with its step (0: before training).
 
+    `answers` are those before training that the result may show (`answers.answers_before`).
+
     Two evaluations are compared only if they asked the same problems. Those to evaluate on never change in a
     run, and an evaluation asks the first ones: as many are the same.
     """
@@ -26,6 +28,7 @@ class RunState:
     step: int = 0
     totals: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0) | {"seconds": 0.0})
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
     def add_step(self, metrics: Mapping[str, Any], seconds: float) -> None:
         """One more step is done."""
