@@ -7,7 +7,8 @@ The embedded model with a LoRA adapter r=16 on q_proj and v_proj of its last thi
 prompts 16 times each, at temperature 1 from the whole distribution, with at most 64 tokens. Counted are the
 tokens up to and with the end token. Twig records log-probs, entropies and the trunk's output on the way;
 generate records nothing. A random model of the 0.1B shape, which has a real vocabulary and never ends, is the
-second case: 4 prompts of 80 tokens, 8 times each, 64 tokens.
+second case: 4 prompts of 80 tokens, 8 times each, 64 tokens; and the third in bfloat16. Its completions share
+nothing but their prompt, those of the embedded model also what they begin with.
 """
 
 import argparse
@@ -22,8 +23,12 @@ import torch
 from common import alternate, medians, ratio, write
 from shapes import ALPHA, LORA, SHAPES, build
 
-# case: (shape, prompts, completions each, tokens)
-CASES = {"embedded": ("embedded", 8, 16, 64), "0.1b": ("0.1b", 4, 8, 64)}
+# case: (shape, prompts, completions each, tokens, number type)
+CASES = {
+    "embedded": ("embedded", 8, 16, 64, torch.float32),
+    "0.1b": ("0.1b", 4, 8, 64, torch.float32),
+    "0.1b, bfloat16": ("0.1b", 4, 8, 64, torch.bfloat16),
+}
 
 
 def prepare(case: str) -> tuple[Any, list[list[int]], list[int]]:
@@ -33,7 +38,7 @@ def prepare(case: str) -> tuple[Any, list[list[int]], list[int]]:
     from twig.engine.lora import attach
     from twig.tasks.multiplication import problems, prompt_text
 
-    shape, count, _, _ = CASES[case]
+    shape, count, _, _, dtype = CASES[case]
     if shape == "embedded":
         model, tokenizer = load_model(Model(name="tiny-arithmetic"))
         asked = problems("train", (3, 2), 0, count)
@@ -41,14 +46,14 @@ def prepare(case: str) -> tuple[Any, list[list[int]], list[int]]:
         return attach(model, alpha=ALPHA, **LORA), prompts, end_ids(model, tokenizer)
     draw = np.random.default_rng(0)
     prompts = draw.integers(2, SHAPES[shape]["vocab_size"], (count, 80)).tolist()
-    return attach(build(shape), alpha=ALPHA, **LORA), prompts, [1]
+    return attach(build(shape, dtype), alpha=ALPHA, **LORA), prompts, [1]
 
 
 def twig_side(case: str, repeats: int) -> dict[str, float]:
     from twig.engine.policy import Policy
     from twig.engine.sampler import Request, SamplingParams, sample
 
-    _, _, each, limit = CASES[case]
+    _, _, each, limit, _ = CASES[case]
     model, prompts, ends = prepare(case)
     policy = Policy(model)
     requests = [Request(np.array(ids), each, limit, slot) for slot, ids in enumerate(prompts)]
@@ -66,7 +71,7 @@ def twig_side(case: str, repeats: int) -> dict[str, float]:
 
 
 def generate_side(case: str, repeats: int) -> dict[str, float]:
-    _, _, each, limit = CASES[case]
+    _, _, each, limit, _ = CASES[case]
     model, prompts, ends = prepare(case)
     ids = torch.tensor(prompts).repeat_interleave(each, 0)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}

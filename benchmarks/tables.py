@@ -108,6 +108,16 @@ def sampling(record: dict[str, Any]) -> list[str]:
     return rows(["model", "Twig, tokens per second", "generate", "Twig / generate"], body)
 
 
+def prompts(record: dict[str, Any]) -> list[str]:
+    """Prompts held once against copied ones."""
+    body = []
+    for case, figures in record["cases"].items():
+        once, ratio = figures["held once"], figures["copied over held once"]
+        cells = [f"{once[key]:,.0f} ({ratio[key]:.2f})" for key in ("cache_mib", "peak_mib")]
+        body.append([case, *cells, f"{once['seconds']:.2f} ({ratio['seconds']:.2f})"])
+    return rows(["prompts held once (copied: times)", "keys and values, MiB", "peak, MiB", "seconds"], body)
+
+
 def update(record: dict[str, Any]) -> list[str]:
     columns, body = update_columns(record), []
     for name, row in record["medians"].items():
@@ -308,6 +318,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": step,
     "step-one-thread": step,
     "sampling": sampling,
+    "prompts": prompts,
     "update": update,
     "update-0.1b": update,
     "frontier": frontier,

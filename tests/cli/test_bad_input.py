@@ -183,7 +183,6 @@ TABLE = {
         ("train quickstart eval.before=yes", ["eval.before: 'yes'", "eval.before=true"]),
         ("train quickstart lora.layers=top", ["lora.layers: 'top'", "last_third"]),
         ("train quickstart lora.target_modules=[]", ["lora.target_modules: []", "q_proj"]),
-        ("train quickstart model.revision=1234", ["model.revision: 1234", "quotes"]),
         ("train quickstart model.name=", ["model.name: null"]),
         ("train quickstart rollout.num_generations=1", ["rollout.num_generations: 1 "]),
         ("train quickstart algorithm.name=gpro", ["algorithm.name: 'gpro'", "grpo"]),

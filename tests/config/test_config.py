@@ -1,5 +1,6 @@
 """Settings: what is read from recipes, files, overrides and dicts; and that the reference page is current."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,26 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins():
     assert settings.task.system_prompt == "a = b: c"
     assert settings.algorithm.replay.probability == 0.5
     assert settings.task.chat_template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("text", ["Problem: {question}", "0123", "1e5", "true", "[a]"])
+def test_a_setting_of_text_gets_what_was_typed(text):
+    assert parse_override(f"task.prompt_template={text}") == ("task.prompt_template", text)
+    assert parse_override(f"model.revision= {text}") == ("model.revision", text)
+    assert parse_override("model.revision=null") == ("model.revision", None)
+
+
+def test_a_number_in_a_file_is_no_text():
+    with pytest.raises(UserError) as raised:
+        Settings.from_dict({**LEAST, "model": {"name": "x", "revision": 1234}})
+    assert raised.value.fix.endswith("model.revision=\"'1234'\"")
+
+
+def test_the_example_in_an_error_can_be_typed():
+    with pytest.raises(UserError) as raised:
+        Settings.from_dict({**LEAST, "task": {"name": "svamp", "prompt_template": {}}})
+    (override,) = shlex.split(raised.value.fix.removeprefix("Set for example "))
+    assert parse_override(override) == ("task.prompt_template", "Question: {question}\nAnswer:")
 
 
 def test_a_value_may_hold_equals_signs():
@@ -304,7 +325,6 @@ def test_several_mistakes_are_counted():
         ("log.report_to=wandb", "log.report_to=[wandb]"),
         ("lora.target_modules=q_proj", "lora.target_modules=[q_proj]"),
         ("lora.layers=3", "lora.layers=[3]"),
-        ("model.revision=1234", "model.revision=\"'1234'\""),
         ("task.name=svmp", "task.name=svamp?"),
     ],
 )

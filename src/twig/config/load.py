@@ -27,7 +27,7 @@ from pydantic import (
 from twig.common.errors import UserError, as_validator
 from twig.common.frozen import Frozen
 from twig.common.text import either, listed
-from twig.config.messages import explain, fields_of, group_of, kind_of, nearest, write
+from twig.config.messages import explain, fields_of, group_of, kind_of, nearest, takes_text, write
 from twig.config.schema import Eval, Log, Lora, Memory, Model, Rollout, TaskSettings, Train
 from twig.core.algorithms.base import Algorithm
 from twig.core.algorithms.registry import DEFAULT, Unloaded, class_for, shipped
@@ -195,8 +195,12 @@ def _refuse_part(values: dict[str, Any], path: Path) -> None:
 def parse_override(text: str) -> tuple[str, Any]:
     """Returns the dotted key and the value in "group.key=value"; the value is read as YAML.
 
+    A setting that takes nothing but text gets what was typed where YAML reads something else.
+
     >>> parse_override("train.learning_rate=1e-5")
     ('train.learning_rate', 1e-05)
+    >>> parse_override("task.prompt_template=Problem: {question}")
+    ('task.prompt_template', 'Problem: {question}')
     """
     key, equals, value = text.partition("=")
     key = key.strip()
@@ -210,7 +214,9 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(
             f"override {_cut(text)}", f"{key} is not group.key", f"Write {instead or 'train.max_steps'}=VALUE"
         )
-    return key, parse_yaml(value, f"override {_cut(text)}")
+    read = parse_yaml(value, f"override {_cut(text)}")
+    typed = read is not None and not isinstance(read, str) and takes_text(Settings, key)
+    return key, value.strip() if typed else read
 
 
 def parse_yaml(text: str, label: str) -> Any:

@@ -5,6 +5,7 @@ there are, nor about where they were written.
 """
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -46,7 +47,7 @@ def example_of(info: FieldInfo) -> str:
 def write(value: Any) -> str:
     """Returns a value as a person writes it in YAML, on one line."""
     if isinstance(value, str):
-        return value.replace("\n", "\\n")
+        return json.dumps(value, ensure_ascii=False) if "\n" in value else value
     if isinstance(value, float):
         return f"{value:g}"
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
@@ -178,7 +179,8 @@ def _instead(key: str, info: FieldInfo, value: Any) -> str:
             example = str(int(value))
         elif int in items and isinstance(value, int) and value >= 0 and not isinstance(info.default, list):
             example = f"[{value}]"
-    return f"Set for example {key}={example}"
+    # a shell would take double quotes away
+    return f"Set for example '{key}={example}'" if example[0] == '"' else f"Set for example {key}={example}"
 
 
 def _kinds(kind: Any) -> list[Any]:
@@ -188,6 +190,12 @@ def _kinds(kind: Any) -> list[Any]:
     if get_args(kind) and get_origin(kind) not in (list, dict, Literal):
         return [item for argument in get_args(kind) for item in _kinds(argument)]
     return [kind]
+
+
+def takes_text(root: Root, key: str) -> bool:
+    """Tells whether a setting takes text, and nothing else but None."""
+    info = dict(fields_of(root)).get(key)
+    return info is not None and {str} == {*_kinds(info.annotation)} - {type(None)}
 
 
 def _suggest(root: Root, key: str, group: Root) -> str:

@@ -239,9 +239,10 @@ def _answers(arms: Sequence[Arm]) -> list[_Answers]:
         rows_of = ((run.name, answers_of(run.summary)) for run in arm.runs)
         name, rows = next(((name, rows) for name, rows in rows_of if rows), ("", None))
         if rows:
-            rows = [row | {"title": KINDS[row["kind"]]} for row in rows]
-            for row in rows:
-                row |= {key: _cut(row[key]) for key in ("before", "after")}
+            rows = [
+                {**row, "title": KINDS[row["kind"]], **{key: _cut(row[key]) for key in ("before", "after")}}
+                for row in rows
+            ]
             answers.append(_Answers(name, rows, missing_kinds(rows)))
     return answers[:_MOST_ANSWERS]
 
