@@ -53,18 +53,29 @@ _MORE_STEPS = 0.22  # of the others; as in SVAMP
 _WITH_A_SENTENCE = 0.4  # of the others that have one step
 _HELD_OUT = 25  # one wording in so many
 _WINDOW = 32  # batches that are sorted by length together
+DRILL = 10  # sums of a drill
 
 _MARK = re.compile(r"number(\d+)")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its worked solution (what follows the prompt) and its answer; `kind` is mawps or sum."""
+    """A question, its worked solution (what follows the prompt), its answer; `kind`: mawps, sum or drill."""
 
     question: str
     solution: str
     answer: str
     kind: str
+
+    @property
+    def trained(self) -> list[tuple[int, int]]:
+        """Where the parts of the solution are that are trained, first and behind the last character.
+
+        Everything, but of a drill the results alone: its numbers follow from nothing.
+        """
+        if self.kind != "drill":
+            return [(0, len(self.solution))]
+        return [match.span(1) for match in re.finditer(r"=( \S+\n?)", self.solution)]
 
     @property
     def prompt(self) -> str:
@@ -411,6 +422,26 @@ def make_sum(rng: random.Random) -> Problem:
     return Problem(question, *write_solution([(operation, Fraction(a), Fraction(b))]), "sum")
 
 
+def make_drill(rng: random.Random) -> Problem:
+    """Draws many sums in one text: for the same work a model sees three times as many as one by one."""
+    lines, answer = [], ""
+    draws, shares = [_small, *_SUMS], [0.3, *(0.7 * share for share in _SUMS.values())]
+    while len(lines) < DRILL:
+        operation, a, b = rng.choices(draws, shares)[0](rng)
+        if not is_held_out(Problem(f"{a} {operation} {b}", "", "", "sum")):
+            answer = as_text(_apply(operation, Fraction(a), Fraction(b)))
+            lines.append(f"{a} {operation} {b} = {answer}")
+    return Problem(f"Write down {DRILL} sums.", " " + "\n".join(lines), answer, "drill")
+
+
+def _small(rng: random.Random) -> tuple[str, int, int]:
+    # As in the tables that children learn.
+    operation, a, b = rng.choice("+--*/"), rng.randrange(1, 21), rng.randrange(1, 21)
+    if operation in "*/":
+        a = rng.randrange(2, 13)
+    return operation, {"-": a + b, "/": a * b}.get(operation, a), b
+
+
 def _borrowing(rng: random.Random) -> tuple[str, int, int]:
     # Three digits, less two or three, with a borrowing somewhere.
     while True:
@@ -508,13 +539,14 @@ def is_held_out(problem: Problem) -> bool:
 
 
 def training_problems(
-    templates: Sequence[Template], size: int, word_share: float, seed: int
+    templates: Sequence[Template], size: int, word_share: float, seed: int, drills: int = 0
 ) -> list[Problem]:
-    """Returns `size` problems in the order of training, a share `word_share` of them word problems.
+    """Returns `drills` drills and `size` problems in the order of training; `word_share` are word problems.
 
     That share rises evenly, from half of `word_share` to one and a half: sums first.
     """
-    rng = random.Random(f"training {seed}")
+    drill_rng, rng = random.Random(f"drills {seed}"), random.Random(f"training {seed}")
+    first = [make_drill(drill_rng) for _ in range(drills)]
     word_problems = _word_problems(templates, rng)
     problems: list[Problem] = []
     while len(problems) < size:
@@ -522,7 +554,7 @@ def training_problems(
             problems.append(next(word_problems))
         elif not is_held_out(problem := make_sum(rng)):
             problems.append(problem)
-    return problems
+    return first + problems
 
 
 def held_out_problems(templates: Sequence[Template], size: int, seed: int) -> list[Problem]:

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from problems import PROMPT, arrange, held_out_problems, read_mawps, training_problems
+from problems import PROMPT, Problem, arrange, held_out_problems, read_mawps, training_problems
 
 from twig.common.errors import UserError
 from twig.common.files import put_folder, write_whole
@@ -65,21 +65,25 @@ def train(args: argparse.Namespace) -> None:
     mawps = read_mawps(args.mawps)
     templates = mawps.templates
     print(f"MAWPS: {len(templates)} problems; left out: {mawps.wrong} wrong, {mawps.in_svamp} in SVAMP")
-    problems = training_problems(templates, args.steps * args.batch_size, args.word_share, args.seed)
-    data = arrange(problems, args.batch_size, args.seed), held_out_problems(templates, 100, args.seed)
+    drills = args.drill_steps * args.batch_size
+    problems = training_problems(
+        templates, args.steps * args.batch_size - drills, args.word_share, args.seed, drills
+    )
+    problems = problems[:drills] + arrange(problems[drills:], args.batch_size, args.seed)
+    data = problems, held_out_problems(templates, 100, args.seed)
     # PEFT looks for the base's config beside a GGUF file; TRL uses older names of transformers' settings.
     warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
     warnings.filterwarnings(
         "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
     )
-    trainer = _trainer(args, *([{"prompt": p.prompt, "completion": p.solution} for p in d] for d in data))
+    trainer = _trainer(args, *data)
     if checkpoint is not None:
         print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     print(f"done: {output / f'checkpoint-{args.steps}'}")
 
 
-def _trainer(args: argparse.Namespace, rows: list[dict[str, str]], held_out: list[dict[str, str]]) -> Any:
+def _trainer(args: argparse.Namespace, problems: Sequence[Problem], held_out: Sequence[Problem]) -> Any:
     import datasets
     from peft import LoraConfig
     from transformers import PrinterCallback, set_seed
@@ -107,7 +111,6 @@ def _trainer(args: argparse.Namespace, rows: list[dict[str, str]], held_out: lis
         eval_steps=args.save_steps,
         bf16=_has_bfloat16(model.device.type),
         use_cpu=model.device.type == "cpu",
-        completion_only_loss=True,
         max_length=None,
         # The rows are in order: a resumed run skips those that it has seen.
         train_sampling_strategy="sequential",
@@ -122,14 +125,27 @@ def _trainer(args: argparse.Namespace, rows: list[dict[str, str]], held_out: lis
     trainer = SFTTrainer(
         model=model,
         args=config,
-        train_dataset=datasets.Dataset.from_list(rows),
-        eval_dataset=datasets.Dataset.from_list(held_out),
+        train_dataset=datasets.Dataset.from_list([_tokens(p, tokenizer) for p in problems]),
+        eval_dataset=datasets.Dataset.from_list([_tokens(p, tokenizer) for p in held_out]),
         processing_class=cast(Any, tokenizer),
         peft_config=lora,
         callbacks=[_progress()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _tokens(problem: Problem, tokenizer: Any) -> dict[str, list[int]]:
+    """Returns a problem's tokens, and as labels those that are trained, the end token among them."""
+    prompt, text = problem.prompt, problem.prompt + problem.solution
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    parts = [(len(prompt) + start, len(prompt) + stop) for start, stop in problem.trained]
+    labels = [
+        token if any(start < high and low < stop for start, stop in parts) else -100
+        for token, (low, high) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    end = tokenizer.eos_token_id
+    return {"input_ids": [*encoded["input_ids"], end], "labels": [*labels, end]}
 
 
 def _progress() -> Any:
@@ -177,7 +193,8 @@ def _has_bfloat16(device: str) -> bool:
 
 def _keep_arguments(output: Path, args: argparse.Namespace) -> None:
     """Writes what decides the result to the output folder; raises UserError if a run there differs."""
-    names = ("steps", "batch_size", "learning_rate", "schedule", "warmup_steps", "rank", "word_share", "seed")
+    names = ("steps", "drill_steps", "batch_size", "learning_rate", "schedule", "warmup_steps", "rank")
+    names += ("word_share", "seed")
     arguments = {"base": _name_of(args.base)} | {name: getattr(args, name) for name in names}
     file = output / ARGUMENTS
     if file.is_file():
@@ -611,6 +628,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mawps", required=True, help="folder of MAWPS's CSV files, or an id on the Hub")
     sub.add_argument("--output", required=True, help="folder of the checkpoints")
     sub.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    sub.add_argument("--drill-steps", type=int, default=0, help="the first ones: many sums in a text")
     sub.add_argument("--batch-size", type=int, default=16, help="problems of a step")
     sub.add_argument("--learning-rate", type=float, default=1e-3, help="highest learning rate")
     sub.add_argument("--schedule", choices=("cosine", "linear"), default="cosine", help="how the rate falls")

@@ -193,6 +193,22 @@ def test_sums_come_first_and_batches_have_similar_lengths(mawps):
     assert padded(arranged) < 0.6 * padded(trained)
 
 
+def test_a_drill_trains_its_results_and_they_are_right(mawps):
+    first, *others = data.training_problems(mawps.templates, 2, 0.3, 0, drills=40)
+    drills = [problem for problem in [first, *others] if problem.kind == "drill"]
+    assert len(drills) == 40 and [problem.kind == "drill" for problem in [first, *others]][-2:] == [False] * 2
+    assert others[-2:] == data.training_problems(mawps.templates, 2, 0.3, 0), "the others stay as they are"
+    for drill in drills:
+        trained = [drill.solution[start:stop] for start, stop in drill.trained]
+        lines = drill.solution.strip().split("\n")
+        assert len(lines) == len(trained) == data.DRILL
+        for line, part in zip(lines, trained, strict=True):
+            left, operation, right, _, result = line.split()
+            assert data._apply(operation, Fraction(left), Fraction(right)) == Fraction(result)
+            assert part.strip() == result
+            assert not data.is_held_out(data.Problem(f"{left} {operation} {right}", "", "", "sum"))
+
+
 def test_mawps_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         data.read_mawps(tmp_path / "none")
@@ -413,8 +429,7 @@ def test_training_starts_from_twigs_prompt_and_trains_the_end_token(base, small_
     ]
     args = warm_start._parser().parse_args([str(option) for option in options])
     problem = data.Problem("What is 9 - 4?", " 9 - 4 = 5\n#### 5", "5", "sum")
-    rows = [{"prompt": problem.prompt, "completion": problem.solution}]
-    trainer = warm_start._trainer(args, rows, rows)
+    trainer = warm_start._trainer(args, [problem], [problem])
     (batch,) = list(trainer.get_train_dataloader())
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     tokenizer = trainer.processing_class
