@@ -100,6 +100,6 @@ def test_a_stop_text_is_found_where_transformers_finds_it(qwen2_tokenizer):
     fresh = [not any(text in whole for text in stop) for whole in decode(list(rows[:, :-1].numpy()))]
     rows = rows[torch.tensor(fresh)]
     ending = Ending([], stop, decode, [np.empty(0, np.int64)] * len(rows))
-    ours = ending.stopped(rows, torch.arange(len(rows)))
+    ours = ending.stopped(rows.numpy(), np.arange(len(rows)))
     assert 3 < int(ours.sum()) < len(rows)
     assert ours.tolist() == theirs(rows, None).tolist()
