@@ -1,7 +1,6 @@
 """From probabilities and uniform numbers to tokens: the inverse of the cumulative distribution.
 
-Knows nothing of models or of where the numbers come from. Legend: B numbers, N rows, V
-vocabulary.
+Knows nothing of models or of where the numbers come from. Legend: B numbers, N rows, V vocabulary.
 """
 
 import torch

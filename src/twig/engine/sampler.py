@@ -22,6 +22,7 @@ from twig.common.tokenizer import Tokenizer
 from twig.config.load import Settings
 from twig.core.branches import split
 from twig.core.rng import uniforms
+from twig.core.stop_rules import Decode, Ending
 from twig.core.types import Completion
 from twig.engine.base_policy import BasePolicy
 from twig.engine.decode_graph import DecodeStep, DecodeSteps, NotCaptured, StepShape
@@ -29,7 +30,6 @@ from twig.engine.inverse_cdf import invert
 from twig.engine.loops import Loop
 from twig.engine.plain_policy import PlainPolicy
 from twig.engine.policy import Policy
-from twig.engine.stop_rules import Decode, Ending
 from twig.engine.wave_cache import CopiedPrompts, SharedPrompts, prefill
 from twig.runtime.memory_use import give_back, out_of_memory, trim_freed_memory
 

@@ -122,7 +122,7 @@ def _attend_part(
 
 @contextmanager
 def attending(config: Any, name: str = _NAME, function: Callable = attend_parts) -> Iterator[None]:
-    """Inside, the layers of a model with this `config` attend_parts by `function`, registered as `name`."""
+    """Inside, the layers of a model with this `config` attend by `function`, registered as `name`."""
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(name, function)
     before = config._attn_implementation

@@ -62,7 +62,7 @@ def prefill(
 
 
 class WaveCache(ABC):
-    """The texts of a wave: `prefilled` prompts, and branches of up to `longest` tokens behind them.
+    """The texts of a wave: prompts, run once, and branches of up to `longest` tokens behind them.
 
     There is room for `rows` branches at once.
     """

@@ -1,7 +1,7 @@
 """When a completion ends: with an end token, or with the token that completes a stop text.
 
-`sampler._Recorder.choose` and `decode_graph.DecodeStep._choose` look for end tokens and for the limit on the
-length. A rule that reads text needs the plain loop: see `loops.choose_loop`. Knows nothing of models.
+`engine.sampler` and `engine.decode_graph` look for end tokens and for the limit on the
+length. A rule that reads text needs the plain loop: see `engine.loops.choose_loop`. Knows nothing of models.
 """
 
 from collections.abc import Callable, Sequence

@@ -6,8 +6,8 @@ import tiny
 import torch
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from twig.core.stop_rules import Ending
 from twig.engine.sampler import Request, SamplingParams, sample
-from twig.engine.stop_rules import Ending
 
 # One token is a syllable of one to four bytes, some of them inside one another.
 SYLLABLES = ["a", "b", "ab", "ba", "\n", "Q", "é", "\n\n", "aQ", "語"]
