@@ -321,6 +321,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "prompts": prompts,
     "update": update,
     "update-0.1b": update,
+    "update-2048": update,
     "frontier": frontier,
     "frontier-0.1b": frontier,
     "scaling": scaling,

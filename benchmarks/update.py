@@ -3,6 +3,7 @@
     python benchmarks/update.py                        # every case; writes benchmarks/results/update.json
     python benchmarks/update.py --frontier             # seconds against memory; writes frontier.json
     python benchmarks/update.py --shape 0.1b           # a smaller model; writes update-0.1b.json
+    python benchmarks/update.py --length 2048 --cases GRPO "GRPO, layers checkpointed" --rounds 1
     python benchmarks/update.py --columns "same kernel"            # without TRL as it comes
     python benchmarks/update.py --side twig --algorithm t-spmo     # one side, one process, one JSON line
 
@@ -44,7 +45,7 @@ from shapes import (
     recorded_forks,
 )
 
-PROMPT, LENGTH, GENERATIONS = 80, 200, 8
+PROMPT, LENGTH, GENERATIONS = 80, 200, 8  # tokens, tokens unless another --length is asked for
 CHECKPOINTED = "--checkpoint-layers"
 T_SPMO = ["--algorithm", "t-spmo", "--forks", "recorded"]
 SMALL = ["--head-chunk", str(2**18)]
@@ -81,17 +82,17 @@ FRONTIER = {
         for paths in (8, 4, 2, 1)
     },
 }
-S_GRPO = {"alpha": 0, "p": 0.3, "k": LENGTH}  # 30 % of the tokens, wherever they are
+S_GRPO = {"alpha": 0, "p": 0.3}  # 30 % of the tokens, wherever they are
 
 
 def groups_of(options: argparse.Namespace) -> list[tuple[list[int], list[np.ndarray], np.ndarray]]:
     """(prompt, completions, rewards) per update; every other completion is right."""
     vocabulary = SHAPES[options.shape]["vocab_size"]
     found = []
-    forks = [early_forks(GENERATIONS)] if options.forks == "early" else recorded_forks(LENGTH)
+    forks = [early_forks(GENERATIONS)] if options.forks == "early" else recorded_forks(options.length)
     for number, each in enumerate(forks[: options.groups]):
         prompt = np.random.default_rng(1000 + number).integers(2, vocabulary, PROMPT).tolist()
-        rows = completions(LENGTH, each, vocabulary, seed=number)
+        rows = completions(options.length, each, vocabulary, seed=number)
         found.append((prompt, rows, np.arange(GENERATIONS) % 2 * 1.0))
     return found
 
@@ -117,13 +118,14 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
         kernels=resolve(options.kernels, model.config),
     )
     randomise(policy.parameters)
-    extra = S_GRPO if options.algorithm == "s-grpo" else {}
+    extra = S_GRPO | {"k": options.length} if options.algorithm == "s-grpo" else {}
     rule = algorithm(options.algorithm, **extra)
     seconds, memory, targets, run = [], [], [], []
     for prompt, rows, rewards in groups_of(options):
-        offsets = len(prompt) + LENGTH * np.arange(GENERATIONS)
+        length = options.length
+        offsets = len(prompt) + length * np.arange(GENERATIONS)
         made = [
-            Completion(ids, np.zeros(LENGTH), np.zeros(LENGTH), True, "", start + np.arange(LENGTH))
+            Completion(ids, np.zeros(length), np.zeros(length), True, "", start + np.arange(length))
             for ids, start in zip(rows, offsets, strict=True)
         ]
         cells = np.arange(len(prompt)) if options.recorded else np.empty(0, np.int64)
@@ -133,7 +135,7 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
             began = time.perf_counter()
             trie = PrefixTrie.build(rows, rewards)
             credit = assign_one(rule, trie, np.random.default_rng(0))
-            sizes = Sizes(0, options.pack_size, options.head_chunk, options.checkpoint_layers)
+            sizes = Sizes(0, options.pack_size or options.length, options.head_chunk, options.checkpoint_layers)
             passes = Passes(policy, sizes, Progress(), [Scored(group, trie, credit)], boundary)
             passes.backward(Objective())
             seconds.append(time.perf_counter() - began)
@@ -220,7 +222,7 @@ def trl_side(options: argparse.Namespace) -> dict[str, float]:
                 GENERATIONS,
                 options.micro_batch,
                 num_generations=GENERATIONS,
-                max_completion_length=LENGTH,
+                max_completion_length=options.length,
                 learning_rate=1e-6,
                 max_grad_norm=0.0,
                 max_steps=1,
@@ -260,6 +262,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--frontier", action="store_true", help="each side at each of its sizes")
     parser.add_argument("--side", choices=("twig", "trl"), help="run one side in this process")
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a completion")
     parser.add_argument(
         "--algorithm", default="grpo", choices=("grpo", "s-grpo", "t-spmo"), help="of Twig's side"
     )
@@ -269,7 +272,7 @@ def parse() -> argparse.Namespace:
         "--recorded", action=argparse.BooleanOptionalAction, default=True, help="the trunk's output"
     )
     parser.add_argument("--checkpoint-layers", action="store_true", help="Twig: run the upper layers again")
-    parser.add_argument("--pack-size", type=int, default=LENGTH, help="Twig's tokens a pack")
+    parser.add_argument("--pack-size", type=int, help="Twig's tokens a pack, by default a completion's")
     parser.add_argument("--head-chunk", type=int, default=2**22, help="Twig's logits at once")
     parser.add_argument("--micro-batch", type=int, default=1, help="TRL's completions per backward pass")
     parser.add_argument("--checkpointing", action="store_true", help="TRL: its activation checkpointing")
@@ -306,7 +309,8 @@ def sides_of(options: argparse.Namespace, kernels: str) -> dict[str, list[str]]:
         sides[case] = ["--side", "twig", *CASES[case]]
         if "--kernels" not in CASES[case]:
             sides[case] += ["--kernels", kernels]
-    return {name: [*words, "--shape", options.shape] for name, words in sides.items()}
+    of = ["--shape", options.shape, "--length", str(options.length)]
+    return {name: [*words, *of] for name, words in sides.items()}
 
 
 def compare(options: argparse.Namespace, kernels: str) -> dict[str, Any]:
@@ -365,7 +369,9 @@ def main() -> None:
             print(f"{more['mib']['median']:.2f} times the memory")
     name = "frontier" if options.frontier else "update"
     name += "" if options.shape == "0.5b" else f"-{options.shape}"
-    print(f"written to {write(name, {'shape': options.shape, 'kernels': kernels, **result})}")
+    name += "" if options.length == LENGTH else f"-{options.length}"
+    head = {"shape": options.shape, "length": options.length, "kernels": kernels}
+    print(f"written to {write(name, head | result)}")
 
 
 if __name__ == "__main__":

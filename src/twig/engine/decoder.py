@@ -44,19 +44,23 @@ _IS_NO_LENGTH = re.compile("_ids?$|position|vocab")
 class Context:
     """What the layers of one pass share: masks by window, rotary embeddings by layer type, positions."""
 
-    masks: dict[int | None, Any]  # additive [B, 1, L, S] or None; in a wave `shared_attention.KeyPart`s
+    # By window: additive [B, 1, L, S] or None; `tree_attention.Chains`; in a wave `KeyPart`s.
+    masks: dict[int | None, Any]
     rotary: dict[str | None, tuple[Tensor, Tensor]]
     positions: Tensor
     cache: KeyValueCache | PrefixKV | None = None
 
     def at(self, columns: Int[Tensor, "B R"], cache: PrefixKV) -> "Context":
         """Returns the context of some columns of each row, with another cache."""
-        masks = {
-            window: None if mask is None else take(mask[:, 0], columns)[:, None]
-            for window, mask in self.masks.items()
-        }
+        masks = {window: _mask_at(mask, columns) for window, mask in self.masks.items()}
         rotary = {kind: (take(cos, columns), take(sin, columns)) for kind, (cos, sin) in self.rotary.items()}
         return Context(masks, rotary, take(self.positions, columns), cache)
+
+
+def _mask_at(mask: Any, columns: Int[Tensor, "B R"]) -> Tensor | None:
+    if mask is None:
+        return None
+    return take(mask[:, 0], columns)[:, None] if isinstance(mask, Tensor) else mask.at(columns)
 
 
 def take(table: Tensor, columns: Int[Tensor, "B R"]) -> Tensor:

@@ -9,12 +9,13 @@ hidden, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +26,11 @@ from twig.engine.kv_cache import PrefixKV
 from twig.engine.loops import resolve_decode
 from twig.engine.lora import adapted_layers
 from twig.engine.pack import Pack, Stem, head_columns
+from twig.engine.shared_attention import attending
+from twig.engine.tree_attention import NAME as TREE
+from twig.engine.tree_attention import Chains, attend_tree, is_long
 from twig.engine.wave_cache import why_not_shared
+from twig.runtime.memory_use import out_of_memory
 
 # The last layer runs on the head rows alone if they are at most this share of the cells: every cell's keys
 # and values are needed, and computing those first costs a little.
@@ -191,14 +196,10 @@ class Policy(BasePolicy):
         """Returns the last layer's output at the pack's head rows."""
         rows, ids = self._tensor(pack.rows), self._tensor(pack.ids)
         decoder, last = self.decoder, self.num_layers - 1
-        positions, visible = self._tensor(pack.positions), tree_visible(self._tensor(pack.ends))
-        key_positions, cache = positions, None
+        positions, cache = self._tensor(pack.positions), None
         if pack.stem is not None:
             cache = PrefixKV(opened.pairs if opened else self._stem_pairs(pack.stem, boundary))
-            before = torch.arange(len(pack.stem), device=self.device).expand(len(ids), -1)
-            key_positions = torch.cat([before, positions], 1)
-            visible = torch.cat([visible.new_ones(*ids.shape, len(pack.stem)), visible], 2)
-        masks = decoder.masks(visible, positions, key_positions)
+        masks = self._masks(pack.ends, positions, len(pack.stem or ()))
         context = Context(masks, decoder.rotations(positions), positions, cache)
         hidden = self._boundary(ids, pack.cells, boundary, context)
         hidden = decoder.run(hidden, self.cut, last, context, self._recompute)
@@ -212,13 +213,57 @@ class Policy(BasePolicy):
         """Returns keys and values of a stem, by layer: the upper ones, and the trunk's if that was run."""
         ids, cells = self._tensor(stem.ids)[None], None if stem.cells is None else stem.cells[None]
         positions = torch.arange(len(stem), device=self.device)[None]
-        visible = tree_visible(torch.full_like(positions, len(stem)))
-        masks = self.decoder.masks(visible, positions, positions)
+        masks = self._masks(np.full((1, len(stem)), len(stem)), positions, 0)
         trunk = PrefixKV()
         context = Context(masks, self.decoder.rotations(positions), positions, trunk)
         hidden = self._boundary(ids, cells, boundary, context)
         pairs = self.decoder.keys_values(hidden, self.cut, self.num_layers, context, self._recompute)
         return trunk.computed | pairs
+
+    def _masks(self, ends: Int[np.ndarray, "B L"], positions: Tensor, stem: int) -> dict[int | None, Any]:
+        """Returns who sees whom behind `stem` tokens, by window: as chains in a long pack, else as masks."""
+        decoder, longest = self.decoder, int(positions.max()) + 1
+        if (
+            decoder.config._attn_implementation == TREE
+            and is_long(ends, stem)
+            and all(window is None or window >= longest for window in decoder.windows)
+            and self._serves_chains
+        ):
+            return dict.fromkeys(decoder.windows, Chains.of(ends[0], stem, self.dtype))
+        visible, key_positions = tree_visible(self._tensor(ends)), positions
+        if stem:
+            before = torch.arange(stem, device=self.device).expand(len(ends), -1)
+            key_positions = torch.cat([before, positions], 1)
+            visible = torch.cat([visible.new_ones(*ends.shape, stem), visible], 2)
+        return decoder.masks(visible, positions, key_positions)
+
+    @cached_property
+    def _serves_chains(self) -> bool:
+        """Whether the layers give the same with chains as with masks, on two branches of a small tree."""
+        ends, decoder = np.array([[8, 8, 8, 5, 5, 8, 8, 8]]), self.decoder
+        positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]])
+        masks = decoder.masks(tree_visible(self._tensor(ends)), positions, positions)
+        chains = dict.fromkeys(decoder.windows, Chains.of(ends[0], 0, self.dtype))
+        results = []
+        with torch.no_grad():
+            for each in (masks, chains):
+                context = Context(each, decoder.rotations(positions), positions)
+                try:
+                    results.append(decoder.run(decoder.embed(positions), 0, self.num_layers, context))
+                except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+                    if out_of_memory(error):
+                        raise
+                    return False  # attention that reads its mask, or has terms of its own
+        gap = (results[1] - results[0]).abs().max() / results[0].abs().max()
+        return bool(gap <= decoder.tolerance)
+
+    @contextmanager
+    def computing(self, decoding: bool = False) -> Iterator[None]:
+        config = self.decoder.config
+        with super().computing(decoding), ExitStack() as stack:
+            if self.device.type == "cpu" and config._attn_implementation == "sdpa" and not decoding:
+                stack.enter_context(attending(config, TREE, attend_tree))
+            yield
 
     def _boundary(
         self, ids: Tensor, cells: np.ndarray | None, boundary: Tensor | None, context: Context
