@@ -1,5 +1,7 @@
 """Slow, obvious twins of the fast paths: loops over prefixes, completions and tokens."""
 
+import statistics
+
 import numpy as np
 import torch
 
@@ -255,3 +257,176 @@ def clipped_sum(terms, logp, old_logp, epsilon, epsilon_high) -> torch.Tensor:
         for signed, _ in pairs:
             total = total - torch.min(ratio * signed, ratio.clamp(1 - epsilon, 1 + epsilon_high) * signed)
     return total
+
+
+# ---- the algorithms that were added by name, from the formulas of their papers -----------------------------
+
+
+def entropies_of(completions) -> list[np.ndarray]:
+    """An entropy for each token that depends on its prefix alone, 0 to 1."""
+    return [
+        np.array([(7 * sum(int(x) for x in c[:t]) + 3 * t) % 11 / 10 for t in range(len(c))])
+        for c in completions
+    ]
+
+
+def _segment(through, prefix) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(the first prefix of the segment that `prefix` is in, the prefix before it).
+
+    Both are the root if all completions begin with `prefix`.
+    """
+    for length in range(len(prefix), -1, -1):
+        if len(through[prefix[:length]]) > len(through[prefix]):
+            return prefix[: length + 1], prefix[:length]
+    return (), ()
+
+
+def _value(through, prefix) -> float:
+    values = through[prefix]
+    return values[0] if min(values) == max(values) else sum(values) / len(values)
+
+
+def tree_terms(name, completions, rewards, scale_rewards="group", trained=None):
+    """`token_terms` of TreeRL, TreeAdv and TreeRPO."""
+    through = all_prefixes(completions, rewards)
+    root, each = _value(through, ()), advantages(rewards, scale_rewards)
+    ids = [tuple(int(x) for x in c) for c in completions]
+
+    def advantage(i, prefix):
+        first, before = _segment(through, prefix)
+        if name == "treeadv":
+            sharing = [each[j] for j, c in enumerate(ids) if c[: len(prefix)] == prefix]
+            return sum(sharing) / len(sharing)
+        if name == "treerl":
+            own = _value(through, prefix)
+            return (own - root + own - _value(through, before)) / len(through[prefix]) ** 0.5
+        siblings = {c[: len(first)] for c in ids if len(c) > len(before) and c[: len(before)] == before}
+        if not first or len(siblings) < 2:
+            return 0.0
+        values = [(_value(through, s), s) for s in sorted(siblings) for _ in through[s]]
+        among = advantages([value for value, _ in values], scale_rewards)
+        return next(a for a, (_, sibling) in zip(among, values, strict=True) if sibling == first)
+
+    scales = [{t: 1 / len(c) for t in range(len(c))} for c in completions]
+    return token_terms(completions, rewards, scales, trained=trained, advantage_of=advantage)
+
+
+def maxrl_terms(completions, rewards, trained=None):
+    """The estimator with its control variate: r_i / K - 1 / G, for any rewards (sum of r_i / sum of r_j)."""
+    total, size = sum(rewards), len(rewards)
+    equal = max(rewards) == min(rewards)
+
+    def advantage(i, prefix):
+        return 0.0 if total <= 0 or equal else (rewards[i] / total - 1 / size) * size
+
+    scales = [dict.fromkeys(range(len(c)), 1.0) for c in completions]
+    return token_terms(completions, rewards, scales, trained=trained, advantage_of=advantage)
+
+
+def mc_grpo_terms(completions, rewards, scale_rewards="mad", trained=None):
+    """Differences from the median over the median of their sizes, with the group less one as divisor."""
+    middle = statistics.median_low(rewards)
+    deviation = statistics.median_low([abs(r - middle) for r in rewards])
+    divided = deviation + 1e-3 if scale_rewards == "mad" else 1.0
+    size = len(rewards)
+    scales = [{t: size / (max(size - 1, 1) * len(c)) for t in range(len(c))} for c in completions]
+    return token_terms(
+        completions,
+        rewards,
+        scales,
+        trained=trained,
+        advantage_of=lambda i, prefix: (rewards[i] - middle) / divided,
+    )
+
+
+def reinforce_plus_plus_terms(step, baseline="group", trained=None):
+    """Per group, prefix -> signed weights: advantages, normalised over all tokens of the step."""
+    trained = trained or [[True] * len(rewards) for _, rewards in step]
+    centred = [
+        [r - (sum(rewards) / len(rewards) if baseline == "group" else 0.0) for r in rewards]
+        for _, rewards in step
+    ]
+    every = [
+        a
+        for (completions, _), values, on in zip(step, centred, trained, strict=True)
+        for c, a, keep in zip(completions, values, on, strict=True)
+        for _ in c
+        if keep
+    ]
+    if not every:
+        return [{} for _ in step]
+    mean = sum(every) / len(every)
+    std = (sum((a - mean) ** 2 for a in every) / len(every)) ** 0.5
+    largest = max(abs(r) for _, rewards in step for r in rewards)
+    terms = []
+    for (completions, _), values, on in zip(step, centred, trained, strict=True):
+        own: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+        for c, a, keep in zip(completions, values, on, strict=True):
+            weight = 0.0 if abs(a - mean) <= 1e-9 * largest else (a - mean) / (std + 1e-8) / len(every)
+            for t in range(len(c) if keep else 0):
+                own.setdefault(tuple(int(x) for x in c[: t + 1]), []).append((weight, 0.0))
+        terms.append(own)
+    return terms
+
+
+def gtpo_token_terms(completions, rewards, entropies, alpha_1, alpha_2, right_above=0.5, trained=None):
+    """Eq. 3, 5, 6 and 7 of GTPO (token), position by position; a group of one side has no weight."""
+    right = [r > right_above for r in rewards]
+    tokens = [(i, t) for i, c in enumerate(completions) for t in range(len(c))]
+    epsilon = 1e-6
+    shaped: dict[bool, dict[tuple[int, int], float]] = {True: {}, False: {}}
+    for i, t in tokens:
+        alike = [j for j, c in enumerate(completions) if len(c) > t and right[j] == right[i]]
+        if right[i]:
+            total = sum(float(entropies[j][t]) + epsilon for j in alike)
+            own = alpha_1 + alpha_2 * (float(entropies[i][t]) + epsilon) / total * len(alike)
+        else:
+            total = sum(1 / (float(entropies[j][t]) + epsilon) for j in alike)
+            own = -alpha_1 - alpha_2 / (float(entropies[i][t]) + epsilon) / total * len(alike)
+        shaped[right[i]][i, t], shaped[not right[i]][i, t] = own, 0.0
+
+    def advantage(i, prefix):
+        values = shaped[right[i]]
+        mean = sum(values.values()) / len(values)
+        std = (sum((v - mean) ** 2 for v in values.values()) / len(values)) ** 0.5
+        return (values[i, len(prefix) - 1] - mean) / (std + epsilon) if len(set(right)) == 2 else 0.0
+
+    size = len(completions)
+    scales = [dict.fromkeys(range(len(c)), size / max(len(tokens), 1)) for c in completions]
+    return token_terms(completions, rewards, scales, trained=trained, advantage_of=advantage)
+
+
+def gtpo_trajectory_terms(
+    completions, rewards, entropies, conflict_weight, entropy_weight, max_entropy, trained=None
+):
+    """The rules of GTPO (trajectory), token by token."""
+    each = advantages(rewards)
+    ids = [[int(x) for x in c] for c in completions]
+
+    def opposite(i, t, backwards):
+        """Whether a completion of the other sign has the token of place t, from either end."""
+        own = ids[i][::-1] if backwards else ids[i]
+        return any(
+            each[i] * each[j] < 0 and t < len(other) and (other[::-1] if backwards else other)[t] == own[t]
+            for j, other in enumerate(ids)
+        )
+
+    def in_run(i, t, backwards):
+        place = len(ids[i]) - 1 - t if backwards else t
+        return all(opposite(i, s, backwards) for s in range(place + 1))
+
+    def conflicts(i):
+        return sum(in_run(i, t, False) or in_run(i, t, True) for t in range(len(ids[i])))
+
+    def advantage(i, prefix):
+        t, mean = len(prefix) - 1, float(np.mean(entropies[i]))
+        if mean > max_entropy:
+            return 0.0
+        weight = 1.0
+        for backwards in (False, True):
+            if in_run(i, t, backwards):
+                weight *= conflict_weight if each[i] > 0 else 0.0
+        return (each[i] - entropy_weight * mean) * weight / max(conflicts(i), 1)
+
+    scales = [{t: 1 / len(c) for t in range(len(c))} for c in completions]
+    return token_terms(completions, rewards, scales, trained=trained, advantage_of=advantage)

@@ -75,6 +75,9 @@ class StepCredit:
             raise _wrong(self.algorithm, problem, "Return twig.Scale(divisor)")
         if not (np.isfinite(scale.divisor) and scale.divisor > 0):
             raise _wrong(self.algorithm, f"its divisor is {scale.divisor}", "Return a finite number above 0")
+        if scale.credits is not None and len(scale.credits) != len(self.step.tries):
+            problem = f"scale() returned {len(scale.credits)} credits"
+            raise _wrong(self.algorithm, problem, "Return one Credit per group")
         if scale.keep is not None:
             sizes = [np.shape(keep) for keep in scale.keep]
             if sizes != [(len(trie),) for trie in self.step.tries]:
@@ -84,7 +87,11 @@ class StepCredit:
 
     def of(self, index: int) -> Credit:
         """Returns the credit of a group; raises UserError if a weight is not one finite number per node."""
-        return self.scale.apply(index, self.step.tries[index], self.step.credits[index])
+        trie, of_step = self.step.tries[index], self.scale.credits
+        credit = (
+            self.step.credits[index] if of_step is None else _checked(self.algorithm, trie, of_step[index])
+        )
+        return self.scale.apply(index, trie, credit)
 
 
 def assign(
@@ -133,6 +140,12 @@ def _weights(algorithm: Algorithm, trie: PrefixTrie, rng: np.random.Generator) -
     """Returns the algorithm's weights as arrays; raises UserError if they do not fit the trie."""
     with _failing(algorithm):
         credit = algorithm.weights(trie, rng)
+    return _checked(algorithm, trie, credit)
+
+
+def _checked(algorithm: Algorithm, trie: PrefixTrie, credit: Credit) -> Credit:
+    """Returns a group's credit as arrays; raises UserError if it does not fit the trie."""
+    with _failing(algorithm):
         kind = algorithm.objective().kind
     if not isinstance(credit, Credit):
         raise _wrong(algorithm, f"weights() returned a {type(credit).__name__}", "Return a twig.Credit")

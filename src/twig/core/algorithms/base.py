@@ -112,11 +112,13 @@ class Scale:
     """What `Algorithm.scale` returns: every weight of the step is divided by `divisor`.
 
     `keep` (None: all) has one array of bool per group over its nodes; if it is False the policy weight
-    become 0. KL weights stay.
+    become 0. KL weights stay. `credits` (None: those of `weights`) has one `Credit` per group to divide in
+    their place, for weights that depend on the other groups.
     """
 
     divisor: float
     keep: Sequence[np.ndarray] | None = None
+    credits: Sequence[Credit] | None = None
 
     def apply(self, index: int, trie: PrefixTrie, credit: Credit) -> Credit:
         """Returns the credit of the group `index` of the step after division and selection."""
@@ -358,6 +360,19 @@ def reward_deviation(rewards: np.ndarray) -> float:
 def value_steps(trie: PrefixTrie) -> np.ndarray:
     """Returns V(n) - V(parent(n)) per node, 0 at the root: the step in mean reward that a token makes."""
     return np.append(0.0, trie.value[1:] - trie.value[trie.parent[1:]])
+
+
+def segment_heads(trie: PrefixTrie) -> np.ndarray:
+    """Returns, per node, the first node of its segment: the nodes between two forks, or ends, of completions.
+
+    All nodes of a segment have the same completions; that of the root has all of them.
+
+    >>> segment_heads(PrefixTrie.build([[1, 2, 3], [1, 2, 4, 5]], [1.0, 0.0])).tolist()
+    [0, 0, 0, 3, 4, 4]
+    """
+    new = np.append(True, trie.count[1:] != trie.count[trie.parent[1:]])
+    # NOTE: an only child that all completions reach comes right after its parent.
+    return np.maximum.accumulate(np.where(new, np.arange(len(trie)), 0))
 
 
 def on_tokens(

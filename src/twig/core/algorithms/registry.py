@@ -67,7 +67,8 @@ def class_for(values: dict[str, Any]) -> type[Algorithm]:
         return Unloaded
     name = values.get("name", DEFAULT)
     if not isinstance(name, str) or name not in shipped():
-        near = difflib.get_close_matches(str(name), shipped(), 2)
+        begin_so = [own for own in shipped() if name and own.startswith(f"{name}-")]
+        near = begin_so or difflib.get_close_matches(str(name), shipped(), 2)
         fix = f"Set it to {either(sorted(shipped()))}, or set algorithm.file=FILE.py:CLASS"
         if near:
             fix = f"Did you mean algorithm.name={either(near)}?"
