@@ -45,9 +45,13 @@ from twig.study.runner import StudyProgress, changed_since, folder_of, run_all
 from twig.study.tables import Result, compare_runs, markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-FULL = ("tuning", "study", "replay", "neighbours", "group-size", "adapter")  # on the embedded model
 # The studies whose learning rates each of these chooses.
-TUNED = {"tuning": FULL[1:], "svamp-tuning": ("svamp",)}
+TUNED = {
+    "tuning": ("study", "replay", "neighbours", "group-size", "adapter"),
+    "by-name-tuning": ("by-name",),
+    "svamp-tuning": ("svamp",),
+}
+FULL = ("tuning", *TUNED["tuning"], "by-name-tuning", "by-name")  # on the embedded model
 SVAMP = ("svamp-tuning", "svamp")  # on a real model, which the arguments name
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = (

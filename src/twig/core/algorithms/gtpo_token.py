@@ -56,7 +56,7 @@ class GtpoToken(Algorithm):
                 normalised = (shaped - tokens.mean()) / (tokens.std() + EPSILON)
                 signal += np.where(there & side[:, None], normalised, 0.0)
         share = trie.num_completions / max(int(trie.lengths.sum()), 1)
-        rows = [row[: len(path)] for row, path in zip(signal, trie.paths, strict=True)]
+        rows = [signal[i, : len(path)] for i, path in enumerate(trie.paths)]
         return on_tokens(trie, rows, [share] * trie.num_completions)
 
     def shaped(self, sign: int, there: np.ndarray, side: np.ndarray, weight: np.ndarray) -> np.ndarray:
