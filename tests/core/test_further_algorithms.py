@@ -138,6 +138,17 @@ def test_gtpo_token_by_hand():
     np.testing.assert_allclose(credit.minus, [0, down[2] + down[4], 0, down[3], 0, 0], rtol=1e-4)
 
 
+def test_gtpo_token_pushes_down_more_where_a_wrong_completion_was_sure():
+    # Alike at place 0. At place 1 the wrong ones have 0.2 and 0.8, so 1 / H is 5 and 1.25: shares of 2 times
+    # 0.8 and 0.2. With alphas 1/2: -1.3 and -0.7, and -1 for both at place 0; 0 for the right one.
+    group = [[1, 2], [3, 4], [5, 6]], [1.0, 0.0, 0.0]
+    entropies = [np.array(each) for each in ([0.3, 0.5], [0.3, 0.2], [0.3, 0.8])]
+    _, credit = credit_of(group, entropies, name="gtpo-token", alpha_1=0.5, alpha_2=0.5)
+    down = np.array([0, 0, -1, -1.3, -1, -0.7])
+    down = (down - down.mean()) / down.std() / 6
+    np.testing.assert_allclose(credit.minus[3:], down[2:], rtol=1e-4)
+
+
 def test_gtpo_trajectory_by_hand():
     # Advantages +-a. Node 1 is a conflict for 0, 1 and 2; no two of unlike sign end alike but nothing else.
     # Each has one conflict at most. 0: 2 a / 8 at node 1, a / 8 at node 2; 1: 0 and -a / 8; 2: 0; 3: a / 8.
