@@ -18,6 +18,7 @@ from twig.common.errors import UserError
 from twig.config.from_peft import lora_values
 from twig.config.load import Settings, settings_with
 from twig.config.messages import fields_of, write
+from twig.config.schema import Lora
 from twig.core.algorithms.registry import shipped
 from twig.runs.reader import read_metrics
 from twig.training.train import Passed, train
@@ -192,20 +193,49 @@ def test_a_bare_config_means_what_it_means_to_peft():
         lora_values(LoraConfig(), lambda: "noone")
 
 
+def test_every_form_of_adapter_becomes_settings_that_mean_the_same():
+    seen = []
+    config = LoraConfig(
+        target_modules="ALL-linear",
+        exclude_modules=["gate_proj"],
+        lora_dropout=0.05,
+        use_rslora=True,
+        use_dora=True,
+        rank_pattern={"down_proj": 4},
+        alpha_pattern={"down_proj": 3},
+    )
+    values = lora_values(config, str, seen.append)
+    assert values == {
+        "r": 8,
+        "alpha": 8,
+        "target_modules": "all-linear",
+        "exclude_modules": ["gate_proj"],
+        "layers": "all",
+        "use_rslora": True,
+        "use_dora": True,
+        "rank_pattern": {"down_proj": 4},
+        "alpha_pattern": {"down_proj": 3},
+    }
+    assert Lora(**values).alpha_pattern == {"down_proj": 3.0}
+    assert len(seen) == 1 and "lora_dropout=0.05" in seen[0]
+    config = LoraConfig(target_modules=["c_attn"], layers_to_transform=[1], layers_pattern=["h"])
+    assert lora_values(config, str)["layers_pattern"] == "h"
+    assert lora_values(LoraConfig(target_modules=r".*\.q_proj"), str)["target_modules"] == r".*\.q_proj"
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"lora_dropout": 0.05}, "peft_config.lora_dropout: 0.05 .*Set lora_dropout=0.0"),
         ({"bias": "all"}, "peft_config.bias: 'all' .*Set bias=\"none\""),
-        ({"use_rslora": True}, "peft_config.use_rslora: True is not supported. Leave it out"),
-        ({"use_dora": True}, "peft_config.use_dora"),
+        ({"lora_bias": True}, "peft_config.lora_bias: True is not supported. Leave it out"),
         ({"modules_to_save": ["lm_head"]}, "peft_config.modules_to_save"),
-        ({"rank_pattern": {"q_proj": 4}}, "peft_config.rank_pattern"),
         ({"init_lora_weights": "gaussian"}, "peft_config.init_lora_weights: 'gaussian'"),
         ({"trainable_token_indices": [1]}, "peft_config.trainable_token_indices"),
-        ({"exclude_modules": ["q_proj"]}, "peft_config.exclude_modules"),
         ({"task_type": "SEQ_CLS"}, "peft_config.task_type: 'SEQ_CLS'"),
-        ({"target_modules": "all-linear"}, "peft_config.target_modules: 'all-linear' is not a list"),
+        (
+            {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["layers", "h"]},
+            "peft_config.layers_pattern: .* more than one name",
+        ),
     ],
 )
 def test_what_has_no_equal_is_refused_by_name(values, words):

@@ -17,14 +17,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numerics import assert_same
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from twig.common.errors import UserError
+from twig.config.load import Settings
 from twig.core.algorithms.base import Objective
 from twig.engine.lora import attach, load_adapter, saved_dropout
 from twig.engine.plain_policy import PlainPolicy
 from twig.engine.policy import Policy
 from twig.engine.sampler import Request, SamplingParams, sample
+from twig.planner.model_shape import Shape
+from twig.planner.plan import workload_of
 
 ENGINES = {"trie": Policy, "plain": PlainPolicy}
 
@@ -80,6 +84,92 @@ def test_every_form_of_lora_is_trained_as_peft_computes_it(engine, options, tmp_
     with numerics.casts():
         gradients = assert_gradient_of_peft(policy_of(engine, save_adapter(tmp_path, **options)))
     assert all(bool(gradient.any()) for gradient in gradients.values())
+
+
+FORMS = {
+    "all-linear": ({"target_modules": "all-linear", "layers": "all"}, {"target_modules": "all-linear"}),
+    "all-linear of some layers": (
+        {"target_modules": "all-linear", "exclude_modules": ["gate_proj"], "layers": [1, 3]},
+        {"target_modules": "all-linear", "exclude_modules": r".*(gate_proj|layers\.(0|2)\..*)"},
+    ),
+    "expression": (
+        {"target_modules": r".*layers\.(0|3)\.mlp\.(up|down)_proj", "layers": "all"},
+        {"target_modules": r".*layers\.(0|3)\.mlp\.(up|down)_proj"},
+    ),
+    "expression within layers": (
+        {"target_modules": r".*\.[qk]_proj", "layers": [2]},
+        {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [2]},
+    ),
+    "layers by pattern": (
+        {"target_modules": ["mlp.up_proj"], "layers": [0, 1], "layers_pattern": "layers"},
+        {"target_modules": ["up_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+    ),
+    "rslora and patterns": (
+        {"use_rslora": True, "rank_pattern": {"v_proj": 3, "q_proj": 1}, "alpha_pattern": {"q_proj": 7.0}},
+        {"use_rslora": True, "rank_pattern": {"v_proj": 3, "q_proj": 1}, "alpha_pattern": {"q_proj": 7.0}},
+    ),
+    "dora": (
+        {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "rank_pattern": {"3.mlp.down_proj": 5}},
+        {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "rank_pattern": {"3.mlp.down_proj": 5}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), FORMS.values(), ids=FORMS)
+def test_a_new_adapter_of_every_form_is_the_one_that_peft_builds(ours, theirs):
+    """The same tensors from the same seed, as many as the planner counts, and PEFT's own gradient."""
+    ours = {"r": 2, "alpha": 4.0, "layers": "last_third"} | ours
+    config = {"lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]} | theirs
+    if isinstance(config["target_modules"], list):
+        config = {"layers_to_transform": [2, 3]} | config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        built = get_peft_model(tiny.build_model(), LoraConfig(task_type="CAUSAL_LM", r=2, **config))
+    attached = attach(tiny.build_model(), seed=5, **ours)
+    expected = {name: p for name, p in built.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in attached.named_parameters() if p.requires_grad}
+    assert trained.keys() == expected.keys()
+    assert all(torch.equal(trained[name], p) for name, p in expected.items())
+    mine, other = (
+        {name: module.scaling for name, module in each.named_modules() if isinstance(module, LoraLayer)}
+        for each in (attached, built)
+    )
+    assert mine == other
+    shape = Shape.from_config(attached.get_base_model().config.to_dict())
+    settings = {"model": {"name": "x"}, "task": {"name": "multiplication"}, "lora": ours}
+    work = workload_of(shape, Settings.from_dict(settings), "cpu", 4)
+    assert work.adapter_numbers == sum(p.numel() for p in expected.values())
+    for name, parameter in attached.named_parameters():
+        if "lora_" in name and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    with numerics.casts():
+        gradients = assert_gradient_of_peft(Policy(attached, temperature=0.8))
+    assert gradients.keys() == trained.keys() and all(bool(g.any()) for g in gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ({"target_modules": "q_proj"}, r"the expression 'q_proj' matches no linear module. Write \[q_proj\]"),
+        ({"target_modules": "all_linear"}, "matches no linear module. It has to match a whole name"),
+        ({"target_modules": r".*layers\.0\..*"}, "layer 0, which is not in lora.layers. Set lora.layers=all"),
+        ({"target_modules": ["mlp.q_proj"]}, "layer 2 has no linear module 'mlp.q_proj'"),
+        ({"exclude_modules": ["q_proj", "v_proj"]}, "lora.exclude_modules: no linear module"),
+        ({"rank_pattern": {"up_proj": 4}}, "lora.rank_pattern: 'up_proj' matches no adapted module"),
+        ({"alpha_pattern": {"proj": 4.0}}, "lora.alpha_pattern: 'proj' matches no adapted module"),
+        ({"layers_pattern": "h"}, "lora.layers_pattern: the model has no module list 'h'. Set layers"),
+    ],
+)
+def test_what_selects_nothing_is_one_line(shape, says):
+    with pytest.raises(UserError, match=says):
+        attach(tiny.build_model(), **shape)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_what_is_no_expression_is_one_line(key):
+    settings = {"model": {"name": "x"}, "task": {"name": "multiplication"}, "lora": {key: "(q_proj"}}
+    with pytest.raises(UserError, match=rf"lora.{key}: '\(q_proj' is no regular expression"):
+        Settings.from_dict(settings)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from pyarrow import parquet
 from saved import build_tokenizer
 from small_runs import EVAL, STEPS, TRAIN, Heard, ask_to_stop, at, completions_of, digits, record, rows_of
@@ -284,13 +284,36 @@ def test_the_weights_of_a_model_that_is_passed_stay_as_they_are(run, base):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     given = {"model": model, "tokenizer": build_tokenizer()}
     trained = run("run", **given)
-    with pytest.raises(UserError, match="model: .*run.model.unload()"):
+    with pytest.raises(UserError, match="model: .*inside a PEFT model. Pass the PEFT model itself"):
         run("second", **given)
     after = trained.model.unload()
     assert after is model
     assert set(after.state_dict()) == set(before)
     assert all(torch.equal(value, before[name]) for name, value in after.state_dict().items())
     assert record(run("second", **given).folder) == record(trained.folder)
+
+
+def test_a_peft_model_is_trained_on_as_its_saved_adapter_is(run, base):
+    """Bit for bit, the KL to where it began included; a resume needs the adapter that the run began with."""
+    words = ["algorithm.name=grpo", "algorithm.beta=0.1", "lora.use_rslora=true", "lora.r=3"]
+    first = run("first", *words, "train.max_steps=1")
+    saved = run("saved", *words, f"model.adapter={first.folder / 'adapter'}")
+
+    def loaded():
+        fresh = AutoModelForCausalLM.from_pretrained(base)
+        return PeftModel.from_pretrained(fresh, first.folder / "adapter")
+
+    given = {"tokenizer": build_tokenizer()}
+    peft_model = loaded()
+    passed = run("passed", *words[:2], model=peft_model, **given)
+    assert passed.model is peft_model
+    expected, result = record(saved.folder), record(passed.folder)
+    assert result["tensors"] == expected["tensors"] and result["metrics"] == expected["metrics"]
+    assert load(str(passed.folder)).lora.r == 3 and load(str(passed.folder)).lora.use_rslora
+    with pytest.raises(UserError, match="adapter"):
+        run("passed", *words[:2], "train.max_steps=9", model=peft_model, resume=True, **given)
+    with pytest.raises(UserError, match="peft_config: the model that was passed has an adapter"):
+        run("other", model=loaded(), peft_config=LoraConfig(), **given)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ A field says what it affects if that is not what is learned (`AFFECTS`): how lon
 measured, how much is computed at once, or what is shown and saved.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -214,10 +215,16 @@ class Lora(Frozen):
 
     r: int = Field(default=16, ge=1, description="Rank of the adapter matrices.")
     alpha: float = Field(default=32.0, gt=0, description="The adapter's output is multiplied by alpha / r.")
-    target_modules: list[Text] = Field(
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         default=["q_proj", "v_proj"],
-        min_length=1,
-        description="Names of the linear modules that get an adapter.",
+        description="Linear modules that get an adapter: a list of names, `all-linear` (all of the layers), "
+        "or a regular expression over whole names, as in PEFT.",
+        examples=[["q_proj", "v_proj"]],
+    )
+    exclude_modules: Text | list[Text] | None = Field(
+        default=None,
+        description="Modules that get none nevertheless: names or a regular expression.",
+        examples=[["gate_proj"]],
     )
     layers: Literal["last_third", "all"] | Annotated[list[Index], Field(min_length=1)] = Field(
         default="last_third",
@@ -225,6 +232,41 @@ class Lora(Frozen):
         "change, so they run once a token: fewer layers cost less time and memory.",
         examples=["last_third", [22, 23]],
     )
+    layers_pattern: Text | None = Field(
+        default=None,
+        description="Name of the module list whose entries `layers` counts. null: the model's longest.",
+        examples=["layers"],
+    )
+    use_rslora: bool = Field(
+        default=False, description="The adapter's output is multiplied by alpha / sqrt(r): rank-stabilised."
+    )
+    use_dora: bool = Field(
+        default=False,
+        description="Also trains the length of each row of an adapted matrix (DoRA). Slower: each forward "
+        "pass computes those lengths.",
+    )
+    rank_pattern: dict[Text, Annotated[int, Field(ge=1)]] = Field(
+        default={},
+        description="Other ranks for some modules: names or regular expressions, the first that matches.",
+        examples=[{"down_proj": 8}],
+    )
+    alpha_pattern: dict[Text, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Other values of alpha for some modules.", examples=[{"down_proj": 16.0}]
+    )
+
+    @model_validator(mode="after")
+    @as_validator
+    def _check_expressions(self) -> "Lora":
+        """Raises Invalid for what is no regular expression."""
+        for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, key)
+            for text in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+                try:
+                    re.compile(text)
+                except re.error as error:
+                    problem = f"{text!r} is no regular expression ({error})"
+                    raise UserError(f"lora.{key}", problem, "Escape what it shall match as it is") from None
+        return self
 
 
 class Rollout(Frozen):

@@ -3,10 +3,11 @@
 Knows nothing of what an adapter is trained for.
 """
 
+import copy
+import hashlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from twig.common.errors import UserError
 from twig.common.hub import hub_or_cache, refusal
 from twig.common.text import message_of
+from twig.config.adapted import ALL_LINEAR, adapted_modules
 from twig.config.schema import Lora
 from twig.runtime.memory_use import out_of_memory
 
@@ -38,40 +40,19 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def attach(
-    model: PreTrainedModel,
-    *,
-    r: int,
-    alpha: float,
-    target_modules: Sequence[str],
-    layers: str | Sequence[int] = "last_third",
-    seed: int = 0,
-    adapter: str | Path | None = None,
+    model: PreTrainedModel, *, seed: int = 0, adapter: str | Path | None = None, **shape: Any
 ) -> PeftModel:
-    """Attaches a LoRA adapter to `target_modules` of `layers`: a new one, or the one saved in `adapter`.
+    """Attaches a LoRA adapter to `model`: a new one, or the one saved in `adapter`.
 
-    `layers` is "last_third" (a third, rounded up), "all" or a list of layer numbers. A saved adapter keeps
-    its own rank, alpha, modules and layers. The adapter is float32 (float64 on a float64 base) whatever the
-    base is. Raises UserError if a requested module is not in a requested layer, or a saved adapter does not
-    fit.
+    `shape` are the settings `lora`. A saved adapter keeps its own. The adapter is float32 (float64 on a
+    float64 base) whatever the base is. Raises UserError if a requested module is not in a requested layer, or
+    a saved adapter does not fit.
     """
     model.requires_grad_(False)
     if adapter is not None:
         peft_model = load_adapter(model, adapter, trainable=True)
     else:
-        stack = _layers_of(model)
-        chosen = _layer_numbers(layers, len(stack))
-        for i in chosen:
-            _check_modules(stack[i], i, target_modules)
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=r,
-            lora_alpha=cast(int, alpha),  # PEFT divides by r: any number will do
-            target_modules=list(target_modules),
-            layers_to_transform=chosen,
-            lora_dropout=0.0,
-            bias="none",
-            fan_in_fan_out=any(isinstance(m, Conv1D) for m in stack.modules()),
-        )
+        config = _new_config(model, Lora.model_validate(shape, strict=False))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
@@ -84,6 +65,74 @@ def attach(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(wide)
     return peft_model.eval()
+
+
+def _new_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
+    """Returns PEFT's config of a new adapter; raises UserError if the model lacks a module or a layer."""
+    stack = _layers_of(model, lora.layers_pattern)
+    layer_of = _linear_modules(model, stack)
+    names = adapted_modules(lora, layer_of, len(stack))
+    layers: list[int] | None = sorted({layer_of[name] for name in names})
+    modules, exclude = lora.target_modules, lora.exclude_modules
+    if modules == ALL_LINEAR:
+        modules = sorted({name.rpartition(".")[2] for name in names})
+    elif isinstance(modules, str):  # PEFT takes no numbers of layers beside an expression
+        layers = None
+        if lora.layers != "all":
+            modules, exclude = sorted(names), None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=cast(int, lora.alpha),  # PEFT divides by r: any number will do
+        target_modules=modules,
+        exclude_modules=exclude,
+        layers_to_transform=layers,
+        layers_pattern=lora.layers_pattern if layers is not None else None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=cast(dict[str, int], dict(lora.alpha_pattern)),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in stack.modules()),
+    )
+
+
+def adopt(peft_model: PeftModel) -> PeftModel:
+    """Makes the adapter of a PEFT model what is trained, and nothing else of it; raises UserError.
+
+    The adapter is float32 (or wider), as every one that is trained.
+    """
+    if list(peft_model.peft_config) != ["default"]:
+        names = ", ".join(peft_model.peft_config)
+        fix = 'Pass a model with one, loaded with adapter_name="default"'
+        raise UserError("model", f"it has the adapters {names}", fix)
+    wide = torch.promote_types(peft_model.dtype, torch.float32)
+    for name, parameter in peft_model.named_parameters():
+        parameter.requires_grad_(_is_of_adapter(name))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(wide)
+    return peft_model.eval()
+
+
+def trained_config(peft_model: PeftModel) -> LoraConfig:
+    """Returns the config of a PEFT model's adapter; raises UserError if its start changed the base."""
+    config = copy.copy(next(iter(peft_model.peft_config.values())))
+    start = getattr(config, "init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        problem = f"the adapter began with init_lora_weights={start!r}, which changes the base"
+        raise UserError("model", problem, "Pass a plain adapter (path_initial_model_for_weight_conversion)")
+    config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue]  # other kinds are refused
+    return cast(LoraConfig, config)
+
+
+def adapter_checksum(peft_model: PeftModel) -> str:
+    """Returns the sha256 of an adapter's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = False) -> PeftModel:
@@ -235,14 +284,13 @@ def _not_fetched(name: str, error: Exception) -> tuple[str, str]:
 
 
 def adapter_shape(peft_model: PeftModel) -> dict[str, Any]:
-    """Returns an adapter's `r`, `alpha`, `target_modules` (names) and `layers` (numbers, or "all")."""
+    """Returns what an adapter has in place of the settings `lora`: its module names and layers as lists."""
     config = peft_model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     layers = _layers_of(peft_model)
     numbers = adapted_layers(layers)
     inside = (name.split(".") for i in numbers for name, _ in layers[i].named_parameters())
-    return {
-        "r": config.r,
+    return {name: getattr(config, name, None) for name in Lora.model_fields} | {
         "alpha": config.lora_alpha,
         "target_modules": sorted({parts[parts.index("lora_A") - 1] for parts in inside if "lora_A" in parts}),
         "layers": "all" if len(numbers) == len(layers) else numbers,
@@ -262,33 +310,30 @@ def refuse_another_shape(settings: Any, has: dict[str, Any]) -> None:
             raise UserError(f"lora.{key}", problem, f"Leave lora.{key} out")
 
 
-def _layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """Returns the decoder layers: the longest module list that lies in no other one."""
+def _layers_of(model: torch.nn.Module, pattern: str | None = None) -> torch.nn.ModuleList:
+    """Returns the decoder layers: the longest module list that lies in no other one.
+
+    With a `pattern`, the longest of that name.
+    """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
-    outer = [m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)]
-    return max(outer, key=len)
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    chosen = [m for n, m in outer.items() if pattern is None or f".{n}".endswith(f".{pattern}")]
+    if not chosen:
+        names = ", ".join(sorted({n.rpartition(".")[2] for n in outer}))
+        raise UserError("lora.layers_pattern", f"the model has no module list {pattern!r}", f"Set {names}")
+    return max(chosen, key=len)
 
 
-def _layer_numbers(layers: str | Sequence[int], count: int) -> list[int]:
-    if layers == "all":
-        return list(range(count))
-    if layers == "last_third":
-        return list(range(count - -(-count // 3), count))
-    numbers = [int(i) for i in layers]
-    outside = [i for i in numbers if not 0 <= i < count]
-    if outside:
-        problem = f"{outside[0]} is not a layer of this model"
-        raise UserError("lora.layers", problem, f"Set numbers from 0 to {count - 1}")
-    return sorted(set(numbers))
-
-
-def _check_modules(layer: torch.nn.Module, number: int, target_modules: Sequence[str]) -> None:
+def _linear_modules(model: torch.nn.Module, stack: torch.nn.ModuleList) -> dict[str, int]:
+    """Returns the layer of each linear module in a layer, by the module's whole name."""
     kinds = (torch.nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear module too
-    there = {n.rsplit(".", 1)[-1] for n, m in layer.named_modules() if isinstance(m, kinds)}
-    for name in target_modules:
-        if name not in there:
-            fix = f"Set some of {', '.join(sorted(there))}" if there else "Leave that layer out"
-            raise UserError("lora.target_modules", f"layer {number} has no linear module '{name}'", fix)
+    (prefix,) = (name for name, module in model.named_modules() if module is stack)
+    return {
+        f"{prefix}.{i}.{name}": i
+        for i, layer in enumerate(stack)
+        for name, module in layer.named_modules()
+        if isinstance(module, kinds)
+    }
 
 
 def adapted_layers(layers: torch.nn.ModuleList) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
@@ -14,12 +15,13 @@ from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.common.python_files import file_checksum
 from twig.common.tokenizer import Tokenizer
+from twig.config.from_peft import dropout_note
 from twig.config.load import Settings
 from twig.config.schema import Model
 from twig.engine.base_policy import BasePolicy
 from twig.engine.build import build_policy
 from twig.engine.load import end_ids, load_model, load_tokenizer, remote_code_warning, vocabulary_of
-from twig.engine.lora import attach, saved_dropout
+from twig.engine.lora import adapter_checksum, adopt, attach, saved_dropout
 from twig.engine.model_files import Source, source_of
 from twig.engine.sampler import SamplingParams
 from twig.planner.choose import Sized
@@ -51,7 +53,7 @@ class Parts:
     `sampling` is how completions are sampled while training; `passed` are the names of what the caller
     passed; `reward_file_sha256` is the checksum of `task.reward_file` as it was run (None: there is none, or
     other rewards were passed); `model_sha256` and `adapter_sha256` those of the
-    weights of a base and of the adapter to continue from, in local files.
+    weights of a base and of the adapter to continue from, in local files or passed with the model.
     """
 
     sized: Sized
@@ -93,15 +95,9 @@ def prepare(
         chosen = model_settings or settings.model
         model, _ = load_model(chosen, tokenizer)
         weights = source_of(chosen).fetched(chosen.revision).checksum()
-    begun_from = None if settings.model.adapter is None else Source(settings.model.adapter).checksum()
-    # A new adapter changes nothing until it is trained.
-    adapter = {"seed": settings.train.seed, "adapter": settings.model.adapter}
-    peft_model = attach(model, **dict(settings.lora), **adapter)
+    peft_model, begun_from = _adapted(model, settings)
     if settings.model.adapter is not None and (rate := saved_dropout(settings.model.adapter)):
-        progress.message(
-            f"note: {settings.model.adapter} was trained with lora_dropout={rate:g}; it is off here, so that "
-            "what is sampled and what is trained are one distribution"
-        )
+        progress.message(dropout_note(settings.model.adapter, rate))
     _refuse_ids_without_row(task, model, tokenizer)
     if given.model is None:  # the name of the base, not the folder that it lies in on this machine
         for config in peft_model.peft_config.values():
@@ -115,6 +111,18 @@ def prepare(
         )
     sampling = SamplingParams.of(settings, tokenizer, ends)
     return Parts(sized, task, tokenizer, policy, sampling, given.names, checksum, weights, begun_from)
+
+
+def _adapted(model: PreTrainedModel | PeftModel, settings: Settings) -> tuple[PeftModel, str | None]:
+    """Returns the model with its adapter, and the checksum of one that is trained on."""
+    adapter = settings.model.adapter
+    if isinstance(model, PeftModel):
+        if adapter is not None:
+            raise UserError("model.adapter", "the model that was passed has an adapter", "Leave one out")
+        return adopt(model), adapter_checksum(model)
+    begun_from = None if adapter is None else Source(adapter).checksum()
+    # A new adapter changes nothing until it is trained.
+    return attach(model, **dict(settings.lora), seed=settings.train.seed, adapter=adapter), begun_from
 
 
 def _refuse_ids_without_row(task: Task, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
@@ -145,10 +153,11 @@ def _tokenizer(settings: Settings, given: Given, progress: Progress) -> Tokenize
         return given.tokenizer or load_tokenizer(settings.model)
     if given.tokenizer is None:
         raise UserError("tokenizer", "a model was passed without its tokenizer", "Pass tokenizer=")
-    if any(isinstance(module, BaseTunerLayer) for module in given.model.modules()):
+    tuned = any(isinstance(module, BaseTunerLayer) for module in given.model.modules())
+    if tuned and not isinstance(given.model, PeftModel):
         raise UserError(
             "model",
-            "it already has an adapter, perhaps of an earlier run",
-            "Set model.adapter= its folder to train it further, or pass run.model.unload() to begin anew",
+            "it is the base inside a PEFT model",
+            "Pass the PEFT model itself (as run.model is), or a model loaded again",
         )
     return given.tokenizer

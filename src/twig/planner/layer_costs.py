@@ -21,7 +21,8 @@ class Workload:
 
     `kind` of device: cpu, cuda or mps. `element`, `stored`, `wide`: bytes of a number of the base, of the
     base on disk, and of adapter, log-probs and loss. `quantised`: nf4, int8 or None. `adapted`: numbers of
-    the layers with adapters on `modules`. `moments`: numbers that the optimizer keeps for each of the
+    the layers with adapters on `modules`, of at most `rank`; `adapter_numbers`: all that is trained; `dora`:
+    whether lengths of rows are. `moments`: numbers that the optimizer keeps for each of the
     adapter. `load`: the most work of a group that the algorithm asks for. `prompt`: tokens of the longest
     prompt. `restart`: tokens of the longest prompt that includes a part of a completion, 0 if none does.
     `questions`: tokens of the prompts of an evaluation, the shortest first. `static_decode`: whether a
@@ -41,6 +42,7 @@ class Workload:
     rank: int
     modules: frozenset[str]
     adapted: tuple[int, ...]
+    adapter_numbers: int
     moments: int
     load: Load
     prompt: int
@@ -53,6 +55,7 @@ class Workload:
     static_decode: bool = False
     packable: bool = False
     filled: int | None = None
+    dora: bool = False
 
     @property
     def packed_bytes(self) -> int:
@@ -68,7 +71,7 @@ class Workload:
     @property
     def adapter_bytes(self) -> int:
         """Bytes of the adapter's weights."""
-        return self.wide * self.shape.adapter_parameters(self.rank, self.modules, len(self.adapted))
+        return self.wide * self.adapter_numbers
 
     @property
     def recorded(self) -> bool:
@@ -136,16 +139,17 @@ def kept_by_layer(work: Workload, table: Table, with_input: bool, queries: int |
     out the mask and the rotary embeddings, which all layers share. The base's weights have no gradient, so a
     linear layer keeps its input only for its own adapter, and in the adapter's precision.
     """
-    shape, e, adapted = work.shape, work.element, work.modules
+    shape, e, adapted, linear = work.shape, work.element, work.modules, work.shape.linear()
     few, at = queries is not None, table.columns if queries is None else queries
     tokens, run, keys = table.tokens, table.rows * at, table.rows * table.keys
     scores = 4 * shape.heads * run * table.keys
     norm = 4 * shape.hidden + 4  # in float32 for every dtype of the model; and one factor a token
 
     def inputs(names: str, width: int, already_kept: bool = False) -> float:
-        count = sum(f"{name}_proj" in adapted for name in names.split())
-        copies = count if e != work.wide else int(count > 0 and not already_kept)
-        return work.wide * (copies * width + count * work.rank)
+        own = [linear[f"{name}_proj"] for name in names.split() if f"{name}_proj" in adapted]
+        copies = len(own) if e != work.wide else int(bool(own) and not already_kept)
+        scaled = 2 * work.dora * sum(each.outputs for each in own)  # the base's output and the adapter's
+        return work.wide * (copies * width + len(own) * work.rank + scaled)
 
     query, key, value = (with_input or f"{name}_proj" in adapted for name in "qkv")
     attends = query or key or value
@@ -200,7 +204,20 @@ def layer_moment(work: Workload, rows: int, columns: int, keys: int | None = Non
         linear = shape.linear()[name]
         around = 2 * e * shape.hidden + (e * shape.intermediate if name in ("up_proj", "down_proj") else 0)
         most = max(most, around + (e != wide) * wide * linear.inputs + linear.outputs * (e + 2 * wide))
-    return rows * columns * most
+    return rows * columns * most + _lengths_moment(work)
+
+
+def _lengths_moment(work: Workload) -> float:
+    """Counts the bytes alive while DoRA computes the lengths of a matrix's rows, for the largest matrix.
+
+    PEFT multiplies the adapter out: by an identity matrix, then scaled, then added to the base's matrix.
+    """
+    if not work.dora:
+        return 0
+    copies, linear = 3 + (work.element != work.wide), work.shape.linear()
+    return max(
+        work.wide * (linear[name].inputs ** 2 + copies * linear[name].weights) for name in work.modules
+    )
 
 
 def shared_moment(work: Workload, rows: int, prompts: int, width: int) -> float:

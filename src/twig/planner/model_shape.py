@@ -160,10 +160,16 @@ class Shape:
         blocks = counts["linear"] / 64
         return round(rest + counts["linear"] / 2 + blocks + 4 * blocks / 256)
 
-    def adapter_parameters(self, rank: int, modules: frozenset[str], adapted: int) -> int:
-        """Counts the numbers in the adapters of `adapted` layers: two matrices a module."""
+    def layer_of(self) -> dict[str, int]:
+        """Returns the layer of each linear module by its whole name."""
+        parts = [f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for name in self.linear()]
+        return {f"model.layers.{i}.{part}": i for i in range(self.layers) for part in parts}
+
+    def adapter_parameters(self, ranks: Mapping[str, int], dora: bool = False) -> int:
+        """Counts the numbers of adapters, of a rank for each module: two matrices, with DoRA lengths too."""
         linear = self.linear()
-        return adapted * sum(rank * (linear[name].inputs + linear[name].outputs) for name in modules)
+        sizes = ((linear[name.rpartition(".")[2]], rank) for name, rank in ranks.items())
+        return sum(rank * (size.inputs + size.outputs) + dora * size.outputs for size, rank in sizes)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Shape":

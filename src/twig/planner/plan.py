@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from twig.common.errors import UserError
 from twig.common.text import parse_size
+from twig.config.adapted import adapted_modules, layer_numbers
 from twig.config.load import Settings
 from twig.config.messages import write
 from twig.config.sizes import SIZE_KEYS, Sizes, open_sizes, with_values
@@ -143,12 +143,14 @@ def workload_of(
     """
     lora, rollout, algorithm = settings.lora, settings.rollout, settings.algorithm
     element = _BYTES.get(settings.model.dtype) or (4 if device_kind == "cpu" else 2)
-    if unknown := sorted(set(lora.target_modules) - set(shape.linear())):
+    asked = lora.target_modules if isinstance(lora.target_modules, list) else []
+    if unknown := sorted({name.rpartition(".")[2] for name in asked} - set(shape.linear())):
         raise Unplannable(
             "lora.target_modules",
             f"the memory of an adapter on {unknown[0]} cannot be planned",
             f"Use some of {', '.join(shape.linear())}, or set all sizes yourself: {', '.join(SIZE_KEYS)}",
         )
+    adapter = adapted_modules(lora, shape.layer_of(), shape.layers)
     longest = prompt_tokens if isinstance(prompt_tokens, int) else max(prompt_tokens, default=1)
     if questions is None:
         limits = [n for n in (settings.eval.limit, settings.task.eval_size) if n is not None]
@@ -164,9 +166,11 @@ def workload_of(
         eager=settings.model.attn_implementation == "eager" or shape.attention_softcap,
         plain=settings.model.engine == "plain",
         quantised=quantised or settings.model.quantization,
-        rank=lora.r,
-        modules=frozenset(lora.target_modules),
-        adapted=_adapted(lora.layers, shape.layers),
+        rank=max(adapter.values()),
+        modules=frozenset(name.rpartition(".")[2] for name in adapter),
+        adapted=tuple(sorted({shape.layer_of()[name] for name in adapter})),
+        adapter_numbers=shape.adapter_parameters(adapter, lora.use_dora),
+        dora=lora.use_dora,
         moments=2 if settings.train.optim == "adamw_torch" else 0,
         load=algorithm.load(rollout.num_generations, rollout.max_completion_length),
         prompt=max(longest, 1),
@@ -212,18 +216,6 @@ def _decodes_by_graph(settings: Settings, device_kind: str) -> bool:
     rollout = settings.rollout
     loop = choose_loop(settings.model.engine, resolve_decode(rollout.decode, device_kind), rollout.stop)
     return device_kind == "cuda" and loop == "steps"
-
-
-def _adapted(layers: str | list[int], count: int) -> tuple[int, ...]:
-    if isinstance(layers, str):
-        return tuple(range(0 if layers == "all" else count - -(-count // 3), count))
-    if outside := [i for i in layers if i >= count]:
-        raise UserError(
-            "lora.layers",
-            f"{outside[0]} is not a layer of this model",
-            f"Use numbers from 0 to {count - 1}",
-        )
-    return tuple(sorted(set(layers)))
 
 
 # ---- choosing --------------------------------------------------------------------------------------------
@@ -354,9 +346,9 @@ def _cheapest_first(
         yield {"model.dtype": "bfloat16"}
     if _decodes_by_graph(settings, device_kind) and settings.rollout.decode != "auto":
         yield {"rollout.decode": "plain"}
-    layers = _adapted(settings.lora.layers, shape.layers)
+    layers = layer_numbers(settings.lora.layers, shape.layers)
     if len(layers) > 2:
-        yield {"lora.layers": list(layers[len(layers) // 2 :])}
+        yield {"lora.layers": layers[len(layers) // 2 :]}
     if rollout.prompts_per_step > 1:
         yield {"rollout.prompts_per_step": rollout.prompts_per_step // 2}
     lengths = _halved(rollout.max_completion_length, 64, None)[1:]

@@ -103,6 +103,7 @@ def prepare_run(
     parts = prepare(settings, given, size, progress, model_settings)
     if settings.model.adapter is not None:
         refuse_another_shape(settings, adapter_shape(parts.policy.peft_model))
+    if settings.model.adapter is not None or isinstance(given.model, PeftModel):
         parts.policy.keep_reference()
     refuse_too_long(parts.task, parts.sized.longest_prompt, parts.policy.context_length)
     processes.check_device(parts.policy.device)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
+from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.common.python_files import FileError
 from twig.common.tokenizer import Tokenizer
@@ -18,6 +20,7 @@ from twig.config.sizes import as_begun
 from twig.core.algorithms.base import Algorithm
 from twig.core.algorithms.registry import load_algorithm, passed_algorithm
 from twig.engine.load import load_config, pick_device
+from twig.engine.lora import trained_config
 from twig.evaluation.prepare import Given
 from twig.runs.folder import NoLog, with_traceback
 from twig.runs.resume import Start, decided_by_main, open_run
@@ -80,7 +83,7 @@ def train(
         progress = progress if progress is not None and processes.main else Progress()
         begun = agreed = None
         if processes.main:
-            own = _with_lora(as_settings(settings), passed.get("peft_config"), model)
+            own = _with_lora(as_settings(settings), passed.get("peft_config"), model, progress)
             own = _with_algorithm(own, algorithm, progress)
             require(own.log.report_to)
             begun = open_run(own, output, resume, progress)
@@ -108,15 +111,21 @@ def train(
             start.log.close()
 
 
-def _with_lora(settings: Settings, peft_config: Any, model: PreTrainedModel | None) -> Settings:
-    """Returns the settings with the adapter of `peft_config`; as they are if it is None."""
+def _with_lora(
+    settings: Settings, peft_config: Any, model: PreTrainedModel | None, progress: Progress
+) -> Settings:
+    """Returns the settings with the adapter of `peft_config`, or with that of a PEFT model."""
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise UserError("peft_config", "the model that was passed has an adapter", "Leave one out")
+        peft_config = trained_config(model)
     if peft_config is None:
         return settings
 
     def family() -> str:
         return (load_config(settings.model) if model is None else model.config).model_type
 
-    values = {**settings.model_dump(), "lora": lora_values(peft_config, family)}
+    values = {**settings.model_dump(), "lora": lora_values(peft_config, family, progress.message)}
     return Settings.from_dict(values, label="peft_config")
 
 
