@@ -34,6 +34,12 @@ def export_command(
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload it to the Hub too, privately.")
     ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="As a GGUF file, for llama.cpp, Ollama and LM Studio.")
+    ] = False,
+    gguf_type: Annotated[
+        str, typer.Option(metavar="TYPE", help="With --merged --gguf: f16, or q8_0 of half the size.")
+    ] = "f16",
     public: Annotated[bool, typer.Option("--public", help="With --push: for everyone to see.")] = False,
 ) -> None:
     """Write a trained model as a folder to share, with a model card."""
@@ -46,10 +52,10 @@ def export_command(
         from twig.export.upload import Push
 
         quiet_libraries()
-        options = ExportOptions(merged, best, base_model)
+        options = ExportOptions(merged, best, base_model, gguf=gguf_type if gguf else None)
         done = export_run(run, output, options, push=Push(push, public) if push else None, progress=progress)
     facts = {
-        "folder": str(done.folder),
+        "folder": str(done.folder) if done.file is None else str(done.file),
         "form": "merged model" if merged else "adapter",
         "base": done.base.hub_id or done.base.name,
     }

@@ -33,11 +33,13 @@ from twig.engine.model_files import EMBEDDED, Source, is_gguf, refuse_unsafe_wei
 from twig.runtime.memory_use import out_of_memory
 
 
-def load_model(chosen: Model | str, tokenizer: Tokenizer | None = None) -> tuple[PreTrainedModel, Tokenizer]:
+def load_model(
+    chosen: Model | str, tokenizer: Tokenizer | None = None, config: PreTrainedConfig | None = None
+) -> tuple[PreTrainedModel, Tokenizer]:
     """Loads a model (eval mode, on its device, in its dtype) and its tokenizer.
 
-    A text is `model.name`, with the defaults of every other setting; a `tokenizer` that is passed is not
-    loaded again. `num_threads` sets torch's threads for the whole process. With `quantization`, the matrices
+    A text is `model.name`, with the defaults of every other setting; a `tokenizer` or `config` that is passed
+    is not loaded again. `num_threads` sets torch's threads for the whole process. With `quantization`, the matrices
     of the layers are quantised while they are read; embeddings, norms and head are not.
 
     Raises UserError if the model is missing, not a causal language model, not stored as safetensors, or
@@ -48,7 +50,7 @@ def load_model(chosen: Model | str, tokenizer: Tokenizer | None = None) -> tuple
         torch.set_num_threads(chosen.num_threads)
     device = pick_device(chosen.device)
     dtype = pick_dtype(chosen.dtype, device)
-    config, tokenizer = load_config(chosen), tokenizer or load_tokenizer(chosen)
+    config, tokenizer = config or load_config(chosen), tokenizer or load_tokenizer(chosen)
     refuse_unsafe_weights(chosen, config)
     options = _quantised(chosen, config, device, dtype)
     if source_of(chosen).gguf_file is not None:

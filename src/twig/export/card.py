@@ -50,7 +50,7 @@ class Merge:
     """How a merged model differs from base and adapter.
 
     `difference` is the largest one between their logits on `tokens` tokens, `largest` the largest logit
-    there; `dtype` is that of the weights.
+    there; `dtype` is that of the weights, f16 or q8_0 in a GGUF file.
     """
 
     dtype: str
@@ -71,7 +71,7 @@ class Subject:
     `name` is USER/NAME on the Hub, or the folder's. `summary` and `environment` are the run's files,
     `adapter` its adapter_config.json; `best`: the adapter of the best evaluation, not of the last step.
     `prompt` is the form of the prompts, `chat` whether a chat template wrote it. `merge` is None for an
-    adapter.
+    adapter. `file` is the GGUF file, None without one.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Subject:
     chat: bool
     license: str | None = None
     merge: Merge | None = None
+    file: str | None = None
 
     @property
     def measured(self) -> Mapping[str, Any] | None:
@@ -216,9 +217,9 @@ def _metadata(subject: Subject) -> str:
             )
         ]
     tags = ["twig", "reinforcement-learning", shown(subject.settings.algorithm.name)]
-    tags += [*([] if merged else ["lora"]), "arxiv:2504.20834"]
+    tags += [*([] if merged else ["lora"]), *(["gguf"] if subject.file else []), "arxiv:2504.20834"]
     card = ModelCardData(
-        library_name="transformers" if merged else "peft",
+        library_name=None if subject.file else "transformers" if merged else "peft",
         pipeline_tag="text-generation",
         base_model=subject.base.hub_id and shown(subject.base.hub_id),
         license=subject.license,

@@ -30,10 +30,11 @@ from twig.common.tokenizer import Tokenizer
 from twig.config.load import RUN_CONFIG, Settings, load
 from twig.config.schema import Model
 from twig.core.types import Example
-from twig.engine.load import load_config, load_model, load_tokenizer
+from twig.engine.load import end_ids, load_config, load_model, load_tokenizer
 from twig.engine.lora import load_adapter
 from twig.engine.model_files import EMBEDDED, source_of
 from twig.export.card import Base, Merge, Subject, model_card
+from twig.export.gguf import FORMATS, Origin, Texts, refuse_gguf, write_adapter, write_model
 from twig.export.upload import Push, check_push, push_folder
 from twig.runs.reader import COMPLETIONS, ENVIRONMENT, SUMMARY, is_run, read_summary
 from twig.tasks.base import Task
@@ -49,6 +50,9 @@ _TOKENS = 256  # of which the logits are compared
 # A merge may miss this share of the adapter's effect, or what rounding alone explains: so many times the
 # precision of the weights' dtype.
 _MERGE_ERROR, _ROUNDING = 0.1, 8.0
+# The precision of what a GGUF file holds: of float16, and of a block of 8-bit numbers.
+_PRECISION = {"f16": 2.0**-10, "q8_0": 2.0**-7}
+_PLAIN = {"gguf_file": None, "revision": None}
 # Problems of the kind that a task has, for the form of its prompts; no row of anybody's data is shown.
 _PROBLEMS = {
     "multiplication": "347*26=",
@@ -63,25 +67,39 @@ class ExportOptions:
 
     `merged`: the base with the adapter merged into it, not the adapter alone. `best`: the adapter of the
     best evaluation, not of the last step. `base_model`: the base's id on the Hub if the run was trained on a
-    folder, or the folder where the base is now. `tokenizer` replaces the base's.
+    folder, or the folder where the base is now. `tokenizer` replaces the base's. `gguf`: one GGUF file in
+    place of safetensors, a merged model in this form (f16 or q8_0).
     """
 
     merged: bool = False
     best: bool = False
     base_model: str | None = None
     tokenizer: Tokenizer | None = None
+    gguf: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.gguf not in (None, *FORMATS):
+            raise UserError("--gguf-type", f"{self.gguf} is not written", f"Pass {' or '.join(FORMATS)}")
+
+    @property
+    def file(self) -> str | None:
+        """The name of the GGUF file; None without one."""
+        if self.gguf is None:
+            return None
+        return f"model-{self.gguf}.gguf" if self.merged else "adapter.gguf"
 
 
 @dataclass(frozen=True)
 class Exported:
     """What was exported.
 
-    `base` is as the card names it; `merge` says how exact a merge is (None for an adapter); `url` is the page
-    on the Hub (None if nothing was uploaded).
+    `base` is as the card names it; `file` is the GGUF file (None without one); `merge` says how exact a merge
+    is (None for an adapter); `url` is the page on the Hub (None if nothing was uploaded).
     """
 
     folder: Path
     base: Base
+    file: Path | None = None
     merge: Merge | None = None
     url: str | None = None
 
@@ -107,6 +125,19 @@ class _Located:
 
 
 @dataclass(frozen=True)
+class _Job:
+    """What is written: a run, its base with the settings to load it, and the folder to write to."""
+
+    source: _Source
+    base: Base
+    model: Model
+    tokenizer: Tokenizer
+    options: ExportOptions
+    draft: Path
+    origin: Origin
+
+
+@dataclass(frozen=True)
 class _Prompt:
     """A prompt as the run's model saw it, and whether a chat template wrote it."""
 
@@ -124,8 +155,8 @@ def export_run(
 ) -> Exported:
     """Writes the run in the folder `run` to the folder `output`, ready to share.
 
-    That is safetensors, tokenizer and model card of what `options` say: by default the adapter of the last
-    step. `output` is by default exports/NAME. `push` uploads the folder too.
+    That is safetensors and tokenizer, or a GGUF file, and the model card of what `options` say: by default
+    the adapter of the last step. `output` is by default exports/NAME. `push` uploads the folder too.
 
     Raises UserError for what can be fixed; `output` is then as it was before.
     """
@@ -141,15 +172,13 @@ def export_run(
         )
     progress.phase("loading")
     model = _base_settings(source, located.place)
+    if options.gguf is not None:
+        refuse_gguf(load_config(model), base.name, options.merged)
     tokenizer = options.tokenizer or load_tokenizer(model)
-    prompt = _prompt(source.settings, tokenizer)
+    prompt, own_license = _prompt(source.settings, tokenizer), _license(model) if options.merged else None
     with _drafted(target) as draft:
-        tokenizer.save_pretrained(draft)
-        if options.merged:
-            merge = _write_merged(source, model, tokenizer, draft, progress)
-        else:
-            merge = None
-            _write_adapter(source, base, draft)
+        origin = Origin(target.name, base.hub_id, own_license)
+        merge = _write(_Job(source, base, model, tokenizer, options, draft, origin), progress)
         subject = Subject(
             name=push.repo if push else target.name,
             settings=source.settings,
@@ -160,12 +189,14 @@ def export_run(
             best=options.best,
             prompt=prompt.text,
             chat=prompt.chat,
-            license=_license(model) if options.merged else None,
+            license=own_license,
             merge=merge,
+            file=options.file,
         )
         (draft / CARD).write_text(model_card(subject), encoding="utf-8")
     url = None if push is None else push_folder(target, push, progress)
-    return Exported(target, base, merge, url)
+    file = None if options.file is None else target / options.file
+    return Exported(target, base, file, merge, url)
 
 
 # ---- what is read ----------------------------------------------------------------------------------------
@@ -293,6 +324,7 @@ def _license(model: Model) -> str | None:
 
 def _target(output: str | Path | None, run: Path, options: ExportOptions) -> Path:
     name = f"{run.resolve().name}{'-best' if options.best else ''}{'-merged' if options.merged else ''}"
+    name += "-gguf" if options.gguf else ""
     target = EXPORTS / name if output is None else Path(output).expanduser()
     target = target if target.name not in ("", "..") else target.resolve()
     try:
@@ -325,6 +357,19 @@ def _drafted(target: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _write(job: _Job, progress: Progress) -> Merge | None:
+    """Writes the weights, and the tokenizer unless they are in one GGUF file with it."""
+    if job.options.gguf is None:
+        job.tokenizer.save_pretrained(job.draft)
+    if job.options.merged:
+        return _write_merged(job, progress)
+    if (file := job.options.file) is not None:
+        write_adapter(job.draft / file, job.source.adapter, load_config(job.model), job.origin)
+    else:
+        _write_adapter(job.source, job.base, job.draft)
+    return None
+
+
 def _write_adapter(source: _Source, base: Base, draft: Path) -> None:
     shutil.copyfile(source.adapter / WEIGHTS, draft / WEIGHTS)
     # Nothing is named that could be somebody else's model on the Hub.
@@ -335,46 +380,60 @@ def _write_adapter(source: _Source, base: Base, draft: Path) -> None:
     (draft / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_merged(
-    source: _Source, base: Model, tokenizer: Tokenizer, draft: Path, progress: Progress
-) -> Merge:
+def _write_merged(job: _Job, progress: Progress) -> Merge:
+    """Merges, writes and reads back what was written; raises UserError if its logits are others."""
+    base, form = job.model, job.options.gguf
     if getattr(load_config(base), "quantization_config", None) is not None:
         raise UserError(
             "--merged",
             f"{base.name} is quantised, and an adapter cannot be merged into that",
             "Leave out --merged, or pass --base-model with the model that is not quantised",
         )
-    model, _ = load_model(base)
-    ids = _ids(source, tokenizer)
-    peft_model = load_adapter(model, source.adapter)
+    if form is not None:  # so that weights are rounded once, to what the file holds
+        base = base.model_copy(update={"dtype": "float32"})
+    model, _ = load_model(base, job.tokenizer)
+    ids = _ids(job.source, job.tokenizer)
+    peft_model = load_adapter(model, job.source.adapter)
     expected = _logits(peft_model, ids)
     with peft_model.disable_adapter():
         effect = expected - _logits(peft_model, ids)
     progress.phase("merging")
     model = merge_adapter(peft_model)
     progress.phase("writing")
-    try:
-        logging.disable_progress_bar()
-        model.save_pretrained(draft)
-    finally:
-        logging.enable_progress_bar()
+    place = _save_gguf(job, model, job.draft / job.options.file) if job.options.file else _save(job, model)
+    config = None if form is None else model.config  # which transformers reads from a GGUF file only in part
     del model, peft_model
     progress.phase("checking")
-    merged = {"name": str(draft), "gguf_file": None, "revision": None}
-    written, _ = load_model(base.model_copy(update=merged))
+    written, _ = load_model(base.model_copy(update={"name": str(place), **_PLAIN}), job.tokenizer, config)
     logits = _logits(written, ids)
     # If both are -inf (tokens that a model rules out) they do not differ.
     error = torch.where(logits == expected, 0.0, (logits - expected).abs())
     difference, largest = float(error.max()), float(expected[expected.isfinite()].abs().max())
     share = float(error.norm() / effect[effect.isfinite()].norm().clamp(min=1e-30))
-    rounding = _ROUNDING * torch.finfo(written.dtype).eps * largest
-    if not (share <= _MERGE_ERROR or difference <= rounding):
+    precision = _PRECISION[form] if form else torch.finfo(written.dtype).eps
+    if not (share <= _MERGE_ERROR or difference <= _ROUNDING * precision * largest):
         raise UserError(
             "--merged",
             f"the merged model differs from base and adapter by {share:.0%} of what the adapter does",
             "Leave out --merged",
         )
-    return Merge(str(written.dtype).removeprefix("torch."), difference, largest, ids.shape[1])
+    return Merge(form or str(written.dtype).removeprefix("torch."), difference, largest, ids.shape[1])
+
+
+def _save(job: _Job, model: PreTrainedModel) -> Path:
+    try:
+        logging.disable_progress_bar()
+        model.save_pretrained(job.draft)
+    finally:
+        logging.enable_progress_bar()
+    return job.draft
+
+
+def _save_gguf(job: _Job, model: PreTrainedModel, path: Path) -> Path:
+    base = source_of(job.model).fetched(job.model.revision).gguf_file
+    texts = Texts(job.tokenizer, end_ids(model, job.tokenizer), base)
+    write_model(path, model, str(job.options.gguf), texts, job.origin)
+    return path
 
 
 def merge_adapter(peft_model: PeftModel) -> PreTrainedModel:
