@@ -11,6 +11,7 @@ _GROUPS = (
     "flops",
     "replay",
     "redraw",
+    "curriculum",
     "optimizer",
     "sampling",
 )

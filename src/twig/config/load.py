@@ -66,6 +66,14 @@ class Settings(Frozen):
         object.__setattr__(self, "algorithm", resolved)
         return self
 
+    @model_validator(mode="after")
+    @as_validator
+    def _stopping_needs_evaluations(self) -> Self:
+        key = self.train.stop_when.key
+        if key is not None and not self.eval.steps:
+            raise UserError(key, "nothing is evaluated during training", "Set eval.steps=20 too")
+        return self
+
     @classmethod
     def from_dict(
         cls,

@@ -289,6 +289,15 @@ class Rollout(Frozen):
         "which teach nothing, by the next ones of the data. What was sampled for them counts as sampled.",
         examples=[2],
     )
+    curriculum: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=1,
+        description="Chance that a problem is sampled when its turn comes, if the completions of its last "
+        "group all got the same reward: all right or all wrong. Otherwise its turn passes to the next "
+        "problem of the data. 1: every problem in turn.",
+        examples=[0.25],
+    )
     wave_size: int | None = Field(
         default=None,
         ge=1,
@@ -323,6 +332,32 @@ class Rollout(Frozen):
     )
 
 
+class StopWhen(Frozen):
+    """When a run ends before its last step, by the evaluations of `eval.steps`."""
+
+    @property
+    def key(self) -> str | None:
+        """The first setting that ends a run; None if nothing does."""
+        asked = (name for name, value in self.model_dump().items() if value is not None)
+        return next((f"train.stop_when.{name}" for name in asked), None)
+
+    accuracy: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="The run ends after an evaluation with at least this share of right answers.",
+        examples=[0.9],
+        json_schema_extra=LENGTH,
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="The run ends after so many evaluations in a row without a better one than before them.",
+        examples=[5],
+        json_schema_extra=LENGTH,
+    )
+
+
 class Train(Frozen):
     """The optimizer, how long, and how often the run is saved."""
 
@@ -343,6 +378,7 @@ class Train(Frozen):
         examples=[500000],
         json_schema_extra=LENGTH,
     )
+    stop_when: StopWhen = Field(default_factory=StopWhen, description="When a run ends before its last step.")
     num_train_epochs: float = Field(
         default=1.0,
         gt=0,

@@ -5,7 +5,7 @@ Resuming, waves, branches and showing a step's credit again rest on this. Numpy 
 
 import numpy as np
 
-SAMPLING, CREDIT, REPLAY, DATA, ANSWERS = range(5)  # streams of random numbers that never meet
+SAMPLING, CREDIT, REPLAY, DATA, ANSWERS, CURRICULUM = range(6)  # streams of random numbers that never meet
 
 
 def generator(seed: int, stream: int, *counter: int) -> np.random.Generator:

@@ -39,8 +39,8 @@ def load_model(
     """Loads a model (eval mode, on its device, in its dtype) and its tokenizer.
 
     A text is `model.name`, with the defaults of every other setting; a `tokenizer` or `config` that is passed
-    is not loaded again. `num_threads` sets torch's threads for the whole process. With `quantization`, the matrices
-    of the layers are quantised while they are read; embeddings, norms and head are not.
+    is not loaded again. `num_threads` sets torch's threads for the whole process. With `quantization`, the
+    matrices of the layers are quantised while they are read; embeddings, norms and head are not.
 
     Raises UserError if the model is missing, not a causal language model, not stored as safetensors, or
     cannot be quantised here.

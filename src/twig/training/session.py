@@ -5,7 +5,7 @@ Ctrl-C, SIGTERM and crashes leave a run folder that can be resumed. What happens
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from twig.common.errors import UserError
 from twig.common.progress import Progress
-from twig.common.python_files import file_checksum
+from twig.common.python_files import FileError, file_checksum
 from twig.common.redact import without_secrets
 from twig.common.tokenizer import Tokenizer
+from twig.common.user_code import is_ours, message_from, traceback_from
 from twig.config.load import Settings
 from twig.config.schema import Model
 from twig.config.sizes import SIZE_KEYS, Sizes, with_values
@@ -57,6 +58,32 @@ SCHEMA_VERSION = 1
 # Decode steps from which compiling them pays: on an H100 it takes 8 s and saves 2 ms a step.
 COMPILED_FROM = 10_000
 NOT_FINITE = "nonfinite"  # the folder of batches whose gradient was not
+
+
+Callback = Callable[[int, dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What is called in process 0 after a step with its metrics, and after an evaluation with its result.
+
+    Each gets the number of the step first. If one returns True, the run ends there, finished.
+    """
+
+    on_step: Callback | None = None
+    on_evaluation: Callback | None = None
+
+    def call(self, name: str, step: int, values: dict[str, Any]) -> bool:
+        """Calls one of them, if there is one; returns whether the run is to end."""
+        function = getattr(self, name)
+        try:
+            return function is not None and function(step, dict(values)) is True
+        except BaseException as error:
+            if is_ours(error):
+                raise
+            problem = f"it raised {type(error).__name__}: {message_from(error)}"
+            fix = "Correct it, then call twig.train again with resume=True"
+            raise FileError(name, problem, fix, traceback_from(error)) from error
 
 
 @dataclass
@@ -122,8 +149,12 @@ class Session:
         memory: PeakMemory,
         clock: Clock,
         processes: Processes = ALONE,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.parts, self.processes, self.peak = parts, processes, 0
+        self.callbacks = callbacks or Callbacks()
+        self.ended_by: str | None = None  # the setting or callback, if not the last step
+        self.latest: tuple[int, Evaluation, list[Completion]] | None = None  # evaluation, with its step
         self.settings = parts.settings
         self.task = replace(
             parts.task, reward_limit=replace(parts.task.reward_limit, save=self._save_before_the_end)
@@ -168,6 +199,7 @@ class Session:
         """Trains to the end or to a stop, from the checkpoint to resume from if there is one."""
         seed_all(self.settings.train.seed)
         self._refuse_other_contents()
+        self._refuse_stopping_unmeasured()
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
         summary, step = self.processes.from_main(self.log.summary()), self.run_state.step
@@ -213,6 +245,9 @@ class Session:
             if ends or (every and run_state.step % every == 0):
                 self._save()
         asked = asked or self._any(stop.asked)
+        self.ended_by = None if asked or time_is_up else self._ended_by()
+        if self.ended_by is not None:
+            self.progress.message(f"{self.ended_by} ends the run after step {run_state.step}")
         if time_is_up and not asked:
             self.progress.message(f"train.max_time={self.settings.train.max_time} is up: stopping")
         if asked or time_is_up:
@@ -225,10 +260,21 @@ class Session:
         return any(self.processes.gather(here))
 
     def _is_over(self) -> bool:
-        """Returns whether the last step is done: the number of steps or of tokens is reached."""
+        """Returns whether the last step is done, of all or by what ends a run before."""
         limit, run_state = self.settings.train.max_tokens, self.run_state
         enough = limit is not None and run_state.totals["tokens_sampled"] >= limit
-        return enough or run_state.step >= self.trainer.total_steps
+        return enough or run_state.step >= self.trainer.total_steps or self._ended_by() is not None
+
+    def _ended_by(self) -> str | None:
+        """Returns the setting or callback by which the run ends before its last step."""
+        return self.run_state.ended_by(self.settings.train.stop_when)
+
+    def _call(self, name: str, values: dict[str, Any]) -> None:
+        """Calls a callback in process 0; all processes end if it says so."""
+        main = self.processes.main
+        asked = self._any(main and self.callbacks.call(name, self.run_state.step, values))
+        if asked and not self._is_over():
+            self.run_state.ended = name
 
     def _expected_steps(self) -> int:
         """Estimates the number of steps from those done (at least one)."""
@@ -258,6 +304,7 @@ class Session:
             self._warn(text)
         if metrics["optimizer/skipped"]:
             self._skipped(batch)
+        self._call("on_step", metrics)
         every = self.settings.eval.steps
         if every and step % every == 0 and not self._is_over():
             result = self._evaluate(f"step {step}")
@@ -296,6 +343,11 @@ class Session:
         settings = self.settings
         if not self.task.eval:
             return None
+        if when == "after" and self.latest is not None and self.latest[0] == self.run_state.step:
+            _, measured, completions = self.latest
+            self.progress.evaluation(when, measured.as_dict())
+            self._keep_answers(when, measured, completions)
+            return measured.as_dict()
         self.stop.at_once = when in ("before", "after")
         measured, completions = evaluate_policy(
             self.policy,
@@ -313,6 +365,8 @@ class Session:
         if self.run_state.add_evaluation(result):
             self._save_adapter("adapter-best")
         self._keep_answers(when, measured, completions)
+        self.latest = self.run_state.step, measured, completions
+        self._call("on_evaluation", result)
         return result
 
     def _keep_answers(self, when: str, measured: Evaluation, completions: list[Completion]) -> None:
@@ -338,6 +392,7 @@ class Session:
             "algorithm": self.settings.algorithm.name,
             "task": self.settings.task.name,
             "steps": run_state.step,
+            "ended_by": self.ended_by,
             "accuracy_before": run_state.before,
             "accuracy_after": self.after,
             "accuracy_best": run_state.best,
@@ -436,6 +491,13 @@ class Session:
                 f"{what} cannot be written ({error.strerror or error})",
                 f"Free the space or make it writable, then run twig train {folder} --resume",
             ) from error
+
+    def _refuse_stopping_unmeasured(self) -> None:
+        """Raises UserError if the run is to end by an accuracy that is never measured."""
+        key = self.settings.train.stop_when.key
+        if key is not None and not self.task.eval:
+            fix = "Set task.eval_split, or pass eval_dataset"
+            raise UserError(key, "there is nothing to evaluate on", fix)
 
     def _refuse_other_contents(self) -> None:
         """Raises UserError if code, data or weights are not those that the run began with."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from twig.config.schema import StopWhen
+
 TOTALS = {
     "tokens_sampled": "tokens/sampled",
     "tokens_selected": "tokens/selected",
@@ -19,7 +21,8 @@ TOTALS = {
 class RunState:
     """Steps done, totals over them, and every evaluation with its step (0: before training).
 
-    `answers` are those before training that the result may show (`answers.answers_before`).
+    `answers` are those before training that the result may show (`answers.answers_before`). `ended` is the
+    callback that ended the run.
 
     Two evaluations are compared only if they asked the same problems. Those to evaluate on never change in a
     run, and an evaluation asks the first ones: as many are the same.
@@ -29,6 +32,7 @@ class RunState:
     totals: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0) | {"seconds": 0.0})
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    ended: str | None = None
 
     def add_step(self, metrics: Mapping[str, Any], seconds: float) -> None:
         """One more step is done."""
@@ -56,6 +60,23 @@ class RunState:
         """
         trained = [each for each in self._comparable() if each["step"] > 0]
         return max(trained, key=lambda each: each["value"], default=None)
+
+    def ended_by(self, when: StopWhen) -> str | None:
+        """Returns the setting or callback that ends the run here; None if it goes on."""
+        if self.ended is not None:
+            return self.ended
+        # A run that is resumed at an evaluation may have it twice.
+        values = {each["step"]: each["value"] for each in self._comparable()} if self.evaluations else {}
+        last = max(values, default=0)
+        if last == 0:
+            return None
+        if when.accuracy is not None and values[last] >= when.accuracy:
+            return "train.stop_when.accuracy"
+        best = max(values, key=lambda step: (values[step], -step))
+        since = sum(step > best for step in values)
+        if when.patience is not None and since >= when.patience:
+            return "train.stop_when.patience"
+        return None
 
     def _comparable(self) -> list[dict[str, Any]]:
         return [each for each in self.evaluations if each["n"] == self.evaluations[-1]["n"]]

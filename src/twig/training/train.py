@@ -29,7 +29,7 @@ from twig.runtime.failures import Ended
 from twig.runtime.memory_use import PeakMemory
 from twig.runtime.processes import Processes, together
 from twig.runtime.stop import Clock
-from twig.training.session import Run, Session, prepare_run
+from twig.training.session import Callback, Callbacks, Run, Session, prepare_run
 
 
 class Passed(TypedDict, total=False):
@@ -39,6 +39,8 @@ class Passed(TypedDict, total=False):
     list of dicts; `algorithm`: an object in place of the group `algorithm`; `peft_config`: PEFT's
     `LoraConfig` in place of the group `lora` (unsupported fields raise UserError); `processes`: from
     `twig.runtime.processes.together`, if the caller has more to do as one of several processes.
+    `on_step(step, metrics)` and `on_evaluation(step, result)` are called in process 0 with what metrics.jsonl
+    and summary.json get; if one returns True, the run ends there, finished.
     """
 
     reward_funcs: Callable | Sequence[Callable] | None
@@ -47,6 +49,8 @@ class Passed(TypedDict, total=False):
     algorithm: Algorithm | None
     peft_config: Any
     processes: Processes | None
+    on_step: Callback | None
+    on_evaluation: Callback | None
 
 
 def train(
@@ -62,12 +66,12 @@ def train(
     """Trains by `settings` (a recipe's name, a dict of groups, or Settings) and returns the run.
 
     `model` and `tokenizer` replace those of `model.name`. By keyword: `reward_funcs`, `train_dataset`,
-    `eval_dataset`, `algorithm`, `peft_config` and `processes`, see `Passed`. The run folder is `output`, by
-    default a new one below runs/. `resume` resumes from the newest valid checkpoint in `output`, or starts
-    from the beginning if there is none; a finished run is returned as it is. If there is nothing to evaluate
-    on, the accuracies are None. The first SIGINT or SIGTERM stops the run after the step, saved, with the
-    status "stopped"; a second one raises KeyboardInterrupt. Raises UserError for what can be fixed, TypeError
-    for an unknown keyword.
+    `eval_dataset`, `algorithm`, `peft_config`, `processes`, `on_step` and `on_evaluation`, see `Passed`. The
+    run folder is `output`, by default a new one below runs/. `resume` resumes from the newest valid
+    checkpoint in `output`, or starts from the beginning if there is none; a finished run is returned as it
+    is. If there is nothing to evaluate on, the accuracies are None. The first SIGINT or SIGTERM stops the run
+    after the step, saved, with the status "stopped"; a second one raises KeyboardInterrupt. Raises UserError
+    for what can be fixed, TypeError for an unknown keyword.
 
     If a launcher started several processes, each calls this and takes its share; settings, output and resume
     are those of process 0, which alone writes and reports. Raises Ended if another process failed.
@@ -101,7 +105,8 @@ def train(
             device = pick_device(decided.device if decided else str(cast(PreTrainedModel, model).device))
             with PeakMemory(str(device)) as memory:
                 parts = prepare_run(same, start, given, progress, memory, processes, decided)
-                return Session(parts, start, progress, memory, clock, processes).run()
+                callbacks = Callbacks(passed.get("on_step"), passed.get("on_evaluation"))
+                return Session(parts, start, progress, memory, clock, processes, callbacks).run()
         except (FileError, Ended) as error:
             reported = with_traceback(error, start.log)
             if reported is error:

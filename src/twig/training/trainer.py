@@ -26,7 +26,7 @@ from twig.core.algorithms.base import Objective
 from twig.core.credit import Scored, assign
 from twig.core.objective import shrink
 from twig.core.replay import Restart, choose_restart
-from twig.core.rng import CREDIT, DATA, REPLAY, generator
+from twig.core.rng import CREDIT, CURRICULUM, DATA, REPLAY, generator
 from twig.core.trie import PrefixTrie
 from twig.core.types import Completion, Group
 from twig.engine.base_policy import BasePolicy
@@ -112,6 +112,8 @@ class Trainer:
         self.drawn_prompts = 0  # position in the data: prompts taken so far
         self.restarts: list[Restart] = []
         self.lengths: dict[int, float] = {}  # of a prompt's completions, the last time it was sampled
+        self.settled: set[int] = set()  # problems whose last group was all right or all wrong
+        self.passed_over = 0  # problems whose turn passed in this step (`rollout.curriculum`)
         self.skipped_in_a_row = 0  # steps up to now whose gradient was not finite
         self.seconds: dict[str, float] = {}
 
@@ -119,7 +121,7 @@ class Trainer:
 
     def step(self, step: int) -> tuple[Batch, dict[str, Any]]:
         """Samples and updates; returns what was sampled and the step's metrics. `step` counts from 1."""
-        self.seconds = {}
+        self.seconds, self.passed_over = {}, 0
         batch = self.sample(step)
         with self._timed("credit"):
             self.assign_credit(batch, step)
@@ -129,6 +131,8 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if updated["optimizer/skipped"] else 0
         self._queue_restarts(batch, step)
         self._use_smallest_sizes()
+        if self.settings.rollout.curriculum < 1:
+            updated["curriculum/passed_over"] = self.passed_over
         return batch, {**batch_metrics(batch), **updated, **{f"time/{k}": v for k, v in self.seconds.items()}}
 
     def sample(self, step: int) -> Batch:
@@ -182,6 +186,7 @@ class Trainer:
         answered = [part.answered for part in parts if part.answered is not None]
         right = np.concatenate([part.right for part in parts])
         judged = Outcomes(groups, rewards, np.concatenate(answered) if answered else None, right)
+        self._keep_settled(judged)
         return Batch(judged, drawn.boundary, own=own)
 
     def _asked(self, slot: int, restart: Restart) -> _Asked:
@@ -358,9 +363,28 @@ class Trainer:
         return chosen
 
     def _fresh_prompt(self) -> Restart:
-        epoch, at = divmod(self.drawn_prompts, len(self.task.train))
-        self.drawn_prompts += 1
-        return Restart(int(self._order(epoch)[at]), [])
+        while True:
+            epoch, at = divmod(self.drawn_prompts, len(self.task.train))
+            self.drawn_prompts += 1
+            index = int(self._order(epoch)[at])
+            if index not in self.settled or self._has_another_turn():
+                return Restart(index, [])
+            self.passed_over += 1
+
+    def _has_another_turn(self) -> bool:
+        """Returns whether the problem of this turn is sampled although its last group taught nothing."""
+        chance = self.settings.rollout.curriculum
+        return generator(self.settings.train.seed, CURRICULUM, self.drawn_prompts).random() < chance
+
+    def _keep_settled(self, judged: Outcomes) -> None:
+        """Keeps which problems' last group was all right or all wrong; restarts show only a part of one."""
+        if self.settings.rollout.curriculum == 1:
+            return
+        without_signal = set(judged.without_signal)
+        for place, group in enumerate(judged.groups):
+            if group.prefix_length == 0:
+                change = self.settled.add if place in without_signal else self.settled.discard
+                change(group.prompt_index)
 
     @lru_cache(maxsize=1)  # noqa: B019 - one trainer lives as long as its run
     def _order(self, epoch: int) -> np.ndarray:
@@ -412,6 +436,7 @@ class Trainer:
             "sizes": sizes,
             "restarts": [r.as_dict() for r in self.restarts],
             "lengths": list(self.lengths.items()),
+            "settled": sorted(self.settled),
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
@@ -429,6 +454,7 @@ class Trainer:
         self._use(replace(self.sizes, **state["sizes"]))
         self.restarts = [Restart(**r) for r in state["restarts"]]
         self.lengths = {int(index): length for index, length in state["lengths"]}
+        self.settled = set(state.get("settled", []))
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
 
