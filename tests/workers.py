@@ -35,6 +35,7 @@ ALGORITHMS = {
     "grpo twice on a batch": ["algorithm.name=grpo", "algorithm.num_iterations=2", "algorithm.beta=0.1"],
     "s-grpo": ["algorithm.name=s-grpo", "algorithm.alpha=2", "algorithm.p=0.5", "algorithm.k=5"],
     "grpo with redrawn prompts": ["algorithm.name=grpo", "rollout.redraw=2"],
+    "grpo with a curriculum": ["algorithm.name=grpo", "rollout.curriculum=0.3"],
 }
 
 
