@@ -135,7 +135,9 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
             began = time.perf_counter()
             trie = PrefixTrie.build(rows, rewards)
             credit = assign_one(rule, trie, np.random.default_rng(0))
-            sizes = Sizes(0, options.pack_size or options.length, options.head_chunk, options.checkpoint_layers)
+            sizes = Sizes(
+                0, options.pack_size or options.length, options.head_chunk, options.checkpoint_layers
+            )
             passes = Passes(policy, sizes, Progress(), [Scored(group, trie, credit)], boundary)
             passes.backward(Objective())
             seconds.append(time.perf_counter() - began)

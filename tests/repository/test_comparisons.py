@@ -159,7 +159,7 @@ def test_trl_is_measured_only_as_the_columns_need_it(kernels, columns, trl):
 
     import update
 
-    options = SimpleNamespace(columns=columns, cases=list(update.CASES), shape="tiny")
+    options = SimpleNamespace(columns=columns, cases=list(update.CASES), shape="tiny", length=200)
     sides = update.sides_of(options, kernels)
     assert sum(name.startswith("TRL") for name in sides) == trl
     assert (update.REFERENCE in sides) == (kernels == "onednn")
