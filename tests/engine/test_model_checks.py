@@ -4,18 +4,16 @@ import json
 from typing import Any
 
 import numerics
+import odd_models
 import oracles
 import pytest
 import tiny
 import torch
-import transformers
 from family_cases import Family
 from gradients import texts_of
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from numerics import assert_values
 from saved import build_tokenizer, save_model
-from tiny import FAMILIES, SHAPE
 
 from twig.common.errors import UserError
 from twig.config.schema import Model
@@ -89,64 +87,17 @@ def test_a_window_beyond_the_checks_text_is_checked_too(family, window, monkeypa
     assert model.config.to_dict() == before and len(model.model.layers) == 4
 
 
-_ODD = st.fixed_dictionaries(
-    {},
-    optional={
-        "sliding_window": st.sampled_from([1, 3, 7, 100]),
-        "use_sliding_window": st.booleans(),
-        "max_window_layers": st.integers(0, 4),
-        "logit_scale": st.sampled_from([0.25, 2.0]),
-        "logits_scaling": st.sampled_from([0.5, 4.0]),
-        "embedding_multiplier": st.sampled_from([0.5, 3.0]),
-        "final_logit_softcapping": st.sampled_from([None, 2.0]),
-        "keep_window_size": st.sampled_from([2, 50]),
-        "tie_word_embeddings": st.booleans(),
-        "rope_parameters": st.sampled_from(
-            [
-                {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0},
-                {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0},
-                {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0},
-            ]
-        ),
-    },
-)
-
-
-_ODD_MODELS = {
-    "family": st.sampled_from(["llama", "qwen2", "mistral", "gemma2", "granite", "qwen3"]),
-    "values": _ODD,
-}
-
-
 @settings(max_examples=4)
-@given(**_ODD_MODELS)
-def test_whatever_stands_in_a_models_config_it_is_exact_or_refused(family, values):
-    assert_exact_or_refused(family, values)
+@given(**odd_models.MODELS)
+def test_whatever_stands_in_a_models_config_and_adapter_they_are_exact_or_refused(**model):
+    odd_models.check(**model)
 
 
 @pytest.mark.slow
 @settings(max_examples=60)
-@given(**_ODD_MODELS)
-def test_whatever_stands_in_many_models_configs_they_are_exact_or_refused(family, values):
-    assert_exact_or_refused(family, values)
-
-
-def assert_exact_or_refused(family, values):
-    name, extra = FAMILIES[family]
-    try:
-        getattr(transformers, name)(**SHAPE | extra | values)
-    except Exception:
-        return  # no config of that class
-    with numerics.casts():
-        model = tiny.build_model(family, "eager", **values)
-        peft_model = attach(model, r=2, alpha=4.0, target_modules=["q_proj"], layers=[1, 3])
-        try:
-            policy = Policy(tiny.with_random_b(peft_model))
-        except UserError as error:
-            assert error.key == "model.engine=trie" and "\n" not in str(error)
-            return
-        for recorded, own in sampled_and_own(policy, Request(LONG.prompt_ids, 2, 8, 0)):
-            assert_values(recorded, own)
+@given(**odd_models.MODELS)
+def test_whatever_stands_in_many_configs_and_adapters_they_are_exact_or_refused(**model):
+    odd_models.check(**model)
 
 
 # Positions
