@@ -10,6 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # Written when an install is complete, so a broken-off one is repeated. A folder that has moved is another one.
 INSTALLED := .venv/installed-$(firstword $(shell pwd | cksum))
 DOCS_INSTALLED := $(INSTALLED)-docs
+LLAMA_INSTALLED := $(INSTALLED)-llama
 
 .PHONY: install quickstart test test-slow test-gpu lint bench docs
 
@@ -25,7 +26,7 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST) $(ARGS)
 
-test-slow: $(INSTALLED)
+test-slow: $(LLAMA_INSTALLED)
 	$(PYTEST) -m slow $(ARGS)
 
 test-gpu: $(INSTALLED)
@@ -48,6 +49,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "setup: no $(PYTHON); run: sudo apt install python3 python3-venv (Mac: brew install python@3.12)" >&2; exit 2; }
 	@"$(PYTHON)" scripts/setup.py
 	@touch $@
+
+# Without its parts for images, which take a third of the time. The tests that need it say so if it is not there.
+$(LLAMA_INSTALLED): $(INSTALLED)
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(BIN)/python scripts/setup.py llama && touch $@ || \
+		echo "test-slow: no llama-cpp-python, so GGUF files are not tested with llama.cpp" >&2
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	@$(BIN)/python scripts/setup.py docs

@@ -77,7 +77,7 @@ def machine(tmp_path) -> Machine:
 
 
 VENV = "-m venv --clear {}/.venv"
-DEV, DOCS = "-e .[dev] -c constraints.txt", "-e .[docs] -c constraints.txt"
+DEV, DOCS, LLAMA = (f"-e .[{extra}] -c constraints.txt" for extra in ("dev", "docs", "llama"))
 
 # What a machine lacks
 
@@ -203,7 +203,6 @@ QUICKSTART = "-m twig train quickstart --output runs/quickstart"
     ("target", "command"),
     [
         ("test", f"{TESTS} -k trie"),
-        ("test-slow", f"{TESTS} -m slow -k trie"),
         ("test-gpu", "-m pytest -m gpu -k trie"),
         ("bench", "benchmarks/run.py -k trie"),
         ("quickstart", f"{QUICKSTART} -k trie"),
@@ -212,6 +211,16 @@ QUICKSTART = "-m twig train quickstart --output runs/quickstart"
 def test_a_target_installs_and_runs_its_command(target, command, machine):
     assert machine.make(target, "ARGS=-k trie").returncode == 0
     assert machine.asked[1:] == [DEV, command]
+
+
+def test_slow_tests_have_llama_cpp_once_and_run_without_it_too(machine):
+    slow = f"{TESTS} -m slow -k trie"
+    machine.make("install")
+    assert machine.make("test-slow", "ARGS=-k trie", FAILS="pip").returncode == 0
+    assert machine.asked[2:] == [LLAMA, slow]
+    for _ in range(2):
+        machine.make("test-slow", "ARGS=-k trie")
+    assert machine.asked[4:] == [LLAMA, slow, slow]
 
 
 def test_quickstart_starts_then_resumes_and_starts_over_on_request(machine):

@@ -1,5 +1,6 @@
 """Defines the command `twig export`: one library call, and what it wrote."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ from twig.cli.display import quoted, showing
 from twig.common.errors import UserError
 from twig.common.text import one_line
 from twig.runtime.stop import stoppable
+
+_LONGEST_PROMPT = 60  # in the command shown; most are long
 
 
 def export_command(
@@ -63,7 +66,18 @@ def export_command(
         facts["exact"] = f"logits differ by at most {done.merge.difference:.2g} ({done.merge.dtype})"
     if done.url is not None:
         facts["page"] = done.url
-    else:
+    elif done.file is None:
         facts["next"] = f"read {quoted(done.folder / 'README.md')}, then share the folder"
+    else:
+        facts["next"] = _llama_command(done.file, done.prompt, merged)
+    if done.file is not None and not merged:
+        facts["note"] = f"BASE.gguf is {facts['base']} as a GGUF file; with --merged, one file is enough"
     for name, text in facts.items():
         result_console().print(Text(f"{name:<8} {one_line(text)}"), soft_wrap=True)
+
+
+def _llama_command(file: Path, prompt: str, merged: bool) -> str:
+    """Returns the command of llama.cpp that answers a prompt; a long one is left for the user to write."""
+    text = shlex.quote(prompt) if prompt.isprintable() and len(prompt) <= _LONGEST_PROMPT else "PROMPT"
+    model = f"-m {quoted(file)}" if merged else f"-m BASE.gguf --lora {quoted(file)}"
+    return f"llama-completion {model} -no-cnv --temp 0 -p {text}"

@@ -94,7 +94,8 @@ class Exported:
     """What was exported.
 
     `base` is as the card names it; `file` is the GGUF file (None without one); `merge` says how exact a merge
-    is (None for an adapter); `url` is the page on the Hub (None if nothing was uploaded).
+    is (None for an adapter); `url` is the page on the Hub (None if nothing was uploaded); `prompt` is a
+    prompt of the form that the run had.
     """
 
     folder: Path
@@ -102,6 +103,7 @@ class Exported:
     file: Path | None = None
     merge: Merge | None = None
     url: str | None = None
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def export_run(
         (draft / CARD).write_text(model_card(subject), encoding="utf-8")
     url = None if push is None else push_folder(target, push, progress)
     file = None if options.file is None else target / options.file
-    return Exported(target, base, file, merge, url)
+    return Exported(target, base, file, merge, url, prompt.text)
 
 
 # ---- what is read ----------------------------------------------------------------------------------------
