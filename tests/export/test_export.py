@@ -712,8 +712,12 @@ def spoil(name):
     def stopped(run):
         edit(run / "summary.json", status="stopped")
 
-    def no_summary(run):
+    def killed(run):
         (run / "summary.json").unlink()
+
+    def no_checkpoint(run):
+        stopped(run)
+        shutil.rmtree(run / "checkpoints")
 
     def old(run):
         (run / "summary.json").write_text('{"status": "finished"}')
@@ -740,8 +744,7 @@ def spoil(name):
 @pytest.mark.parametrize(
     "spoiled, arguments, says",
     [
-        ("stopped", "", ["stopped, not finished", "--resume, or pass --best"]),
-        ("no_summary", "", ["summary.json", "--resume"]),
+        ("no_checkpoint", "", ["stopped, not finished", "--resume, or pass --best"]),
         ("old", "", ["summary.json"]),
         ("no_adapter", "", ["adapter_model.safetensors", "--resume"]),
         ("never_evaluated", "--best", ["--best: ", "Leave out --best"]),
@@ -766,6 +769,22 @@ def test_what_cannot_be_exported_is_one_line(spoiled, arguments, says, run, tmp_
     for text in says:
         assert text in last
     assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("ended", ["stopped", "killed"])
+def test_a_run_that_is_not_finished_is_exported_from_its_newest_checkpoint(ended, trained, run, tmp_path):
+    for name in ("adapter", "adapter-best"):  # the weights and their shape are in the checkpoint alone
+        shutil.rmtree(run / name)
+    spoil(ended)(run)
+    folder = export_run(run, tmp_path / "shared").folder
+    both = (trained.folder / "adapter", folder)
+    saved, written = (load_file(each / "adapter_model.safetensors") for each in both)
+    assert saved.keys() == written.keys() and all(torch.equal(saved[key], written[key]) for key in saved)
+    own, config = (json.loads((each / "adapter_config.json").read_text()) for each in both)
+    for key in ("r", "lora_alpha", "target_modules", "layers_to_transform", "task_type", "bias"):
+        assert own[key] == config[key]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "- steps: 2 (the run was not finished)" in card
 
 
 def test_a_stopped_runs_best_adapter_can_be_exported(run, tmp_path):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from twig import __version__
+from twig.cli.chat import chat_command
 from twig.cli.compare import compare_command
 from twig.cli.console import Silent, Stopped, unfailing_streams
 from twig.cli.env import env_command
@@ -44,6 +45,7 @@ app = typer.Typer(
 
 app.command("train")(train_command)
 app.command("eval")(eval_command)
+app.command("chat")(chat_command)
 app.command("compare")(compare_command)
 app.command("export")(export_command)
 app.command("plan")(plan_command)

@@ -291,7 +291,7 @@ def show_answers(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             texts.append(Text(clean(shortened(answer["text"].strip(), _LONGEST_ANSWER))))
         table.add_row(*texts)
         console.print(table)
-    for line in missing_kinds(rows):
+    for line in missing_kinds(rows) if rows else ():
         console.print(f"\n{line}")
 
 

@@ -1,6 +1,5 @@
 """The command `twig eval`: builds settings from its arguments, measures, and prints the result."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +9,12 @@ from rich.text import Text
 from twig.cli.completion import complete_run
 from twig.cli.console import Overrides, quiet_libraries, result_console
 from twig.cli.display import accuracy_table, clean, comparison_words, quoted, sampled_table, showing
+from twig.cli.models import Named, named_model, saying_what_was_passed
 from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.common.text import either
-from twig.config.load import Settings, load
+from twig.config.load import Settings
 from twig.evaluation.record import read_evaluation, refuse_other_content, write_evaluation
-from twig.runs.reader import is_run
 from twig.tasks.load import TASKS
 
 
@@ -49,13 +48,17 @@ def eval_command(
     ] = False,
 ) -> None:
     """Measure a model's accuracy, with a 95 % interval."""
-    settings = _settings_to_evaluate(model, task, overrides or [], limit, best)
     other = None if against is None else read_evaluation(against)
     if output is not None:
         refuse_other_content(output)
-    with showing(settings.log.progress) as progress:
-        measured = _evaluate(settings, samples, progress)
+    with named_model(model, best, "eval", overrides or ()) as named, saying_what_was_passed(Path(model)):
+        settings = _settings_to_evaluate(named, model, task, overrides or [], limit)
+        with showing(settings.log.progress) as progress:
+            named.tell(progress.notice)
+            measured = _evaluate(settings, samples, progress)
     record = measured.as_dict()
+    if named.adapter is not None:  # not the temporary folder that a checkpoint's was written to
+        record["adapter"] = record["settings"]["model"]["adapter"] = str(named.adapter.place)
     console = result_console()
     greedy = record["greedy"]
     rows = {settings.task.name: greedy}
@@ -94,42 +97,12 @@ def _evaluate(settings: Settings, samples: int | None, progress: Progress) -> An
 
 
 def _settings_to_evaluate(
-    model: str, task: str | None, overrides: list[str], limit: int | None, best: bool
+    named: Named, model: str, task: str | None, overrides: list[str], limit: int | None
 ) -> Settings:
-    if "=" in model and not Path(model).exists():
-        raise UserError(model, "a setting in place of the model", f"Run twig eval MODEL_OR_RUN {model}")
-    folder = Path(model)
-    if best and not is_run(folder):
-        raise UserError("--best", f"{model} is not a run", "Leave --best out, or name the folder of a run")
-    if is_run(folder):
-        values = load(model).model_dump()
-        values["model"]["adapter"] = _adapter_of(folder, best)
-    elif (folder / "adapter_config.json").is_file():
-        values = {"model": {"name": _base_of(folder), "adapter": model}}
-    else:
-        values = {"model": {"name": model}}
+    values = dict(named.values)
     if task is not None and task != values.get("task", {}).get("name"):
         values["task"] = {"name": task}
     if "task" not in values and not any(override.startswith("task.name=") for override in overrides):
         problem = f"not set, and {model} is not a run that has one"
         raise UserError("--task", problem, f"Add --task {either(list(TASKS))}")
     return Settings.from_dict(values, overrides if limit is None else [*overrides, f"eval.limit={limit}"])
-
-
-def _base_of(adapter: Path) -> str:
-    file = adapter / "adapter_config.json"
-    try:
-        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, TypeError, KeyError):
-        name = None
-    if not isinstance(name, str) or not name:
-        fix = f"Run twig eval MODEL --task NAME model.adapter={adapter}"
-        raise UserError(str(file), "names no base model", fix)
-    return name
-
-
-def _adapter_of(folder: Path, best: bool) -> str:
-    for name in ("adapter-best",) if best else ("adapter", "adapter-best"):
-        if (folder / name / "adapter_config.json").is_file():
-            return str(folder / name)
-    raise UserError(str(folder), "the run has no adapter yet", f"Resume it: twig train {folder} --resume")

@@ -20,7 +20,7 @@ _LONGEST_PROMPT = 60  # in the command shown; most are long
 def export_command(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="The folder of a finished run.", autocompletion=complete_run),
+        typer.Argument(metavar="RUN", help="The folder of a run.", autocompletion=complete_run),
     ],
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder to write. Without it: exports/NAME.")

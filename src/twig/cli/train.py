@@ -12,6 +12,7 @@ import typer
 from twig.cli.completion import complete_source
 from twig.cli.console import Overrides, Silent, Stopped, quiet_libraries, result_console
 from twig.cli.display import quoted, show_answers, show_findings, show_run, showing
+from twig.cli.models import saying_what_was_passed
 from twig.cli.plan import plan_as_comment
 from twig.common.errors import UserError
 from twig.common.text import file_name
@@ -60,7 +61,7 @@ def train_command(
         _complete(folder, summary)
         _show(folder, summary)
         return
-    with _stoppable(folder):
+    with _stoppable(folder), saying_what_was_passed(folder):
         summary = _train(settings, folder, resume)
     _show(folder, summary)
     if summary["status"] == "stopped":

@@ -8,10 +8,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,11 @@ from twig.engine.model_files import EMBEDDED, source_of
 from twig.export.card import Base, Merge, Subject, model_card
 from twig.export.gguf import FORMATS, Origin, Texts, refuse_gguf, write_adapter, write_model
 from twig.export.upload import Push, check_push, push_folder
-from twig.runs.reader import COMPLETIONS, ENVIRONMENT, SUMMARY, is_run, read_summary
-from twig.tasks.base import Task
-from twig.tasks.load import TASKS
-from twig.tasks.prompts import render_prompt
+from twig.runs.adapters import adapter_of
+from twig.runs.reader import COMPLETIONS, ENVIRONMENT, SUMMARY, is_finished, is_run, read_summary
+from twig.tasks.load import texts_of
+from twig.tasks.prompts import names_in, render_prompt
+from twig.training.state import RunState
 
 EXPORTS = Path("exports")
 CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
@@ -158,13 +158,20 @@ def export_run(
     """Writes the run in the folder `run` to the folder `output`, ready to share.
 
     That is safetensors and tokenizer, or a GGUF file, and the model card of what `options` say: by default
-    the adapter of the last step. `output` is by default exports/NAME. `push` uploads the folder too.
+    the adapter of the last step; of a run that did not finish, that of its newest checkpoint. `output` is by
+    default exports/NAME. `push` uploads the folder too.
 
     Raises UserError for what can be fixed; `output` is then as it was before.
     """
     options, progress = options or ExportOptions(), progress or Progress()
     check_push(push)
-    source = _read(Path(run), options.best)
+    with _exportable(Path(run), options.best, progress) as source:
+        return _export(source, output, options, push, progress)
+
+
+def _export(
+    source: _Source, output: str | Path | None, options: ExportOptions, push: Push | None, progress: Progress
+) -> Exported:
     target = _target(output, source.folder, options)
     located = _locate_base(source, options.base_model)
     base = located.base
@@ -202,6 +209,42 @@ def export_run(
 
 
 # ---- what is read ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _exportable(folder: Path, best: bool, progress: Progress) -> Iterator[_Source]:
+    """Yields what is exported of a run: an adapter in its folder, or that of its newest checkpoint."""
+    summary = read_summary(folder)
+    damaged = summary is None and (folder / SUMMARY).exists()
+    if best or damaged or not is_run(folder) or is_finished(summary):
+        yield _read(folder, best)
+        return
+    with adapter_of(folder) as found:
+        if found.state is None:
+            yield _read(folder, best)
+            return
+        progress.message(f"the run is not finished; this is its adapter after step {found.step}")
+        settings, environment = load(str(folder)), _json(folder / ENVIRONMENT)
+        summary = _summary_at(settings, found.state, summary or {})
+        yield _Source(folder, found.folder, settings, summary, environment, _json(found.folder / CONFIG))
+
+
+def _summary_at(settings: Settings, state: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the summary of a run at one of its checkpoints; `summary` is the one it stopped with."""
+    standing = RunState(**state["standing"])
+    last = standing.evaluations[-1] if standing.evaluations else {}
+    measured = {key: value for key, value in last.items() if key != "step"}
+    return {
+        "status": "stopped",
+        "algorithm": settings.algorithm.name,
+        "task": settings.task.name,
+        "steps": standing.step,
+        "accuracy_before": standing.before,
+        "accuracy_after": measured if last.get("step") == standing.step > 0 else None,
+        "accuracy_best": standing.best,
+        "peak_memory_bytes": summary.get("peak_memory_bytes"),
+        **standing.totals,
+    }
 
 
 def _read(folder: Path, best: bool) -> _Source:
@@ -283,22 +326,10 @@ def _base_settings(source: _Source, place: str) -> Model:
 
 
 def _prompt(settings: Settings, tokenizer: Tokenizer) -> _Prompt:
-    asked = settings.task
-    module = import_module(TASKS[asked.name])
+    asked, task = settings.task, texts_of(settings)
     problem = _PROBLEMS.get(asked.name, "...")
-    template = asked.prompt_template or getattr(module, "PROMPT", None)
-    columns = dict.fromkeys(re.findall(r"\{(\w+)\}", template or ""), "...")
+    columns = dict.fromkeys(names_in(task.prompt_template), "...")
     columns |= {"question": problem, "prompt": problem}
-    task = Task(
-        asked.name,
-        (),
-        (),
-        (),
-        prompt_template=template,
-        system_prompt=asked.system_prompt,
-        chat=asked.chat,
-        chat_template_kwargs=asked.chat_template_kwargs,
-    )
     text = render_prompt(task, Example(problem, columns), tokenizer)
     return _Prompt(text, asked.chat != "never" and bool(getattr(tokenizer, "chat_template", None)))
 

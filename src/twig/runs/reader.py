@@ -121,6 +121,12 @@ def is_run(folder: Path) -> bool:
     return (folder / RUN_CONFIG).is_file()
 
 
+def passed_parts(folder: Path) -> list[str]:
+    """Returns the names of what a run got from Python in place of what its settings name."""
+    passed = (read_json(folder / ENVIRONMENT) or {}).get("passed")
+    return passed.split(", ") if isinstance(passed, str) and passed else []
+
+
 def is_finished(summary: dict[str, Any] | None) -> bool:
     """Returns whether a summary is that of a finished run."""
     return summary is not None and summary.get("status") == "finished"

@@ -19,7 +19,7 @@ from twig.tasks.prompts import encode_prompt, fill_template, render_prompt
 from twig.tasks.reward_calls import Limit
 from twig.tasks.reward_functions import function_name
 
-__all__ = ["TASKS", "Task", "encode_prompt", "fill_template", "load_task", "render_prompt"]
+__all__ = ["TASKS", "Task", "encode_prompt", "fill_template", "load_task", "render_prompt", "texts_of"]
 
 TASKS = {
     "multiplication": "twig.tasks.multiplication",
@@ -59,6 +59,13 @@ def load_task(
     else:
         task = module.load(settings, train_dataset, eval_dataset)
     return _with_rewards(_with_texts(task, group), group, reward_funcs, notice)
+
+
+def texts_of(settings: Any) -> Task:
+    """Returns a task without data and rewards: how it writes a prompt."""
+    group = settings.task
+    template = getattr(import_module(TASKS[group.name]), "PROMPT", None)
+    return _with_texts(Task(group.name, (), (), (), prompt_template=template), group)
 
 
 def _with_texts(task: Task, group: Any) -> Task:

@@ -48,6 +48,16 @@ def fill_template(template: str, fields: Mapping[str, Any]) -> str:
     return _FIELD.sub(put, template)
 
 
+def names_in(template: str | None) -> list[str]:
+    """Returns the names in braces in a template, each once.
+
+    >>> names_in("{question} Write \\\\boxed{}, {{not}} {hint}.")
+    ['question', 'hint']
+    """
+    names = (match[1] for match in _FIELD.finditer(template or ""))
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
 def render_prompt(task: Task, example: Example, tokenizer: Any) -> str:
     """Returns the text that the model sees for an example: template, system prompt, chat template.
 
