@@ -25,7 +25,7 @@ from twig.engine.plain_policy import PlainPolicy
 from twig.engine.sampler import SamplingParams
 from twig.tasks.base import Task
 from twig.tasks.load import texts_of
-from twig.tasks.prompts import names_in, encode_prompt, refuse_too_long
+from twig.tasks.prompts import encode_prompt, names_in, refuse_too_long
 
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character yet
 _FIELDS = ("question", "prompt")  # of a template, which a problem fills
