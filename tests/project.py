@@ -31,5 +31,6 @@ WITH_TORCH = {
     "training.train",
     "training.trainer",
     "export.export",
+    *(name for name in MODULES if name.startswith("trl.")),
     *(name for name in MODULES if name.startswith("engine.") and name != "engine.pack"),
 }

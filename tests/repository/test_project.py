@@ -90,7 +90,8 @@ def test_every_package_has_a_layer_and_holds_only_a_docstring():
     assert {path.parent.name for path in SOURCE.glob("*/__init__.py")} == set(LAYERS)
     for name in LAYERS:
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-        assert ast.get_docstring(tree) and len(tree.body) == 1, name
+        names_itself = name == "trl"  # its names take the place of those that scripts import from TRL
+        assert ast.get_docstring(tree) and (len(tree.body) == 1 or names_itself), name
 
 
 def test_the_picture_of_the_house_is_current():

@@ -27,6 +27,16 @@ class Progress:
     def resumed(self, totals: Mapping[str, Any]) -> None:
         """Called if a run resumes; `totals` are those of summary.json, over the steps before."""
 
+    def ready(self, model: Any, tokenizer: Any, total: int) -> None:
+        """Called before the first of `total` steps, with the PEFT model that they train."""
+
+    def stops(self) -> bool:
+        """Returns whether the run is to stop, saved, after the step that was reported last."""
+        return False
+
+    def saved(self, step: int) -> None:
+        """Called after a checkpoint of `step` was written."""
+
     def step(self, step: int, total: int, metrics: dict[str, Any]) -> None:
         """Called after training step `step` of `total`; `metrics` is its row in metrics.jsonl."""
 

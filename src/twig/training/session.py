@@ -217,6 +217,7 @@ class Session:
                 f"task {self.task.name}: nothing to evaluate on, so no accuracy; pass eval_dataset, or set "
                 "task.eval_split"
             )
+        self.progress.ready(self.policy.peft_model, self.tokenizer, self.trainer.total_steps)
         names = self.settings.log.report_to if self.processes.main else []
         tracked = (names, self.log.folder, self.settings.model_dump(), step, self._warn)
         with reporting(*tracked) as self.report, stoppable() as self.stop:
@@ -240,7 +241,7 @@ class Session:
             began = time.perf_counter()
             self._step()
             time_is_up = self._any(self.clock.ends_before_another(time.perf_counter() - began))
-            asked = self._any(stop.asked)
+            asked = self._any(stop.asked or self.progress.stops())
             ends = asked or time_is_up or self._is_over()
             if ends or (every and run_state.step % every == 0):
                 self._save()
@@ -449,6 +450,7 @@ class Session:
         keep = self.settings.train.save_total_limit
         with self._saving("a checkpoint"):
             checkpoint.save(self.log.folder / CHECKPOINTS, self.run_state.step, tensors, state, keep)
+        self.progress.saved(self.run_state.step)
 
     def _restore(self, path: Path) -> None:
         files, state = self.processes.from_main(checkpoint.read(path) if self.processes.main else None)

@@ -19,9 +19,9 @@ Lee & Tong, "Token-Efficient RL for LLM Reasoning", arXiv 2504.20834, fixes the 
 The options marked "ours" are not in the paper.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, Self, TypeVar, get_args, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args, runtime_checkable
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -174,6 +174,8 @@ class Algorithm(Frozen):
     citation: ClassVar[str | None] = None  # BibTeX of the paper, if it is another than `PAPER`
     in_credit_map: ClassVar[bool] = False  # whether reports draw it beside a run's own algorithm
     objective_kind: ClassVar[Kind] = "token ratio"
+    # TRL's losses with this gradient: `loss_type` and `importance_sampling_level`
+    trl_losses: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     name: str = Field(default="", description="The algorithm; see docs/algorithms.md.")
     file: str | None = Field(
@@ -219,6 +221,14 @@ class Algorithm(Frozen):
         if self.epsilon_high is None:
             object.__setattr__(self, "epsilon_high", self.epsilon)
         return self
+
+    @classmethod
+    def of_trl(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings that the fields of TRL's `GRPOConfig` mean: those of the same name.
+
+        Raises UserError, its key the field, if a value means nothing here.
+        """
+        return {name: value for name, value in values.items() if name in cls.model_fields}
 
     # ---- the protocol
 

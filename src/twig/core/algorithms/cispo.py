@@ -1,10 +1,12 @@
 """CISPO: the ratio is a clipped weight without a gradient, so that no token loses its own."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from twig.common.errors import UserError
 from twig.core.algorithms.base import Credit, ScaledRewards, Step, arxiv_entry, on_tokens
 from twig.core.trie import PrefixTrie
 
@@ -28,11 +30,21 @@ class Cispo(ScaledRewards):
         "2506.13585",
     )
     objective_kind: ClassVar = "clipped weight"
+    trl_losses: ClassVar = (("cispo", "token"),)
 
     name: Literal["cispo"] = "cispo"
     epsilon_high: float | None = Field(
         default=4.0, ge=0, description="The weight is clipped above at 1 + epsilon_high. null: epsilon."
     )
+
+    @classmethod
+    def of_trl(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings; TRL's bound is of the weight itself, not of its distance from 1."""
+        bound = values["epsilon"] if values["epsilon_high"] is None else values["epsilon_high"]
+        if bound < 1:
+            problem = f"CISPO's weight would be {bound:g} for every token: set epsilon_high=5.0"
+            raise UserError("epsilon_high", problem, "Set epsilon_high=5.0")
+        return super().of_trl(values) | {"epsilon_high": bound - 1}
 
     def weights(self, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
         """Returns A_i at each token, summed over completions."""

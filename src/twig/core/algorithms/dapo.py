@@ -36,6 +36,8 @@ class Dapo(TopEntropy, ScaledRewards, KlTerm):
         "Yu, Qiying and others",
         "2503.14476",
     )
+    # bnpo: if its micro-batch is the whole step
+    trl_losses: ClassVar = (("dapo", "token"), ("bnpo", "token"))
 
     name: Literal["dapo"] = "dapo"
     epsilon_high: float | None = Field(

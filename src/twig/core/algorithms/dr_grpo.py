@@ -5,11 +5,18 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from twig.core.algorithms.base import Credit, KlTerm, TopEntropy, advantages, arxiv_entry, on_tokens
+from twig.core.algorithms.base import (
+    Credit,
+    KlTerm,
+    ScaledRewards,
+    TopEntropy,
+    arxiv_entry,
+    on_tokens,
+)
 from twig.core.trie import PrefixTrie
 
 
-class DrGrpo(TopEntropy, KlTerm):
+class DrGrpo(TopEntropy, ScaledRewards, KlTerm):
     """Every token of completion i gets (R_i - mean) / (G L), L the same for all. Dr. GRPO, arXiv 2503.20783.
 
     L is `divisor`, by default the longest length allowed: a long wrong completion is pushed down as much per
@@ -28,7 +35,14 @@ class DrGrpo(TopEntropy, KlTerm):
         "2503.20783",
     )
 
+    trl_losses: ClassVar = (("dr_grpo", "token"),)
+
     name: Literal["dr-grpo"] = "dr-grpo"
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        default="none",
+        description="Divide an advantage by a standard deviation after all, as TRL does by default: of the "
+        "rewards of its group, or of the whole step (`batch`).",
+    )
     divisor: int | None = Field(
         default=None,
         ge=1,
@@ -42,7 +56,7 @@ class DrGrpo(TopEntropy, KlTerm):
         return self if self.divisor else self.model_copy(update={"divisor": max_completion_length})
 
     def weights(self, trie: PrefixTrie, rng: np.random.Generator) -> Credit:
-        """Returns (R_i - mean) / L summed over completions, / G."""
+        """Returns A_i / L summed over completions, / G."""
         assert self.divisor is not None, "resolved with the settings"
         share = [1 / self.divisor] * trie.num_completions
-        return on_tokens(trie, advantages(trie.rewards, "none"), share, kl=self.beta != 0)
+        return on_tokens(trie, self.advantages(trie), share, kl=self.beta != 0)

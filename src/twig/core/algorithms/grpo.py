@@ -22,6 +22,7 @@ class Grpo(TopEntropy, ScaledRewards, KlTerm):
     title: ClassVar = "GRPO"
     summary: ClassVar = "a completion's reward, relative to those of its prompt, goes to all of its tokens"
     in_credit_map: ClassVar = True
+    trl_losses: ClassVar = (("grpo", "token"),)
     citation: ClassVar = arxiv_entry(
         "shao2024deepseekmath",
         "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",

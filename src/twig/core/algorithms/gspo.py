@@ -25,6 +25,7 @@ class Gspo(ScaledRewards):
         "zheng2025group", "Group Sequence Policy Optimization", "Zheng, Chujie and others", "2507.18071"
     )
     objective_kind: ClassVar = "sequence ratio"
+    trl_losses: ClassVar = (("grpo", "sequence"),)
 
     name: Literal["gspo"] = "gspo"
     epsilon: float = Field(
