@@ -19,7 +19,7 @@ CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}.{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 SMALL = {
     "per_device_train_batch_size": 4,
     "num_generations": 4,
@@ -96,6 +96,13 @@ class Heard(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.events.append("done")
+
+
+class Fails(TrainerCallback):
+    """Fails when a checkpoint is there."""
+
+    def on_save(self, args, state, control, **kwargs):
+        raise RuntimeError("no more")
 
 
 def trainer_of(model, folder, **given):
@@ -211,13 +218,15 @@ def test_the_defaults_are_those_of_trl(model, tmp_path):
     assert flat["task.chat"] == "never", "TRL leaves a text as it is"
 
 
-def test_a_callback_stops_a_run_that_is_resumed_to_the_same_end(model, tmp_path):
+def test_a_run_that_failed_is_resumed_to_the_same_end(model, tmp_path):
     whole = trainer_of(model, tmp_path / "whole")
     whole.train()
-    trainer_of(model, tmp_path / "parts", callbacks=[Heard(last=3)]).train()
+    args = {"save_steps": 3}
+    with pytest.raises(RuntimeError, match="no more"):
+        trainer_of(model, tmp_path / "parts", args=args, callbacks=[Fails]).train()
     with pytest.raises(UserError, match="output_dir"):
         trainer_of(model, tmp_path / "parts").train()
-    rest = trainer_of(model, tmp_path / "parts")
+    rest = trainer_of(model, tmp_path / "parts", args=args)
     assert rest.train(resume_from_checkpoint=True).global_step == 4
     weights = [t.model.state_dict() for t in (whole, rest)]
     assert all((weights[1][name] == weight).all() for name, weight in weights[0].items())
@@ -225,6 +234,12 @@ def test_a_callback_stops_a_run_that_is_resumed_to_the_same_end(model, tmp_path)
     assert [row["reward"] for row in histories[0]] == [row["reward"] for row in histories[1]]
     with pytest.raises(UserError, match=r"resume_from_checkpoint: .* is not in output_dir"):
         rest.train(resume_from_checkpoint=str(tmp_path / "whole"))
+
+
+def test_a_callback_ends_a_run(model, tmp_path):
+    trainer = trainer_of(model, tmp_path / "run", callbacks=[Heard(last=2)])
+    assert trainer.train().global_step == 2
+    assert trainer.run.summary["status"] == "finished" and trainer.run.summary["steps"] == 2
 
 
 def test_an_algorithm_of_twig_takes_the_place_of_the_loss(model, tmp_path, caplog):
@@ -241,7 +256,6 @@ def test_a_model_with_an_adapter_is_trained_further(model, tmp_path):
     before = trainer.evaluate(Dataset.from_list([{"prompt": "3+4="}]))
     trainer.train()
     assert 0 <= before["eval_reward"] <= 1 and trainer.model.peft_config["default"].r == 4
-    assert twig.load_settings(str(tmp_path / "run")).model.adapter == f"{tmp_path / 'run'}-begun-from"
 
 
 def test_other_names_are_those_of_trl():

@@ -30,10 +30,6 @@ class Progress:
     def ready(self, model: Any, tokenizer: Any, total: int) -> None:
         """Called before the first of `total` steps, with the PEFT model that they train."""
 
-    def stops(self) -> bool:
-        """Returns whether the run is to stop, saved, after the step that was reported last."""
-        return False
-
     def saved(self, step: int) -> None:
         """Called after a checkpoint of `step` was written."""
 

@@ -241,7 +241,7 @@ class Session:
             began = time.perf_counter()
             self._step()
             time_is_up = self._any(self.clock.ends_before_another(time.perf_counter() - began))
-            asked = self._any(stop.asked or self.progress.stops())
+            asked = self._any(stop.asked)
             ends = asked or time_is_up or self._is_over()
             if ends or (every and run_state.step % every == 0):
                 self._save()

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, cast
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from twig.common.progress import Progress
@@ -33,7 +34,7 @@ def evaluate_run(run: Run, data: Any, reward_funcs: Any) -> dict[str, Any]:
 
 
 def evaluate_untrained(
-    settings: Settings, model: tuple[PreTrainedModel | None, Any], data: Any, reward_funcs: Any
+    settings: Settings, model: tuple[PreTrainedModel | PeftModel | None, Any], data: Any, reward_funcs: Any
 ) -> dict[str, Any]:
     """Returns the evaluation of a model before training; one that was passed is as it was afterwards."""
     given = Given(*model, reward_funcs, None, data)
@@ -48,6 +49,6 @@ def evaluate_untrained(
         params = replace(parts.sampling, wave_size=Sizes.of(parts.settings).eval_batch_size)
         of = (parts.policy, parts.tokenizer, parts.task, params)
         measured = evaluate_policy(*of, limit=settings.eval.limit)[0]
-    if given.model is not None:
+    if given.model is not None and not isinstance(given.model, PeftModel):
         parts.policy.peft_model.unload()
     return measured.as_dict()

@@ -91,8 +91,8 @@ class Events(Progress):
         if self._epoch_ended():
             self.call("on_epoch_end")
 
-    def stops(self) -> bool:
-        """Returns whether a callback set `should_training_stop`."""
+    def stops(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Returns whether a callback set `should_training_stop`: the `on_step` of a run."""
         return bool(self.control.should_training_stop)
 
     def saved(self, step: int) -> None:

@@ -4,7 +4,6 @@ What the arguments mean is in `config/from_trl.py`. Everything that has no equal
 trainer is made; what happens in another way is said in one message.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -86,9 +85,6 @@ class GRPOTrainer:
         self.train_dataset, self.eval_dataset = _split(train_dataset, "train"), eval_dataset
         self.run: Run | None = None
         self._given, self._more = model, more
-        self._adapter: PeftModel | None = None
-        if isinstance(model, PeftModel):
-            self._adapter = model
         changed = changed_fields(self.args)
         values = {name: default for name, (default, *_) in MAPPED.items()}
         values |= {name: getattr(self.args, name) for name in values if hasattr(self.args, name)}
@@ -162,26 +158,15 @@ class GRPOTrainer:
         model, config = self._given, self._more.get("peft_config")
         quantization(self._more.get("quantization_config"), done)
         done.put("model.name", _source_of(model))
-        if self._adapter is not None:
+        if isinstance(model, PeftModel):
             if config is not None:
-                done.refuse(
-                    "peft_config", _short(config), "the model has an adapter already: pass one of them"
-                )
+                done.refuse("peft_config", _short(config), "the model has an adapter already")
             return
         if config is None:
-            done.refuse(
-                "peft_config", None, "TRL then trains all weights, and Twig an adapter: pass LoraConfig"
-            )
+            done.refuse("peft_config", None, "TRL then trains all weights: pass LoraConfig")
             return
-        if getattr(config, "lora_dropout", 0.0):
-            done.notes.append(
-                f"lora_dropout={config.lora_dropout:g}: off, so that what is sampled and what is trained are "
-                "one distribution"
-            )
-            config = copy.copy(config)
-            config.lora_dropout = 0.0
         try:
-            done.settings["lora"] = lora_values(config, lambda: self._family(done))
+            done.settings["lora"] = lora_values(config, lambda: self._family(done), done.notes.append)
         except UserError as error:
             done.refused.append(f"{error.key} ({error.problem})")
 
@@ -208,7 +193,7 @@ class GRPOTrainer:
         try:
             self.run = train(
                 self.settings,
-                model,
+                cast(Any, model),
                 tokenizer,
                 output=output,
                 resume=resume,
@@ -217,6 +202,7 @@ class GRPOTrainer:
                 train_dataset=self.train_dataset,
                 eval_dataset=self._evaluated_while_training(),
                 algorithm=chosen if isinstance(chosen, Algorithm) else None,
+                on_step=events.stops,
             )
         except UserError as error:
             raise _named_as_in_trl(error) from error
@@ -243,7 +229,7 @@ class GRPOTrainer:
             )
         return True
 
-    def _loaded(self) -> tuple[PreTrainedModel | None, Any]:
+    def _loaded(self) -> tuple[PreTrainedModel | PeftModel | None, Any]:
         """Returns the model and tokenizer to train; None for those that the settings name."""
         if isinstance(self._given, str):
             return None, self.processing_class
@@ -253,21 +239,9 @@ class GRPOTrainer:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(_source_of(model))
-        if self._adapter is not None:
-            model = self._begin_from_adapter()
         if not getattr(model, "is_quantized", False):
             model.to(cast(Any, pick_device(self.settings.model.device)))
         return model, tokenizer
-
-    def _begin_from_adapter(self) -> PreTrainedModel:
-        """Saves the adapter that the model has beside the run, and returns its base without it."""
-        adapter = cast(PeftModel, self._adapter)
-        folder = Path(f"{self.args.output_dir}-begun-from")
-        adapter.save_pretrained(str(folder), save_embedding_layers=False)
-        logger.warning("The adapter that the run begins from is kept in %s.", folder)
-        self.settings = self.settings.with_overrides([f"model.adapter={folder}"])
-        self._given, self._adapter = cast(PreTrainedModel, adapter.unload()), None
-        return self._given
 
     def _evaluated_while_training(self) -> Any:
         if str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) == "no":
