@@ -120,7 +120,7 @@ def test_the_plain_engine_samples_a_model_that_counts_positions_anew_at_every_ca
     )
     model = attach(bamba.build(torch.float32), r=2, alpha=4.0, target_modules=["q_proj"], layers=[3])
     policy = PlainPolicy(tiny.with_random_b(model))
-    assert policy.caches and policy.passes_positions
+    assert policy.reading.cache and policy.reading.positions
     for recorded, own in sampled_and_own(policy):
         assert recorded == pytest.approx(own, abs=1e-3)
 
@@ -134,7 +134,7 @@ def test_a_cache_that_gives_other_values_is_not_used(monkeypatch):
 
     monkeypatch.setattr(model.get_base_model(), "forward", forgetful)
     policy = PlainPolicy(tiny.with_random_b(model))
-    assert not policy.caches
+    assert not policy.reading.cache
     for recorded, logps in sampled_and_own(policy):
         assert_values(recorded, logps)
 

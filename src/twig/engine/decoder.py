@@ -100,8 +100,7 @@ class Decoder:
         per_type = "layer_type" in inspect.signature(self.rotary.forward).parameters
         self.rotary_types = [t if per_type else None for t in self._layer_types()]
         self.embedding_scale = self._value("embedding_multiplier") or 1.0
-        self.logit_scale = (self._value("logit_scale") or 1.0) / (self._value("logits_scaling") or 1.0)
-        self.softcap = self._value("final_logit_softcapping")
+        self.logit_scale, self.softcap = head_terms(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -117,8 +116,7 @@ class Decoder:
         )
 
     def _value(self, name: str) -> Any:
-        """Returns a value of the config; None if its class does not declare it."""
-        return getattr(self.config, name) if _declares(self.config, name) else None
+        return _value(self.config, name)
 
     def _layer_types(self) -> list[str | None]:
         return list(self._value("layer_types") or [None] * len(self.layers))
@@ -428,6 +426,17 @@ def logit_tolerance(model: PreTrainedModel) -> float:
         # not round depends on the largest values of the whole batch
         return 0.2
     return 0.05 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
+
+
+def head_terms(config: Any) -> tuple[float, float | None]:
+    """Returns what a model multiplies its logits by, and their soft cap, as its config has them."""
+    scale = (_value(config, "logit_scale") or 1.0) * (_value(config, "lm_head_multiplier") or 1.0)
+    return scale / (_value(config, "logits_scaling") or 1.0), _value(config, "final_logit_softcapping")
+
+
+def _value(config: Any, name: str) -> Any:
+    """Returns a value of a config; None if its class does not declare it."""
+    return getattr(config, name) if _declares(config, name) else None
 
 
 def _declares(config: Any, name: str) -> bool:

@@ -492,29 +492,25 @@ def _by_prompt(values: Tensor, group: np.ndarray, number: np.ndarray) -> Tensor:
 
 
 def _sample_model(policy: PlainPolicy, wave: _Wave, recorder: _Recorder, finished: _Finished) -> None:
-    """Samples a wave with the model's own forward and cache, one prompt at a time, for any architecture."""
+    """Samples a wave with the model's own forward and cache, for any architecture, every branch once."""
     places, longest = wave.places(), recorder.ids.shape[1]
+    prompts = [request.prompt_ids for request in wave.prompts().values()]
     ended = 0
-    for place, request in enumerate(wave.prompts().values()):
-        group = np.flatnonzero(places == place)
-        ids = torch.from_numpy(request.prompt_ids).to(policy.device).expand(len(group), -1)
-        cache, start, own = None, 0, np.arange(len(group))  # the rows of the batch that are unfinished
+    for batch in policy.batches([len(prompt) for prompt in prompts]):
+        texts = policy.read([prompts[i] for i in batch])
+        rows = np.flatnonzero(np.isin(places, batch))
+        branch, size = np.searchsorted(batch, places[rows]), len(rows)
         for t in range(longest):
-            logits, cache = policy.next_logits(ids, start, cache)
-            tokens, going = recorder.choose(policy.sampled_logits(logits[:, -1]), group[own], own, t)
-            drawn = np.zeros(len(group), np.int64)  # rows that ended run along
-            drawn[own], own = tokens, own[going]
-            left = len(own)
-            finished.in_wave(ended + len(group) - left, left, (t + 1) / longest)
-            if left == 0:
+            logits = policy.sampled_logits(texts.logits)
+            tokens, going = recorder.choose(logits, rows, branch, t)
+            rows = rows[going]
+            finished.in_wave(ended + size - len(rows), len(rows), (t + 1) / longest)
+            if len(rows) == 0:
                 break
-            new = torch.from_numpy(drawn).to(policy.device)[:, None]
-            # without a cache the whole text is run again
-            if cache is not None:
-                ids, start = new, start + ids.shape[1]
-            else:
-                ids = torch.cat([ids, new], 1)
-        ended += len(group)
+            now = split(branch[going], tokens[going])
+            branch = now.branch
+            texts.extend(now.parents, now.tokens)
+        ended += size
 
 
 _LOOPS: dict[Loop, Callable[..., None]] = {

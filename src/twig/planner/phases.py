@@ -148,16 +148,19 @@ class Footprint:
         width = work.sampled_prompt
         if work.plain:
             self._packed(ledger)
-            self._plain_wave(ledger, min(rows, work.generations), width)
+            self._plain_wave(ledger, rows, self._prompts_of(rows), width)
         elif work.static_decode:
             largest = waves_of(work.prompts, work.generations, self.sizes.wave_size)[0]
             self._decode_wave(ledger, self._decode_tables(), largest.prompts, width)
         else:
             self._packed(ledger)
-            exact, rest = divmod(rows, work.generations)
-            prompts = min(work.prompts, exact + 2 * (rest > 0) - (exact == 0))
-            self._wave(ledger, rows, prompts, width, work.filled)
+            self._wave(ledger, rows, self._prompts_of(rows), width, work.filled)
         return self._phase(ledger, "sampling")
+
+    def _prompts_of(self, rows: int) -> int:
+        """Returns the most prompts that a wave of `rows` completions can have."""
+        exact, rest = divmod(rows, self.work.generations)
+        return min(self.work.prompts, exact + 2 * (rest > 0) - (exact == 0))
 
     def evaluation(self) -> Phase:
         """Predicts one greedy answer a problem, in the largest batch.
@@ -180,7 +183,7 @@ class Footprint:
             self._boundary(ledger)
         if work.plain:
             self._packed(ledger)
-            self._plain_wave(ledger, min(rows, 1), width)
+            self._plain_wave(ledger, rows, rows, width)
         elif work.static_decode:
             table = DecodeTable.of(Wave(rows, 1), width, work.length, False)
             self._decode_wave(ledger, [table], rows, width)
@@ -409,33 +412,31 @@ class Footprint:
 
     # ---- the plain engine ------------------------------------------------------------------------------
 
-    def _plain_wave(self, ledger: Ledger, rows: int, width: int) -> None:
-        """Predicts the completions of a prompt of `width` tokens by the model's own forward.
+    def _plain_wave(self, ledger: Ledger, rows: int, prompts: int, width: int) -> None:
+        """Predicts `rows` completions of prompts of up to `width` tokens by the model's own forward.
 
-        It computes the logits of the whole prompt and copies its cache as that grows.
+        Each prompt is run once. The completions' cache is copied as it grows, one layer after another.
         """
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         row = shape.layers * 2 * shape.key * e
-        ledger.take("key-value cache", rows * width * row)
-        ledger.take("activations", rows * width * shape.hidden * e)
-        ledger.moment("activations", layer_moment(work, rows, width))
-        ledger.moment("logits", rows * width * shape.vocabulary * e + 4 * rows * shape.vocabulary * wide)
+        ledger.take("key-value cache", prompts * width * row)
+        ledger.take("activations", prompts * width * shape.hidden * e)
+        ledger.moment("activations", layer_moment(work, prompts, width))
+        ledger.moment("logits", prompts * shape.vocabulary * (4 * wide + e))
         ledger.drop("activations")
-        ledger.take("key-value cache", rows * work.length * row)
+        ledger.take("key-value cache", (rows * (width + work.length) - prompts * width) * row)
         ledger.moment("key-value cache", rows * (width + work.length) * row / shape.layers)
         ledger.moment("logits", rows * shape.vocabulary * (4 * wide + e))
 
     def _plain_pack(self, ledger: Ledger, table: Table) -> None:
-        """Predicts whole rows through the whole model, with the logits of every token."""
-        work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
-        tokens, head = table.tokens, table.head
+        """Predicts whole rows through the whole model; the head reads the rows that are needed."""
+        work, shape, e = self.work, self.work.shape, self.work.element
+        tokens = table.tokens
         ledger.take("masks", tokens * table.columns * _BOOL)
         ledger.take("activations", tokens * shape.hidden * e)
         for i in range(work.cut, shape.layers):
             ledger.take("kept for backward", kept_by_layer(work, table, i > work.cut).both)
-        ledger.take("logits", tokens * shape.vocabulary * e)
-        ledger.take("logits", head * shape.vocabulary * wide * (1 + (e != wide)))
-        ledger.moment("logits", (head * wide + tokens * e) * shape.vocabulary)
-        ledger.drop("logits")
+        self._head(ledger, table.head, table.targets)
+        ledger.take("activations", tokens * shape.hidden * e)  # the gradient that comes down
         gradients = backward_moment(work, table)
         ledger.moment("activations", max(gradients.attention, gradients.mlp))
