@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -28,23 +29,29 @@ def main() -> int:
     options = parser.parse_args()
     total: Counter[str] = Counter()
     for block in range(options.first, options.first + options.blocks):
-        outcomes: Counter[str] = Counter()
-
-        @seed(block)
-        @settings(max_examples=EACH, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(**odd_models.MODELS)
-        def check(outcomes: Counter[str] = outcomes, **model: object) -> None:
-            outcomes[odd_models.check(**model)] += 1
-
-        try:
-            check()
-        except Exception:
-            outcomes["FAILED"] += 1
-            print(f"block {block}:\n{traceback.format_exc()}", flush=True)
+        outcomes = _check_block(block)
         total += outcomes
         print(f"block {block}: {dict(sorted(outcomes.items()))}", flush=True)
     print(f"all: {dict(sorted(total.items()))}")
     return int("FAILED" in total)
+
+
+def _check_block(block: int) -> Counter[str]:
+    """Checks the models that follow from one seed; returns how many ended in which way."""
+    outcomes: Counter[str] = Counter()
+
+    @seed(block)
+    @settings(max_examples=EACH, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(**odd_models.MODELS)
+    def check(**model: Any) -> None:
+        outcomes[odd_models.check(**model)] += 1
+
+    try:
+        check()
+    except Exception:
+        outcomes["FAILED"] += 1
+        print(f"block {block}:\n{traceback.format_exc()}", flush=True)
+    return outcomes
 
 
 if __name__ == "__main__":

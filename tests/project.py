@@ -31,6 +31,7 @@ WITH_TORCH = {
     "training.train",
     "training.trainer",
     "export.export",
+    "export.gguf",
     *(name for name in MODULES if name.startswith("trl.")),
     *(name for name in MODULES if name.startswith("engine.") and name != "engine.pack"),
 }

@@ -149,7 +149,7 @@ def test_the_adapter_adds_what_the_merged_file_has_more_than_the_base(family, tm
 
 def _gguf_weights(model, folder):
     file = folder / f"{id(model)}.gguf"
-    texts = written.Texts(build_tokenizer(), [1])
+    texts = written.Vocabulary(build_tokenizer(), [1])
     written.write_model(file, model, "f16", texts, written.Origin("x"))
     return {each.name: torch.tensor(each.data).float() for each in gguf.GGUFReader(file).tensors}
 
@@ -250,7 +250,7 @@ def test_the_tokenizer_of_qwen_2_is_written_as_it_is(test_data, tmp_path):
     with torch.device("meta"):
         model = transformers.Qwen2ForCausalLM(config)
     file = tmp_path / "model.gguf"
-    texts = written.Texts(tokenizer, [tokenizer.eos_token_id, 151643])
+    texts = written.Vocabulary(tokenizer, [tokenizer.eos_token_id, 151643])
     model = model.to_empty(device="cpu")
     torch.nn.init.zeros_(model.model.embed_tokens.weight)
     written.write_model(file, model, "f16", texts, written.Origin("x", "Qwen/Qwen2-0.5B"))

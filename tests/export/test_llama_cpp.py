@@ -15,7 +15,7 @@ import twig
 from twig.config.load import Settings
 from twig.engine.load import load_model
 from twig.export.export import ExportOptions, export_run
-from twig.export.gguf import Origin, Texts, write_model
+from twig.export.gguf import Origin, Vocabulary, write_model
 from twig.tasks.load import load_task
 from twig.tasks.prompts import render_prompt
 
@@ -126,7 +126,7 @@ def test_the_adapter_on_the_base_answers_as_the_merged_file(trained, llama_cpp, 
     base, done, problems = trained
     model, tokenizer = load_model(str(base))
     file = str(base) if base == REAL else None
-    texts = Texts(tokenizer, [tokenizer.eos_token_id], file)
+    texts = Vocabulary(tokenizer, [tokenizer.eos_token_id], file)
     write_model(tmp_path / "base.gguf", model, "f16", texts, Origin("base"))
     lora = export_run(done.folder, tmp_path / "out", ExportOptions(gguf="f16")).file
     there = There(llama_cpp, tmp_path / "base.gguf", lora)

@@ -234,7 +234,8 @@ class PlainPolicy(BasePolicy):
 
     def _before_head(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"] | None:
         """Returns what the model hands to its head, which is not run; None if it calls no head."""
-        with _stopped_at(self.model.get_output_embeddings()) as inputs:
+        head: Any = self.model.get_output_embeddings()
+        with _stopped_at(head) as inputs:
             try:
                 self._logits(ids)
             except StopForward:

@@ -4,7 +4,7 @@ Decodes greedily, as an evaluation does, with the model called whole: any archit
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from twig.core.types import Example
 from twig.engine.build import build_policy
 from twig.engine.load import end_ids, load_model, load_tokenizer, vocabulary_of
 from twig.engine.lora import attach
-from twig.engine.plain_policy import PlainPolicy
+from twig.engine.plain_policy import PlainPolicy, Texts
 from twig.engine.sampler import SamplingParams
 from twig.tasks.base import Task
 from twig.tasks.load import texts_of
@@ -99,9 +99,14 @@ class Speaker:
         longest = self.params.max_completion_length
         if self.policy.context_length is not None:
             longest = min(longest, self.policy.context_length - len(prompt_ids))
-        cache, start, new = None, 0, self._tensor(prompt_ids)
+        texts: Texts | None = None
         for count in range(1, longest + 1):
-            logps, cache = self._next(new, start, cache, base)
+            with self._model(base):
+                if texts is None:
+                    texts = self.policy.read([prompt_ids])
+                else:
+                    texts.extend(np.arange(1), np.array(pieces.ids[-1:]))
+            logps = self._logps(texts)
             token = int(logps.argmax())
             pieces.add(token)
             ids = np.array([pieces.ids])
@@ -110,11 +115,6 @@ class Speaker:
             yield Token(token, pieces.text(ended or count == longest), float(logps[token].exp()))
             if ended:
                 return
-            drawn = self._tensor(ids[0, -1:])
-            if cache is None:  # the whole text is run again
-                new = torch.cat([new, drawn], 1)
-            else:
-                start, new = start + new.shape[1], drawn
 
     @torch.inference_mode()
     def choices(self, prompt_ids: np.ndarray, answer: Sequence[int], num: int) -> list[Candidate]:
@@ -122,8 +122,11 @@ class Speaker:
 
         The likeliest of the trained model comes first.
         """
-        ids = self._tensor(np.concatenate([prompt_ids, np.array(answer, np.int64)]))
-        base, trained = (self._next(ids, 0, None, each)[0].exp() for each in (True, False))
+        text, models = np.concatenate([prompt_ids, np.array(answer, np.int64)]), []
+        for each in (True, False):
+            with self._model(each):
+                models.append(self._logps(self.policy.read([text])).exp())
+        base, trained = models
         likely = {int(i) for values in (base, trained) for i in values.topk(min(num, len(values))).indices}
         order = sorted(likely, key=lambda i: -float(trained[i]))
         return [Candidate(self.token_text(i), float(base[i]), float(trained[i])) for i in order]
@@ -132,17 +135,17 @@ class Speaker:
         """Returns the text of one token, special ones too."""
         return str(self.tokenizer.decode([token]))
 
-    def _next(self, ids: Tensor, start: int, cache: object, base: bool) -> tuple[Float[Tensor, " V"], object]:
-        with self.policy.base() if base else nullcontext():
-            logits, cache = self.policy.next_logits(ids, start, cache)
-        logps = torch.log_softmax(self.policy.sampled_logits(logits[0, -1:]), -1)[0]
+    def _model(self, base: bool) -> AbstractContextManager[None]:
+        """Inside, the policy is the base, or as it was trained."""
+        return self.policy.base() if base else nullcontext()
+
+    def _logps(self, texts: Texts) -> Float[Tensor, " V"]:
+        """Returns the log-probs of the next token of a single text."""
+        logps = torch.log_softmax(self.policy.sampled_logits(texts.logits), -1)[0]
         if not bool(torch.isfinite(logps.max())):
             problem = "the model's probabilities are not finite"
             raise UserError("model.dtype", problem, "Set model.dtype=float32")
-        return logps, cache
-
-    def _tensor(self, ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(ids, np.int64)).to(self.policy.device)[None]
+        return logps
 
 
 class _Pieces:

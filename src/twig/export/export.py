@@ -33,7 +33,7 @@ from twig.engine.load import end_ids, load_config, load_model, load_tokenizer
 from twig.engine.lora import load_adapter
 from twig.engine.model_files import EMBEDDED, source_of
 from twig.export.card import Base, Merge, Subject, model_card
-from twig.export.gguf import FORMATS, Origin, Texts, refuse_gguf, write_adapter, write_model
+from twig.export.gguf import FORMATS, Origin, Vocabulary, refuse_gguf, write_adapter, write_model
 from twig.export.upload import Push, check_push, push_folder
 from twig.runs.adapters import adapter_of
 from twig.runs.reader import COMPLETIONS, ENVIRONMENT, SUMMARY, is_finished, is_run, read_summary
@@ -464,7 +464,7 @@ def _save(job: _Job, model: PreTrainedModel) -> Path:
 
 def _save_gguf(job: _Job, model: PreTrainedModel, path: Path) -> Path:
     base = source_of(job.model).fetched(job.model.revision).gguf_file
-    texts = Texts(job.tokenizer, end_ids(model, job.tokenizer), base)
+    texts = Vocabulary(job.tokenizer, end_ids(model, job.tokenizer), base)
     write_model(path, model, str(job.options.gguf), texts, job.origin)
     return path
 

@@ -52,7 +52,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Texts:
+class Vocabulary:
     """A tokenizer and the tokens that end a completion, or the GGUF file that already has them."""
 
     tokenizer: Tokenizer
@@ -142,7 +142,7 @@ class _Entry:
         return int(np.prod(self.shape)) // block * size
 
 
-def write_model(path: Path, model: PreTrainedModel, form: str, texts: Texts, origin: Origin) -> None:
+def write_model(path: Path, model: PreTrainedModel, form: str, texts: Vocabulary, origin: Origin) -> None:
     """Writes a model with its tokenizer: the matrices in `form` (f16 or q8_0), everything else as float32.
 
     If the base came from a GGUF file (`texts.file`), header and tokenizer are those of that file, and so is
@@ -312,7 +312,7 @@ def _copy_header(writer: Any, base: Any) -> None:
 # ---- the tokenizer ---------------------------------------------------------------------------------------
 
 
-def _add_tokenizer(writer: Any, texts: Texts, size: int) -> None:
+def _add_tokenizer(writer: Any, texts: Vocabulary, size: int) -> None:
     """Adds a byte-level tokenizer, or one of single characters, and the special tokens."""
     import gguf
 
