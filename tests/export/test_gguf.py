@@ -130,10 +130,10 @@ def effective(file):
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_the_adapter_adds_what_the_merged_file_has_more_than_the_base(family, tmp_path):
+@pytest.mark.parametrize("family, words", [("llama", []), ("qwen2", ["lora.use_rslora=true", "lora.r=4"])])
+def test_the_adapter_adds_what_the_merged_file_has_more_than_the_base(family, words, tmp_path):
     base = save_family(tmp_path / "base", family)
-    done = train(base, tmp_path / "run")
+    done = train(base, tmp_path / "run", *words)
     file = export_run(done.folder, tmp_path / "out", ExportOptions(gguf="f16")).file
     added = effective(file)
     assert len(added) == 4 * 3, "q, k and v of every layer"
@@ -145,6 +145,14 @@ def test_the_adapter_adds_what_the_merged_file_has_more_than_the_base(family, tm
         assert matrix.abs().max() > 0.05, "it is far more than what float16 rounds away"
     config = written.json.loads((done.folder / "adapter" / "adapter_config.json").read_text())
     assert config["lora_alpha"] != config["r"], "otherwise a forgotten scale would not show"
+
+
+@pytest.mark.parametrize("words", [["lora.rank_pattern={q_proj: 4}"], ["lora.use_dora=true"]])
+def test_an_adapter_that_gguf_cannot_say_is_refused(words, tmp_path):
+    done = train(save_family(tmp_path / "base", "qwen2"), tmp_path / "run", *words)
+    with pytest.raises(UserError, match="--gguf: .* Pass --merged too"):
+        export_run(done.folder, tmp_path / "out", ExportOptions(gguf="f16"))
+    assert not (tmp_path / "out").exists()
 
 
 def _gguf_weights(model, folder):
