@@ -269,6 +269,8 @@ def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
     }
     if (folder / NAME).is_file():
         facts["report"] = str(folder / NAME)
+    if summary.get("ended_by"):
+        facts["run"] += f" by {summary['ended_by']}"
     for name, text in facts.items():
         console.print(Text(f"{name:<8} {one_line(text)}"), soft_wrap=True)
     if summary["status"] == "finished" and after:
