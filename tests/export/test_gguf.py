@@ -1,6 +1,9 @@
 """A result as a GGUF file: transformers reads back what was trained, q and k in llama.cpp's order; the
 adapter; a base that came from such a file; what is refused."""
 
+import ast
+import re
+
 import gguf
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from tiny import FAMILIES, SHAPE
 from transformers import AutoModelForCausalLM
 
 import twig
+from twig.cli.app import main
 from twig.common.errors import UserError
 from twig.config.load import Settings
 from twig.config.schema import Model
@@ -268,3 +272,29 @@ def test_the_tokenizer_of_qwen_2_is_written_as_it_is(test_data, tmp_path):
     assert fields["tokenizer.ggml.pre"].contents() == "qwen2"
     assert fields["general.base_model.0.repo_url"].contents() == "https://huggingface.co/Qwen/Qwen2-0.5B"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_the_card_s_lines_are_python_and_name_the_file(merged, tmp_path):
+    done = train(save_family(tmp_path / "base", "qwen2"), tmp_path / "run", "train.max_steps=1")
+    exported = export_run(done.folder, tmp_path / "out", ExportOptions(merged=merged, gguf="q8_0"))
+    assert sorted(path.name for path in exported.folder.iterdir()) == ["README.md", exported.file.name]
+    card = (exported.folder / "README.md").read_text()
+    (lines,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    calls = [node for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Call)]
+    (load,) = (call for call in calls if getattr(call.func, "id", "") == "Llama")
+    named = {word.arg: ast.literal_eval(word.value) for word in load.keywords}
+    assert (ast.literal_eval(load.args[0]) if merged else named["lora_path"]) == exported.file.name
+    assert named["n_ctx"] > 7 and card.startswith("---\n") and "- gguf" in card
+
+
+def test_the_command_writes_a_file_and_says_what_answers_with_it(tmp_path, capsys):
+    done = train(save_family(tmp_path / "base", "qwen2"), tmp_path / "run", "train.max_steps=1")
+    out, words = tmp_path / "out", ["export", str(done.folder), "--gguf"]
+    assert main([*words, "--merged", "--gguf-type", "q8_0", "--output", str(out)]) == 0
+    assert str(out / "model-q8_0.gguf") in capsys.readouterr().out
+    assert main([*words, "--output", str(tmp_path / "adapter")]) == 0
+    assert f"--lora {tmp_path / 'adapter' / 'adapter.gguf'}" in capsys.readouterr().out
+    for wrong in (["--gguf-type", "q8_0"], ["--merged", "--gguf-type", "q4_0"]):
+        assert main([*words, *wrong, "--output", str(tmp_path / "none")]) == 2
+        assert "--gguf-type: " in capsys.readouterr().err

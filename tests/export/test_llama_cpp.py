@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from test_gguf import save_family, train
+from test_gguf import digits, save_family, train
 
 import twig
 from twig.config.load import Settings
@@ -82,15 +82,16 @@ def assert_same_answers(there, model, tokenizer, problems):
 
 def train_real(output, data):
     """A short run on the real base, and 20 problems as it asks them."""
-    overrides = ["train.max_steps=2", "train.learning_rate=0.003", "eval.limit=4", "lora.layers=all"]
+    overrides = ["train.max_steps=2", "train.learning_rate=0.01", "eval.limit=1", "lora.layers=all"]
     overrides += [
         "rollout.num_generations=4",
         "rollout.prompts_per_step=2",
         "lora.target_modules=[q_proj,k_proj]",
     ]
+    overrides += ["eval.before=false"]
     values = {"model": {"name": REAL, "dtype": "float32"}, "task": {"name": "svamp", "path": str(data)}}
-    settings = Settings.from_dict(values | {"rollout": {"max_completion_length": 48}}, overrides)
-    done, task = twig.train(settings, output=output), load_task(settings)
+    settings = Settings.from_dict(values | {"rollout": {"max_completion_length": 24}}, overrides)
+    done, task = twig.train(settings, output=output, reward_funcs=digits), load_task(settings)
     return done, [render_prompt(task, example, done.tokenizer) for example in task.eval[:20]]
 
 

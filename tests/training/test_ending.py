@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from project import ROOT
 from small_runs import STEPS, Heard, ask_to_stop, at, record
 
 from twig.common.errors import UserError
@@ -123,3 +124,18 @@ def test_an_accuracy_that_is_never_measured_is_refused(run, settings):
         settings("train.stop_when.accuracy=0.9", "eval.steps=0")
     with pytest.raises(UserError, match="train.stop_when.patience: there is nothing to evaluate on"):
         run("run", "train.stop_when.patience=1", eval_dataset=None)
+
+
+@pytest.mark.parametrize("patience", [1, 2, 9])
+def test_where_a_run_would_have_ended_is_where_it_ends(patience, run, monkeypatch):
+    """`scripts/early_end.py` on a run that did not end early, and the run that does."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import early_end
+
+    whole = run("whole").folder
+    early = run("early", f"train.stop_when.patience={patience}")
+    rows = read_metrics(whole)
+    end = early_end.first_end(read_summary(whole), rows, StopWhen(patience=patience))
+    assert end["step"] == early.summary["steps"]
+    assert end["value"] == early.summary["accuracy_after"]["value"]
+    assert early_end.row(whole, StopWhen(patience=patience)).count("|") == 8

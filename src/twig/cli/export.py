@@ -41,13 +41,15 @@ def export_command(
         bool, typer.Option("--gguf", help="As a GGUF file, for llama.cpp, Ollama and LM Studio.")
     ] = False,
     gguf_type: Annotated[
-        str, typer.Option(metavar="TYPE", help="With --merged --gguf: f16, or q8_0 of half the size.")
-    ] = "f16",
+        str | None, typer.Option(metavar="TYPE", help="With --merged --gguf: f16, or q8_0 of half the size.")
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push: for everyone to see.")] = False,
 ) -> None:
     """Write a trained model as a folder to share, with a model card."""
     if public and push is None:
         raise UserError("--public", "nothing is pushed", "Add --push USER/NAME")
+    if gguf_type is not None and not (gguf and merged):
+        raise UserError("--gguf-type", "it is the form of a whole model", "Add --merged --gguf")
     with showing("auto") as progress, stoppable() as stop:
         stop.at_once = True  # nothing half is left behind, so there is nothing to wait for
         progress.phase("starting")
@@ -55,7 +57,7 @@ def export_command(
         from twig.export.upload import Push
 
         quiet_libraries()
-        options = ExportOptions(merged, best, base_model, gguf=gguf_type if gguf else None)
+        options = ExportOptions(merged, best, base_model, gguf=(gguf_type or "f16") if gguf else None)
         done = export_run(run, output, options, push=Push(push, public) if push else None, progress=progress)
     facts = {
         "folder": str(done.folder) if done.file is None else str(done.file),
