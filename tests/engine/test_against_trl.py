@@ -15,9 +15,10 @@ import torch
 from gradients import engine_gradient, scored
 
 from twig.common.progress import Progress
+from twig.config.from_trl import losses, translate
 from twig.config.sizes import Sizes
-from twig.core.algorithms.base import Objective
-from twig.core.algorithms.registry import algorithm, shipped
+from twig.core.algorithms.base import Algorithm, Objective
+from twig.core.algorithms.registry import algorithm
 from twig.core.credit import assign
 from twig.core.trie import PrefixTrie
 from twig.core.types import Group
@@ -176,13 +177,14 @@ def trl_updates(adapter, folder, steps=1, passed=False, **options) -> list[Updat
     return updates
 
 
-def our_batch(beta: float = 0.0, scale_rewards: str = "group", **rule):
+def our_batch(beta: float = 0.0, scale_rewards: str = "group"):
+    return batch_of(algorithm("grpo", beta=beta, scale_rewards=scale_rewards))
+
+
+def batch_of(ours: Algorithm):
     groups: list[Group] = [
         tiny.make_group(*parts, i) for i, parts in enumerate(zip(PROMPTS, COMPLETIONS, REWARDS, strict=True))
     ]
-    options = {"name": "grpo", "beta": beta, "scale_rewards": scale_rewards} | rule
-    fields = shipped()[options["name"]].model_fields
-    ours = algorithm(**{key: value for key, value in options.items() if key in fields})
     tries = [PrefixTrie.build([c.ids for c in g.completions], g.rewards) for g in groups]
     rngs = [np.random.default_rng(0) for _ in groups]
     credits, _ = assign(ours, tries, rngs, len(groups))
@@ -238,33 +240,45 @@ def test_the_reference_of_a_run_from_an_adapter_is_that_of_trl(tmp_path):
     assert_same_gradient({n: p.grad for n, p in policy.parameters.items()}, second.gradient)
 
 
-# TRL's options for the loss of each algorithm, and ours. At these bounds the clips bind in the second step.
+# TRL's options, of every loss that `translate` maps. At these bounds the clips bind in the second step.
 RULES = {
-    "dr-grpo": (
-        {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.04},
-        {"divisor": LONGEST, "beta": 0.04},
-    ),
-    "dapo": (
-        {"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.4},
-        {"epsilon": 0.1, "epsilon_high": 0.4},
-    ),
-    "grpo": ({"scale_rewards": "batch", "epsilon": 0.1}, {"scale_rewards": "batch", "epsilon": 0.1}),
-    "gspo": (
-        {"importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.2},
-        {"epsilon": 0.1, "epsilon_high": 0.2},
-    ),
-    "cispo": ({"loss_type": "cispo", "epsilon_high": 1.3}, {"epsilon_high": 0.3}),
+    "dr-grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.04},
+    "dr-grpo-scaled": {"loss_type": "dr_grpo", "epsilon": 0.1},
+    "dapo": {"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.4},
+    "bnpo": {"loss_type": "bnpo", "epsilon": 0.1, "beta": 0.04},
+    "grpo": {"loss_type": "grpo", "scale_rewards": "batch", "epsilon": 0.1},
+    "gspo": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "epsilon": 0.1,
+        "epsilon_high": 0.2,
+    },
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.3},
 }
+
+
+def mapped(options):
+    """The algorithm that TRL's options become."""
+    translation = translate(options)
+    translation.check("test")
+    return algorithm(**translation.settings["algorithm"]).resolved(LONGEST)
+
+
+def test_every_loss_that_is_mapped_is_compared():
+    default = {"importance_sampling_level": "token"}
+    pairs = {(each["loss_type"], (default | each)["importance_sampling_level"]) for each in RULES.values()}
+    assert pairs == set(losses())
 
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", RULES)
 def test_gradients_of_other_losses_equal_those_of_trl(tmp_path, name, steps):
     """The first optimizer step on a batch, and the second, from TRL's own adapter after its first."""
-    theirs, ours = RULES[name]
+    theirs = RULES[name]
+    ours = mapped(theirs)
     policy = build_policy(1.0)
     updates = trl_updates(random_adapter(policy), tmp_path, steps=steps, num_iterations=steps, **theirs)
-    groups, tries, credits = our_batch(name=name, **ours)
+    groups, tries, credits = batch_of(ours)
     passes = Passes(policy, Sizes(1, 30, 2**22, False), Progress(), scored(groups, tries, credits), None)
     put(policy.parameters, updates[0].adapter)
     given = LogProbs()
@@ -272,7 +286,7 @@ def test_gradients_of_other_losses_equal_those_of_trl(tmp_path, name, steps):
         given = LogProbs(old=passes.logps())
         put(policy.parameters, updates[1].adapter)
         given = replace(given, current=passes.logps())
-    objective = algorithm(name, **ours).objective()
+    objective = ours.objective()
     if objective.beta:
         with policy.base():
             given = replace(given, ref=passes.logps())
@@ -285,10 +299,8 @@ def test_gradients_of_other_losses_equal_those_of_trl(tmp_path, name, steps):
 def test_ratios_of_completions_are_clipped_at_both_bounds(tmp_path):
     """The sequence ratios of the second step above lie on both sides of both bounds."""
     policy = build_policy(1.0)
-    first, second = trl_updates(
-        random_adapter(policy), tmp_path, steps=2, num_iterations=2, **RULES["gspo"][0]
-    )
-    groups, tries, credits = our_batch(name="gspo", **RULES["gspo"][1])
+    first, second = trl_updates(random_adapter(policy), tmp_path, steps=2, num_iterations=2, **RULES["gspo"])
+    groups, tries, credits = batch_of(mapped(RULES["gspo"]))
     passes = Passes(policy, Sizes(1, 4096, 2**22, False), Progress(), scored(groups, tries, credits), None)
     logps = []
     for update in (first, second):

@@ -23,12 +23,14 @@ from twig.cli.recipes import recipes_command
 from twig.cli.report import report_command
 from twig.cli.runs import runs_command
 from twig.cli.schema import schema_command
+from twig.cli.settings import settings_command
 from twig.cli.show import show_command
 from twig.cli.tasks import tasks_command
 from twig.cli.train import train_command
 from twig.common.errors import UserError
 from twig.common.redact import hidden
 from twig.common.text import one_line
+from twig.config.trl_names import hint
 from twig.runtime.failures import FAULT, STOPPED, USAGE_ERROR, Ended
 from twig.runtime.processes import launched
 
@@ -54,6 +56,7 @@ app.command("show")(show_command)
 app.command("report")(report_command)
 app.command("recipes")(recipes_command)
 app.command("tasks")(tasks_command)
+app.command("settings")(settings_command)
 app.command("schema")(schema_command)
 app.command("env")(env_command)
 
@@ -147,6 +150,9 @@ def _usage(error: Any) -> str:
     message = error.format_message().strip().rstrip(".")
     help_for = error.ctx.command_path if error.ctx is not None else "twig"
     option = getattr(error, "option_name", None)
+    elsewhere = hint(option) if option else None
+    if elsewhere is not None:
+        return f"{message}. {elsewhere}."
     if option and "." in option:
         return f"{message}. Settings have no dashes: write {option.lstrip('-')}=VALUE."
     return f"{message}. See {help_for} --help."

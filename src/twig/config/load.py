@@ -29,6 +29,7 @@ from twig.common.frozen import Frozen
 from twig.common.text import either, listed
 from twig.config.messages import explain, fields_of, group_of, kind_of, nearest, takes_text, write
 from twig.config.schema import Eval, Log, Lora, Memory, Model, Rollout, TaskSettings, Train
+from twig.config.trl_names import hint
 from twig.core.algorithms.base import Algorithm
 from twig.core.algorithms.registry import DEFAULT, Unloaded, class_for, shipped
 
@@ -217,6 +218,9 @@ def parse_override(text: str) -> tuple[str, Any]:
             f"override {_cut(text)}", "it is not group.key=value", "Write for example train.max_steps=100"
         )
     if "." not in key or not all(key.split(".")):
+        elsewhere = hint(key)
+        if elsewhere is not None:
+            raise UserError(f"override {_cut(text)}", f"{key} is not a setting", elsewhere)
         group = _group(key)
         instead = f"{key}.{next(iter(group.model_fields))}" if group else nearest(Settings, key)
         raise UserError(
@@ -429,7 +433,9 @@ def _explain(values: dict[str, Any], error: ValidationError) -> UserError:
                     f"not a setting of algorithm.name={name}, only of {listed(users)}",
                     f"Leave it out, or set algorithm.name={users[0]}",
                 )
-    return explain(settings_with(kind), error.errors())
+    explained = explain(settings_with(kind), error.errors())
+    known_elsewhere = hint(explained.key) if explained.problem.startswith("unknown setting") else None
+    return UserError(explained.key, explained.problem, known_elsewhere or explained.fix)
 
 
 def _with_origin(error: UserError, origins: dict[str, str]) -> UserError:

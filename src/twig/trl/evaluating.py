@@ -37,7 +37,7 @@ def evaluate_untrained(
     settings: Settings, model: tuple[PreTrainedModel | PeftModel | None, Any], data: Any, reward_funcs: Any
 ) -> dict[str, Any]:
     """Returns the evaluation of a model before training; one that was passed is as it was afterwards."""
-    given = Given(cast(PreTrainedModel | None, model[0]), model[1], reward_funcs, None, data)
+    given = Given(cast(Any, model[0]), model[1], reward_funcs, None, data)
     with PeakMemory(str(pick_device(settings.model.device))) as memory:
 
         def size(

@@ -15,9 +15,10 @@ from transformers.trainer_utils import TrainOutput
 
 from twig.common.errors import UserError
 from twig.config.from_peft import lora_values
-from twig.config.from_trl import MAPPED, Around, Translation, epoch_steps, log_every, quantization, translate
+from twig.config.from_trl import Around, Translation, epoch_steps, log_every, quantization, translate
 from twig.config.load import Settings
 from twig.config.schema import Model
+from twig.config.trl_names import MAPPED
 from twig.core.algorithms.base import Algorithm
 from twig.engine.load import load_config, pick_device
 from twig.export.export import export_run
