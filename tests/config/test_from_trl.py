@@ -147,6 +147,15 @@ def test_several_steps_on_a_batch_are_sampled_anew_and_said():
     assert any("generation batch of 32" in line for line in translation.notes)
 
 
+def test_a_step_without_whole_groups_is_that_of_the_generation_batch():
+    # 4 completions a step, in groups of 8, sampled 8 at once: two steps of TRL are one here
+    changed = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    translation = translate(changed | {"generation_batch_size": 8, "max_steps": 10})
+    assert translation.settings["rollout"]["prompts_per_step"] == 1 and not translation.refused
+    assert translation.settings["train"]["max_steps"] == 5
+    assert any("no whole group of 8" in line for line in translation.notes)
+
+
 def test_all_that_is_refused_is_in_one_error():
     with pytest.raises(UserError) as caught:
         translate({"top_p": 0.5, "delta": 2.0}).check("GRPOTrainer")

@@ -258,6 +258,17 @@ def test_a_model_with_an_adapter_is_trained_further(model, tmp_path):
     assert 0 <= before["eval_reward"] <= 1 and trainer.model.peft_config["default"].r == 4
 
 
+def test_a_script_without_peft_config_may_train_an_adapter(model, tmp_path, caplog):
+    from twig.trl import with_lora
+
+    args = with_lora.GRPOConfig(output_dir=str(tmp_path), **SMALL)
+    texts = Dataset.from_list([{"prompt": f"{i}+1="} for i in range(6)])
+    trainer = with_lora.GRPOTrainer(model, share_of_digits, args, texts)
+    assert trainer.settings.lora.r == 16 and "TRL trains all weights" in caplog.text
+    with pytest.raises(UserError, match=r"twig\.trl\.with_lora"):
+        GRPOTrainer(model, share_of_digits, args, texts)
+
+
 def test_other_names_are_those_of_trl():
     import trl
 

@@ -106,7 +106,7 @@ def translate(changed: Mapping[str, Any], around: Around | None = None) -> Trans
         done.put(MAPPED[name][1], values[name])
     done.put("task.name", "custom")
     done.put("task.chat_template_kwargs", values["chat_template_kwargs"] or {})
-    _batch(values, around, done)
+    _batch(values, done)
     _length(values, around, done)
     _optimizer(values, done)
     _algorithm(values, changed, around, done)
@@ -116,52 +116,70 @@ def translate(changed: Mapping[str, Any], around: Around | None = None) -> Trans
     return done
 
 
-def prompts_of(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns the completions of an optimizer step and those of a generation batch."""
+def completions_of(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the completions of an optimizer step of TRL, and those of a step of ours.
+
+    They are the same if the first holds whole groups. Else ours is the whole generation batch.
+    """
     micro = values["per_device_train_batch_size"]
     step = micro * values["gradient_accumulation_steps"]
     steps = values["steps_per_generation"] or values["gradient_accumulation_steps"]
-    return step, values["generation_batch_size"] or micro * steps
+    sampled = values["generation_batch_size"] or micro * steps
+    return step, step if step % values["num_generations"] == 0 else sampled
 
 
-def _batch(values: dict[str, Any], around: Around, done: Translation) -> None:
-    completions, sampled = prompts_of(values)
+def optimizer_steps(values: Mapping[str, Any]) -> float:
+    """Returns how many optimizer steps of TRL a step of ours stands for."""
+    step, ours = completions_of(values)
+    return values["num_iterations"] * ours / step
+
+
+def _batch(values: dict[str, Any], done: Translation) -> None:
+    step, ours = completions_of(values)
     group = values["num_generations"]
-    if completions % group:
+    if ours % group:
         done.refuse(
             "per_device_train_batch_size",
             values["per_device_train_batch_size"],
-            f"an optimizer step of {completions} completions holds no whole groups of {group}: make "
-            "per_device_train_batch_size x gradient_accumulation_steps a multiple of num_generations",
+            f"a batch of {ours} completions holds no whole groups of {group}: make it times "
+            "gradient_accumulation_steps a multiple of num_generations",
         )
         return
-    done.put(BATCH, completions // group)
-    if sampled > completions:
+    done.put(BATCH, ours // group)
+    sampled = values["generation_batch_size"] or 0
+    steps = values["steps_per_generation"] or 0
+    sampled = max(sampled, values["per_device_train_batch_size"] * steps)
+    if ours != step:
         done.notes.append(
-            f"a generation batch of {sampled} completions for {sampled // completions} optimizer steps: Twig "
-            f"samples {completions} new ones for each step"
+            f"an optimizer step of {step} completions holds no whole group of {group}: Twig takes one step "
+            f"on all {ours} of a generation batch, and fewer of them"
+        )
+    elif sampled > step:
+        done.notes.append(
+            f"a generation batch of {sampled} completions for {sampled // step} optimizer steps: Twig "
+            f"samples {step} new ones for each step"
         )
 
 
-def _in_steps(count: float, values: Mapping[str, Any], around: Around, share_of: str | None = None) -> int:
-    """Returns a number of optimizer steps as steps of ours; below 1 it is a share of the whole run."""
-    if 0 < count < 1 and share_of is not None:
+def _in_steps(count: float, values: Mapping[str, Any], around: Around, share: bool = False) -> int:
+    """Returns a number of optimizer steps as steps of ours; below 1 it may be a `share` of the whole run."""
+    if 0 < count < 1 and share:
         total = total_steps(values, around)
         return max(math.ceil(count * total), 1) if total is not None else 0
-    return math.ceil(count / values["num_iterations"])
+    return math.ceil(count / optimizer_steps(values))
 
 
 def total_steps(values: Mapping[str, Any], around: Around) -> int | None:
     """Returns the steps of a run (None: the length of the data is unknown)."""
     if values["max_steps"] > 0:
-        return math.ceil(values["max_steps"] / values["num_iterations"])
+        return math.ceil(values["max_steps"] / optimizer_steps(values))
     epoch = epoch_steps(values, around)
     return None if epoch is None else max(math.ceil(values["num_train_epochs"] * epoch), 1)
 
 
 def epoch_steps(values: Mapping[str, Any], around: Around) -> float | None:
     """Returns the steps of a pass over the data (None: its length is unknown)."""
-    prompts = max(prompts_of(values)[0] / values["num_generations"], 1)
+    prompts = max(completions_of(values)[1] / values["num_generations"], 1)
     return None if around.num_prompts is None else around.num_prompts / prompts
 
 
@@ -183,7 +201,7 @@ def _length(values: dict[str, Any], around: Around, done: Translation) -> None:
     if 0 < warmup < 1 and total_steps(values, around) is None:
         done.refuse("warmup_steps", warmup, "a share of an unknown number of steps: set max_steps")
         return
-    done.put("train.warmup_steps", _in_steps(warmup, values, around, "train"))
+    done.put("train.warmup_steps", _in_steps(warmup, values, around, True))
 
 
 def _optimizer(values: dict[str, Any], done: Translation) -> None:
@@ -272,7 +290,7 @@ def _saving_and_evaluating(
         if strategy == "best":
             done.notes.append(f"{name}='best': {BEST}")
             return 0
-        return _in_steps(steps, values, around, name)
+        return _in_steps(steps, values, around, True)
 
     done.put("train.save_steps", every(values["save_strategy"], values["save_steps"], "save_strategy"))
     steps = values["eval_steps"] or values["logging_steps"]
@@ -289,7 +307,7 @@ def log_every(values: Mapping[str, Any], around: Around) -> int:
         return 0
     if getattr(strategy, "value", strategy) == "epoch":
         return max(math.ceil(epoch_steps(values, around) or 1), 1)
-    return max(_in_steps(steps, values, around, "logging_steps"), 1)
+    return max(_in_steps(steps, values, around, True), 1)
 
 
 def _logging(values: dict[str, Any], done: Translation) -> None:

@@ -36,7 +36,7 @@ class Events(Progress):
     """
 
     def __init__(
-        self, args: Any, callbacks: Sequence[Any], every: int, epoch: float | None, iterations: int
+        self, args: Any, callbacks: Sequence[Any], every: int, epoch: float | None, iterations: float
     ) -> None:
         self.args, self.callbacks = args, [each() if isinstance(each, type) else each for each in callbacks]
         self.every, self.epoch, self.iterations = every, epoch, iterations
@@ -62,7 +62,7 @@ class Events(Progress):
         self.passed = {"model": model, "processing_class": tokenizer}
         self.began = time.perf_counter()
         state = self.state
-        state.max_steps = total * self.iterations
+        state.max_steps = round(total * self.iterations)
         state.num_train_epochs = math.ceil(total / self.epoch) if self.epoch else 1
         state.logging_steps, state.train_batch_size = self.every, self.args.per_device_train_batch_size
         self.control = TrainerControl()
@@ -139,7 +139,7 @@ class Events(Progress):
     def _count(self, row: Mapping[str, Any]) -> dict[str, float] | None:
         """Counts a step; returns what to log if it is time to."""
         step = int(row["step"])
-        self.state.global_step = step * self.iterations
+        self.state.global_step = round(step * self.iterations)
         self.state.epoch = step / self.epoch if self.epoch else 0.0
         if isinstance(loss := row.get("loss"), Real):
             self.losses.append(float(loss))

@@ -15,7 +15,15 @@ from transformers.trainer_utils import TrainOutput
 
 from twig.common.errors import UserError
 from twig.config.from_peft import lora_values
-from twig.config.from_trl import Around, Translation, epoch_steps, log_every, quantization, translate
+from twig.config.from_trl import (
+    Around,
+    Translation,
+    epoch_steps,
+    log_every,
+    optimizer_steps,
+    quantization,
+    translate,
+)
 from twig.config.load import Settings
 from twig.config.schema import Model
 from twig.config.trl_names import MAPPED
@@ -68,6 +76,8 @@ class GRPOTrainer:
     Raises one UserError for everything that has no equal. `run` is the finished run (None before `train`).
     """
 
+    adapter_if_none: Any = None  # in place of a missing `peft_config`; None: that is refused
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -100,7 +110,7 @@ class GRPOTrainer:
         self.settings = Settings.from_dict(translation.settings, label="GRPOTrainer")
         self._log_every = log_every(values, around)
         self._events = Events(
-            self.args, callbacks, self._log_every, epoch_steps(values, around), values["num_iterations"]
+            self.args, callbacks, self._log_every, epoch_steps(values, around), optimizer_steps(values)
         )
 
     # ---- what the arguments mean
@@ -163,8 +173,15 @@ class GRPOTrainer:
             if config is not None:
                 done.refuse("peft_config", _short(config), "the model has an adapter already")
             return
+        if config is None and self.adapter_if_none is not None:
+            config = self.adapter_if_none
+            done.notes.append(
+                f"peft_config=None: TRL trains all weights, Twig an adapter of rank {config.r} on every "
+                "linear layer, which needs a higher learning rate"
+            )
         if config is None:
-            done.refuse("peft_config", None, "TRL then trains all weights: pass LoraConfig")
+            reason = "TRL then trains all weights: pass LoraConfig, or import from twig.trl.with_lora"
+            done.refuse("peft_config", None, reason)
             return
         try:
             done.settings["lora"] = lora_values(config, lambda: self._family(done), done.notes.append)
@@ -370,7 +387,7 @@ def _overridden(kind: type) -> list[str]:
     above = kind.__mro__[: kind.__mro__.index(GRPOTrainer)]
     theirs = trainer_methods() if above else frozenset()
     names = {name for each in above for name in vars(each) if name in _OWN | theirs}
-    return sorted(names - {"__init__"})
+    return sorted(names - {"__init__", "adapter_if_none"})
 
 
 def _named_as_in_trl(error: UserError) -> UserError:
