@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from twig.evaluation.evaluate import measure_model as evaluate
     from twig.export.export import ExportOptions, export_run
     from twig.export.upload import Push
-    from twig.training.session import Run
+    from twig.training.run import Run
     from twig.training.train import train
 
 __all__ = [
@@ -51,7 +51,7 @@ _EXPORTS = {
     "PrefixTrie": "twig.core.trie",
     "Progress": "twig.common.progress",
     "Push": "twig.export.upload",
-    "Run": "twig.training.session",
+    "Run": "twig.training.run",
     "Scale": "twig.core.algorithms.base",
     "Settings": "twig.config.load",
     "Step": "twig.core.algorithms.base",

@@ -12,9 +12,10 @@ from rich.console import Console
 from saved import save_model
 
 from twig.cli.app import main
-from twig.cli.display import LiveProgress, PlainProgress, clean, showing
+from twig.cli.display import clean
 from twig.common.progress import Progress
 from twig.config.load import load
+from twig.report.progress import LiveProgress, PlainProgress, showing
 from twig.runs.folder import RunLog
 from twig.runs.reader import read_metrics, read_summary
 from twig.runtime.machine import gpu_warning, has_nvidia_gpu

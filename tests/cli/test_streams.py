@@ -14,7 +14,7 @@ from saved import save_model
 
 from twig.cli.app import main
 from twig.cli.console import Stream, unfailing_streams
-from twig.cli.display import LiveProgress, PlainProgress, showing
+from twig.report.progress import LiveProgress, PlainProgress, showing
 from twig.runs.reader import read_metrics
 
 SMALL = (

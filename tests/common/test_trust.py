@@ -16,11 +16,12 @@ from saved import save_model
 
 import twig
 from twig.cli.app import main
-from twig.cli.display import show_run, showing
+from twig.cli.display import show_run
 from twig.cli.train import _run_name
 from twig.common.errors import UserError
 from twig.common.redact import environment_secrets, hidden, without_secrets
 from twig.config.load import load
+from twig.report.progress import showing
 from twig.runs.folder import RunLog
 
 TITLE, BLINK, LINK, TURN = "\x1b]0;owned\x07", "\x1b[5m", "\x1b]8;;http://owned\x07", "\u202e"

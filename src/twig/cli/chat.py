@@ -14,7 +14,7 @@ from rich.text import Text
 
 from twig.cli.completion import complete_run
 from twig.cli.console import Overrides, quiet_libraries, result_console
-from twig.cli.display import clean, showing
+from twig.cli.display import clean
 from twig.cli.models import named_model
 from twig.common.errors import UserError
 from twig.common.text import one_line, percent

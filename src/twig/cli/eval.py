@@ -8,13 +8,14 @@ from rich.text import Text
 
 from twig.cli.completion import complete_run
 from twig.cli.console import Overrides, quiet_libraries, result_console
-from twig.cli.display import accuracy_table, clean, comparison_words, quoted, sampled_table, showing
+from twig.cli.display import accuracy_table, clean, comparison_words, quoted, sampled_table
 from twig.cli.models import Named, named_model, saying_what_was_passed
 from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.common.text import either
 from twig.config.load import Settings
 from twig.evaluation.record import read_evaluation, refuse_other_content, write_evaluation
+from twig.report.progress import showing
 from twig.tasks.load import TASKS
 
 

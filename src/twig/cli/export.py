@@ -9,9 +9,10 @@ from rich.text import Text
 
 from twig.cli.completion import complete_run
 from twig.cli.console import quiet_libraries, result_console
-from twig.cli.display import quoted, showing
+from twig.cli.display import quoted
 from twig.common.errors import UserError
 from twig.common.text import one_line
+from twig.report.progress import showing
 from twig.runtime.stop import stoppable
 
 _LONGEST_PROMPT = 60  # in the command shown; most are long

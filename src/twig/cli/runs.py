@@ -14,8 +14,9 @@ from rich.text import Text
 
 from twig.cli.completion import complete_folder
 from twig.cli.console import result_console
-from twig.cli.display import clean, clock
+from twig.cli.display import clean
 from twig.common.text import one_line
+from twig.report.figures import clock
 from twig.runs.folder import RUNS
 from twig.runs.listing import Listed, list_runs
 

@@ -11,7 +11,7 @@ import typer
 
 from twig.cli.completion import complete_source
 from twig.cli.console import Overrides, Silent, Stopped, quiet_libraries, result_console
-from twig.cli.display import quoted, show_answers, show_findings, show_run, showing
+from twig.cli.display import quoted, show_answers, show_findings, show_run
 from twig.cli.models import saying_what_was_passed
 from twig.cli.plan import plan_as_comment
 from twig.common.errors import UserError
@@ -22,6 +22,7 @@ from twig.config.sizes import as_begun
 from twig.report.diagnosis import findings
 from twig.report.history import read_run
 from twig.report.page import report_if_missing
+from twig.report.progress import showing
 from twig.runs.contents import load_to_resume
 from twig.runs.folder import RunLog, new_folder, newest_folder
 from twig.runs.reader import ADAPTER, BEST, answers_of, damage, is_finished, is_run, read_summary

@@ -1,6 +1,6 @@
 """Defines the callbacks for progress that training, evaluating and exporting call.
 
-This base class logs only notices; `cli/display.py` has those that show more.
+This base class logs only notices; `report/progress.py` has those that show more.
 """
 
 import logging

@@ -525,6 +525,7 @@ class Log(Frozen):
     )
     progress: Literal["auto", "live", "plain", "quiet"] = Field(
         default="auto",
-        description="Progress display. `auto`: live on a terminal, plain lines elsewhere.",
+        description="Progress display, also of `twig.train`. `auto`: live on a terminal and in a notebook, "
+        "plain lines elsewhere.",
         json_schema_extra=DISPLAY,
     )

@@ -170,6 +170,19 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = 
         raise UserError("model.adapter", problem, "Set the model.name that it was trained on") from error
 
 
+def is_adapter(folder: Path) -> bool:
+    """Tells whether a folder holds a PEFT adapter."""
+    return (folder / _ADAPTER_CONFIG).is_file()
+
+
+def base_of_adapter(folder: Path) -> str:
+    """Returns the name of the model that a saved adapter was trained on; raises UserError if it has none."""
+    name = _read_config(folder, folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError("model.adapter", f"{folder} does not name its base", "Set model.name too")
+    return name
+
+
 def saved_dropout(adapter: str | Path) -> float:
     """Returns the dropout that a saved adapter was trained with; raises UserError as `load_adapter`."""
     value = _read_config(adapter, _adapter_folder(adapter)).get("lora_dropout", 0.0)

@@ -5,7 +5,8 @@ Knows nothing of training steps or run folders.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,12 +17,13 @@ from twig.common.progress import Progress
 from twig.common.python_files import file_checksum
 from twig.common.tokenizer import Tokenizer
 from twig.config.from_peft import dropout_note
-from twig.config.load import Settings
+from twig.config.load import Settings, load
 from twig.config.schema import Model
+from twig.config.sizes import with_values
 from twig.engine.base_policy import BasePolicy
 from twig.engine.build import build_policy
 from twig.engine.load import end_ids, load_model, load_tokenizer, remote_code_warning, vocabulary_of
-from twig.engine.lora import adapter_checksum, adopt, attach, saved_dropout
+from twig.engine.lora import adapter_checksum, adopt, attach, base_of_adapter, is_adapter, saved_dropout
 from twig.engine.model_files import Source, source_of
 from twig.engine.sampler import SamplingParams
 from twig.planner.choose import Sized
@@ -34,16 +36,48 @@ from twig.tasks.prompts import encode_prompt
 class Given:
     """What a caller passes in place of what the settings name; None: take that of the settings."""
 
-    model: PreTrainedModel | None = None
+    model: PreTrainedModel | PeftModel | None = None
     tokenizer: Tokenizer | None = None
     reward_funcs: Any = None
     train_dataset: Any = None
     eval_dataset: Any = None
 
     @property
+    def base(self) -> PreTrainedModel | None:
+        """The model that was passed, of a PEFT model its base."""
+        model = self.model
+        return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of what was passed."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+
+def settings_for(settings: Settings | dict[str, Any] | str, model: Any) -> Settings | dict[str, Any]:
+    """Returns the settings with the name of a model that was passed.
+
+    `model` is a name, a folder (of an adapter too), or a model object: its own name is taken if the settings
+    have none.
+    """
+    if isinstance(model, str | Path):
+        named = _names_of(str(model))
+    elif model is not None and isinstance(settings, dict) and "name" not in (settings.get("model") or {}):
+        named = {"name": getattr(model.config, "_name_or_path", "") or "model"}
+    else:
+        return load(settings) if isinstance(settings, str) else settings
+    if isinstance(settings, dict):
+        return {**settings, "model": {**(settings.get("model") or {}), **named}}
+    settings = load(settings) if isinstance(settings, str) else settings
+    return with_values(settings, {f"model.{key}": value for key, value in named.items()})
+
+
+def _names_of(model: str) -> dict[str, str]:
+    """Returns the settings `model` that a name or a folder means."""
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file() or not is_adapter(folder):
+        return {"name": model}
+    return {"name": base_of_adapter(folder), "adapter": model}
 
 
 @dataclass(frozen=True)
@@ -89,7 +123,7 @@ def prepare(
     datasets = given.train_dataset, given.eval_dataset
     task = load_task(settings, *datasets, given.reward_funcs, progress.notice)
     tokenizer = _tokenizer(settings, given, progress)
-    sized = size(settings, task, tokenizer, given.model)
+    sized = size(settings, task, tokenizer, given.base)
     settings, model, weights = sized.settings, given.model, None
     if model is None:
         chosen = model_settings or settings.model
@@ -98,11 +132,12 @@ def prepare(
     peft_model, begun_from = _adapted(model, settings)
     if settings.model.adapter is not None and (rate := saved_dropout(settings.model.adapter)):
         progress.message(dropout_note(settings.model.adapter, rate))
-    _refuse_ids_without_row(task, model, tokenizer)
+    base = cast(PreTrainedModel, peft_model.get_base_model())
+    _refuse_ids_without_row(task, base, tokenizer)
     if given.model is None:  # the name of the base, not the folder that it lies in on this machine
         for config in peft_model.peft_config.values():
             config.base_model_name_or_path = settings.model.name
-    ends = end_ids(model, tokenizer)
+    ends = end_ids(base, tokenizer)
     policy = build_policy(peft_model, settings)
     if policy.sharing_refusal:
         progress.message(

@@ -51,6 +51,7 @@ from twig.tasks.prompts import refuse_too_long, written_twice
 from twig.tasks.reward_functions import RewardError
 from twig.training.answers import Answered, answers_after, answers_before
 from twig.training.batch import Batch, completion_rows
+from twig.training.run import Run
 from twig.training.state import TOTALS, RunState
 from twig.training.trainer import Trainer
 
@@ -84,16 +85,6 @@ class Callbacks:
             problem = f"it raised {type(error).__name__}: {message_from(error)}"
             fix = "Correct it, then call twig.train again with resume=True"
             raise FileError(name, problem, fix, traceback_from(error)) from error
-
-
-@dataclass
-class Run:
-    """A finished or stopped run: folder, trained model (PEFT, on its base), tokenizer and summary.json."""
-
-    folder: Path
-    model: PeftModel
-    tokenizer: Tokenizer
-    summary: dict[str, Any]
 
 
 def decode_of(chosen: str, resolved: str, steps: int) -> str:

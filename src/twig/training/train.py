@@ -4,6 +4,7 @@ Brings settings, folder and processes together; the work is in `session.py`.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
@@ -21,7 +22,8 @@ from twig.core.algorithms.base import Algorithm
 from twig.core.algorithms.registry import load_algorithm, passed_algorithm
 from twig.engine.load import load_config, pick_device
 from twig.engine.lora import trained_config
-from twig.evaluation.prepare import Given
+from twig.evaluation.prepare import Given, settings_for
+from twig.report.progress import showing
 from twig.runs.folder import NoLog, with_traceback
 from twig.runs.resume import Start, decided_by_main, open_run
 from twig.runs.trackers import require
@@ -29,7 +31,8 @@ from twig.runtime.failures import Ended
 from twig.runtime.memory_use import PeakMemory
 from twig.runtime.processes import Processes, together
 from twig.runtime.stop import Clock
-from twig.training.session import Callback, Callbacks, Run, Session, prepare_run
+from twig.training.run import Run
+from twig.training.session import Callback, Callbacks, Session, prepare_run
 
 
 class Passed(TypedDict, total=False):
@@ -55,7 +58,7 @@ class Passed(TypedDict, total=False):
 
 def train(
     settings: Settings | dict[str, Any] | str,
-    model: PreTrainedModel | None = None,
+    model: PreTrainedModel | PeftModel | str | Path | None = None,
     tokenizer: Tokenizer | None = None,
     *,
     output: str | Path | None = None,
@@ -65,13 +68,16 @@ def train(
 ) -> Run:
     """Trains by `settings` (a recipe's name, a dict of groups, or Settings) and returns the run.
 
-    `model` and `tokenizer` replace those of `model.name`. By keyword: `reward_funcs`, `train_dataset`,
-    `eval_dataset`, `algorithm`, `peft_config`, `processes`, `on_step` and `on_evaluation`, see `Passed`. The
-    run folder is `output`, by default a new one below runs/. `resume` resumes from the newest valid
-    checkpoint in `output`, or starts from the beginning if there is none; a finished run is returned as it
-    is. If there is nothing to evaluate on, the accuracies are None. The first SIGINT or SIGTERM stops the run
-    after the step, saved, with the status "stopped"; a second one raises KeyboardInterrupt. Raises UserError
-    for what can be fixed, TypeError for an unknown keyword.
+    `model` and `tokenizer` replace those of `model.name`; a name or a folder is put there, and a folder of an
+    adapter into `model.adapter`. By keyword: `reward_funcs`, `train_dataset`, `eval_dataset`, `algorithm`,
+    `peft_config`, `processes`, `on_step` and `on_evaluation`, see `Passed`. The run folder is `output`, by
+    default a new one below runs/. `resume` resumes from the newest valid checkpoint in `output`, or starts
+    from the beginning if there is none; a finished run is returned as it is. If there is nothing to evaluate
+    on, the accuracies are None. `log.progress` says how progress is shown, unless `progress` is passed
+    (`twig.Progress()` shows nothing).
+
+    The first SIGINT or SIGTERM stops the run after the step, saved, with the status "stopped"; a second one
+    raises KeyboardInterrupt. Raises UserError for what can be fixed, TypeError for an unknown keyword.
 
     If a launcher started several processes, each calls this and takes its share; settings, output and resume
     are those of process 0, which alone writes and reports. Raises Ended if another process failed.
@@ -79,45 +85,59 @@ def train(
     unknown = sorted(passed.keys() - Passed.__annotations__)
     if unknown:
         raise TypeError(f"train() got an unexpected keyword argument {unknown[0]!r}")
-    algorithm = passed.get("algorithm")
-    given = Given(
-        model, tokenizer, *(passed.get(name) for name in ("reward_funcs", "train_dataset", "eval_dataset"))
-    )
-    with together(passed.get("processes")) as processes:
-        progress = progress if progress is not None and processes.main else Progress()
-        begun = agreed = None
+    data = (passed.get(name) for name in ("reward_funcs", "train_dataset", "eval_dataset"))
+    given = Given(None if isinstance(model, str | Path) else model, tokenizer, *data)
+    with ExitStack() as stack:
+        processes = stack.enter_context(together(passed.get("processes")))
+        own, shown = None, Progress()
         if processes.main:
-            own = _with_lora(as_settings(settings), passed.get("peft_config"), model, progress)
-            own = _with_algorithm(own, algorithm, progress)
-            require(own.log.report_to)
-            begun = open_run(own, output, resume, progress)
-            own = as_begun(own, begun.log.settings)
-            newest = None if begun.checkpoint is None else str(begun.checkpoint)
-            agreed = (own, str(begun.log.folder), newest, begun.changed)
-        same, folder, newest, changed = processes.from_main(agreed, Settings)
-        clock = Clock(same.train.max_time if processes.main else None)
-        if not processes.main:
-            same = _with_algorithm(same, algorithm, progress)
-        checkpoint = None if newest is None else Path(newest)
-        start = begun or Start(NoLog(Path(folder), same), checkpoint, changed)
-        try:
-            decided = decided_by_main(same, start, processes) if model is None else None
-            device = pick_device(decided.device if decided else str(cast(PreTrainedModel, model).device))
-            with PeakMemory(str(device)) as memory:
-                parts = prepare_run(same, start, given, progress, memory, processes, decided)
-                callbacks = Callbacks(passed.get("on_step"), passed.get("on_evaluation"))
-                return Session(parts, start, progress, memory, clock, processes, callbacks).run()
-        except (FileError, Ended) as error:
-            reported = with_traceback(error, start.log)
-            if reported is error:
-                raise
-            raise reported from error
-        finally:
-            start.log.close()
+            own = as_settings(settings_for(settings, model))
+            shown = progress if progress is not None else stack.enter_context(showing(own.log.progress))
+        return _train(own, given, (output, resume), passed, shown, processes)
+
+
+def _train(
+    own: Settings | None,
+    given: Given,
+    folder: tuple[str | Path | None, bool],
+    passed: Passed,
+    progress: Progress,
+    processes: Processes,
+) -> Run:
+    """Runs one process's share; `own` are process 0's settings. See `train`."""
+    begun = agreed = None
+    algorithm = passed.get("algorithm")
+    callbacks = Callbacks(passed.get("on_step"), passed.get("on_evaluation"))
+    if own is not None:
+        own = _with_lora(own, passed.get("peft_config"), given.model, progress)
+        own = _with_algorithm(own, algorithm, progress)
+        require(own.log.report_to)
+        begun = open_run(own, *folder, progress)
+        own = as_begun(own, begun.log.settings)
+        newest = None if begun.checkpoint is None else str(begun.checkpoint)
+        agreed = (own, str(begun.log.folder), newest, begun.changed)
+    same, path, newest, changed = processes.from_main(agreed, Settings)
+    clock = Clock(same.train.max_time if processes.main else None)
+    if not processes.main:
+        same = _with_algorithm(same, algorithm, progress)
+    start = begun or Start(NoLog(Path(path), same), None if newest is None else Path(newest), changed)
+    try:
+        decided = decided_by_main(same, start, processes) if given.model is None else None
+        device = pick_device(decided.device if decided else str(cast(PreTrainedModel, given.model).device))
+        with PeakMemory(str(device)) as memory:
+            parts = prepare_run(same, start, given, progress, memory, processes, decided)
+            return Session(parts, start, progress, memory, clock, processes, callbacks).run()
+    except (FileError, Ended) as error:
+        reported = with_traceback(error, start.log)
+        if reported is error:
+            raise
+        raise reported from error
+    finally:
+        start.log.close()
 
 
 def _with_lora(
-    settings: Settings, peft_config: Any, model: PreTrainedModel | None, progress: Progress
+    settings: Settings, peft_config: Any, model: PreTrainedModel | PeftModel | None, progress: Progress
 ) -> Settings:
     """Returns the settings with the adapter of `peft_config`, or with that of a PEFT model."""
     if isinstance(model, PeftModel):
