@@ -39,7 +39,7 @@ START = """\
 
 Twig trains any causal language model, from the Hub or a folder, that transformers loads with its own code and
 that is stored as safetensors or as a GGUF file (`model.name=FILE.gguf`, or `model.gguf_file` in a folder or
-repository; `pip install 'twig-rl[gguf]'`). A GGUF file's weights are held in `model.dtype`, so it takes the
+repository; `pip install gguf`). A GGUF file's weights are held in `model.dtype`, so it takes the
 memory of the whole model, and the run records the file's checksum. Model types differ in speed. The trie
 engine, the fast one, calls the layers itself and supports the types below. For any other type, set
 `model.engine=plain`, which uses the model's ordinary batched forward pass.

@@ -6,6 +6,7 @@ used, so the command line starts quickly and credit can be computed if torch is 
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
 if TYPE_CHECKING:
     from twig.common.errors import UserError
@@ -70,7 +71,9 @@ def __getattr__(name: str) -> Any:
         return _version()
     if name in _EXPORTS:
         module, _, own_name = _EXPORTS[name].partition(":")
-        return getattr(import_module(module), own_name or name)
+        with catch_warnings():  # tqdm's, in a notebook without ipywidgets: nothing here uses its bars
+            filterwarnings("ignore", message="IProgress not found")
+            return getattr(import_module(module), own_name or name)
     raise AttributeError(f"module 'twig' has no attribute {name!r}")
 
 

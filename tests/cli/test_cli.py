@@ -9,7 +9,9 @@ import sys
 
 import pytest
 from rich.console import Console
+from run_folders import write_run
 from saved import save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from twig.cli.app import main
 from twig.cli.display import clean
@@ -132,6 +134,49 @@ def test_a_task_that_cannot_tell_what_is_right_says_so(twig, tmp_path):
     assert status == 0
     assert "rhyme with tree \\x1b[31m" in shown
     assert "reward functions" in shown
+
+
+def test_the_prompt_that_is_trained_is_shown(twig, tmp_path, base):
+    """From a recipe, from a YAML file, and from the folder of a run: what `twig train` takes."""
+    row = {"question": "How many legs do 12 spiders have?", "answer": "96"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    status, shown, errors = twig("tasks", "show", "custom", "task.path=data.jsonl")
+    assert status == 0 and f"{row['question']}\n\nThink step by step" in shown
+    assert "without the chat template of Qwen/Qwen2.5-0.5B-Instruct" in errors
+    settings = load(
+        "custom", ["task.path=data.jsonl", f"model.name={base}", "task.prompt_template=Q {question} A"]
+    )
+    (tmp_path / "mine.yaml").write_text(settings.to_yaml())
+    RunLog.create(tmp_path / "run", settings).close()
+    for source in ("mine.yaml", "run"):
+        status, shown, errors = twig("tasks", "show", source)
+        assert status == 0 and f"Q {row['question']} A\n" in shown and not errors
+
+
+def test_chat_data_over_a_template_says_the_way_out(twig, tmp_path, base):
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+1"}], "answer": str(i + 1)} for i in range(5)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ("tasks", "show", "custom", "task.path=data.jsonl", "model.name=model")
+    status, _, errors = twig(*words)
+    assert status == 2 and errors.endswith("Set task.prompt_template=null.\n")
+    status, shown, _ = twig(*words, "task.prompt_template=null")
+    assert status == 0 and "+1" in shown
+
+
+def test_a_run_in_place_of_a_recipe_says_that_a_new_one_begins(twig, tmp_path, monkeypatch):
+    from twig.cli import train
+
+    write_run(tmp_path / "runs" / "quickstart-1")
+    monkeypatch.setattr(train, "_train", lambda *_: {"status": "finished"})
+    monkeypatch.setattr(train, "_show", lambda *_: None)
+    status, _, errors = twig("train", "runs/quickstart-1")
+    assert status == 0
+    assert "a new run, runs/quickstart-1-1, with the settings of runs/quickstart-1" in errors
+    assert "twig train runs/quickstart-1 --resume" in errors
 
 
 def test_env_shows_versions_device_and_memory(twig):

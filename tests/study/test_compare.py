@@ -41,6 +41,21 @@ def study_in(folder, text=STUDY, overrides=()):
     return load_study(path, list(overrides))
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("algorithm.normalise=all", "every variant of the study sets algorithm.normalise"),
+        ("train.learning_rate=0.5", "the grid of the study sets train.learning_rate"),
+    ],
+)
+def test_an_override_that_every_variant_sets_again_is_refused(tmp_path, override, says):
+    text = STUDY.replace("[algorithm.name=grpo]", "[algorithm.normalise=branches]")
+    text += "grid: {train.learning_rate: [0.1, 0.2]}\n"
+    with pytest.raises(UserError, match=f"^{override}: {says}. Change it there"):
+        study_in(tmp_path, text, [override])
+    assert study_in(tmp_path, STUDY, [override]).overrides[-1] == override  # one of the two has its own
+
+
 # What a file says
 
 

@@ -33,7 +33,7 @@ def eval_command(
         str | None, typer.Option(metavar="NAME", help="The task. Without it: the run's own.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Problems to answer. Without it: all.")
+        int | None, typer.Option(metavar="N", min=1, help="Problems to answer. Without it: all.")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(metavar="N", min=2, help="Also N sampled answers to each: pass@k, vote.")

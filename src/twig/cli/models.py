@@ -1,5 +1,6 @@
 """Resolves what a command line names to a model: a run, an adapter, or a model on disk or the Hub."""
 
+import difflib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def named_model(model: str, best: bool, command: str, overrides: Sequence[str] =
     if best and not is_run(folder):
         raise UserError("--best", f"{model} is not a run", "Leave --best out, or name the folder of a run")
     if not is_run(folder):
+        _refuse_typo(folder)
         is_adapter = (folder / "adapter_config.json").is_file()
         named = {"name": _base_of(folder, command), "adapter": model} if is_adapter else {"name": model}
         yield Named({"model": named})
@@ -67,6 +69,16 @@ def saying_what_was_passed(folder: Path) -> Iterator[None]:
             raise
         problem = f"{error.problem}; the run got {listed(passed)} from Python, which its folder does not have"
         raise UserError(error.key, problem, error.fix) from error
+
+
+def _refuse_typo(path: Path) -> None:
+    """Raises UserError for a path beside runs that is not there; a name such as org/model has no folder."""
+    if path.exists() or not path.parent.name or not path.parent.is_dir():
+        return
+    names = [each.name for each in path.parent.iterdir() if each.is_dir() and not each.name.startswith(".")]
+    near = difflib.get_close_matches(path.name, names, 1, 0.3)
+    fix = f"Did you mean {path.parent / near[0]}?" if near else "Run twig runs for a list"
+    raise UserError(str(path), "there is no such folder", fix)
 
 
 def _base_of(adapter: Path, command: str) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from twig.cli.completion import complete_source
 from twig.cli.console import Overrides, Silent, Stopped, quiet_libraries, result_console
-from twig.cli.display import quoted, show_answers, show_findings, show_run
+from twig.cli.display import clean, quoted, show_answers, show_findings, show_run
 from twig.cli.models import saying_what_was_passed
 from twig.cli.plan import plan_as_comment
 from twig.common.errors import UserError
@@ -57,6 +57,9 @@ def train_command(
         sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
         return
     folder = _folder(source, output, resume)
+    if not resume and is_run(Path(source)):
+        again = f"to resume that one: twig train {quoted(Path(source))} --resume"
+        sys.stderr.write(f"note: a new run, {clean(folder)}, with the settings of {clean(source)}; {again}\n")
     summary = _summary_if_done(folder, settings) if resume else None
     if summary is not None:
         _complete(folder, summary)

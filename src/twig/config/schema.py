@@ -154,7 +154,7 @@ class Model(Frozen):
         default=None,
         description="GGUF file in the folder or the Hub repository `name`; leave it out where `name` is the "
         "file itself. Config, tokenizer and chat template come from the file, and its weights are held in "
-        "`dtype`: `pip install 'twig-rl[gguf]'`.",
+        "`dtype`: `pip install gguf`.",
         examples=["SmolLM2-135M-Instruct-Q8_0.gguf"],
     )
     revision: Text | None = Field(
@@ -168,7 +168,7 @@ class Model(Frozen):
     quantization: Literal["nf4", "int8"] | None = Field(
         default=None,
         description="Holds the matrices of the base's layers in 4 bits (`nf4`) or 8 (`int8`) through "
-        "bitsandbytes, on a CPU or a CUDA GPU: `pip install 'twig-rl[quantization]'`. Embeddings, norms and "
+        "bitsandbytes, on a CPU or a CUDA GPU: `pip install bitsandbytes`. Embeddings, norms and "
         "head keep `dtype`, the adapter stays float32.",
         examples=["nf4"],
     )

@@ -144,7 +144,7 @@ def _quantised(
         raise UserError(
             key,
             f"{kind} needs bitsandbytes, which is not installed",
-            "Run pip install 'twig-rl[quantization]'",
+            "Run pip install bitsandbytes",
         )
     # It logs at every call of an 8-bit layer that this computes in float16, and what to install.
     getLogger("bitsandbytes").setLevel(ERROR)

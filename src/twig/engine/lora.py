@@ -56,7 +56,9 @@ def attach(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                peft_model = get_peft_model(model, config)
+                with warnings.catch_warnings():  # PEFT asks transformers by a name that is deprecated
+                    warnings.simplefilter("ignore", FutureWarning)
+                    peft_model = get_peft_model(model, config)
             except ValueError as error:  # modules that PEFT knows not to work
                 problem, fix = message_of(error), "Set other modules of these layers"
                 raise UserError("lora.target_modules", problem, fix) from error

@@ -134,7 +134,7 @@ def _gguf_source(chosen: Model, path: Path) -> Source:
     name, file = chosen.name, chosen.gguf_file
     if find_spec("gguf") is None:
         problem = f"{file or path.name} needs the package gguf, which is not installed"
-        raise UserError("model.name", problem, "Run pip install 'twig-rl[gguf]'")
+        raise UserError("model.name", problem, "Run pip install gguf")
     if chosen.quantization is not None:
         key, problem = "model.quantization", f"the weights of {file or path.name} are quantised already"
         raise UserError(key, problem, f"Leave {key} out")

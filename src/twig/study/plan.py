@@ -109,9 +109,25 @@ def load_study(path: Path, overrides: list[str] | None = None) -> Study:
         else:
             values[key] = parse_yaml(value, override)
     try:
-        return Study.model_validate(values)
+        study = Study.model_validate(values)
     except ValidationError as error:
         raise _about(str(path), explain(Study, error.errors())) from None
+    _refuse_without_effect(
+        study, [override for override in overrides or [] if "." in override.partition("=")[0]]
+    )
+    return study
+
+
+def _refuse_without_effect(study: Study, overrides: list[str]) -> None:
+    """Raises UserError for an override that every variant or the grid sets again."""
+    keys = [{override.partition("=")[0] for override in variant.overrides} for variant in variants_of(study)]
+    for override in overrides:
+        key = override.partition("=")[0]
+        if all(key in own for own in keys):
+            where = "the grid" if key in study.grid else "every variant"
+            raise UserError(
+                override, f"{where} of the study sets {key}", f"Change it there, or leave {key} out"
+            )
 
 
 def variants_of(study: Study) -> list[Variant]:

@@ -228,7 +228,7 @@ def _messages(task: Task, example: Example) -> Messages:
         messages = [{"role": "user", "content": _plain_text(task, example)}]
     elif task.prompt_template is not None:
         problem = "the prompts are chat messages, which take no template"
-        raise UserError("task.prompt_template", problem, "Leave task.prompt_template out")
+        raise UserError("task.prompt_template", problem, "Set task.prompt_template=null")
     else:
         # Templates for text alone cannot write parts.
         messages = [{**message, "content": _plain_content(message)} for message in example.prompt]
