@@ -32,6 +32,7 @@ ELSEWHERE = {
     "docs/start.md": "test_the_readme_from_top_to_bottom",
     "docs/architecture.md": "test_the_parts_put_together_by_hand_give_a_gradient",
     "docs/from-trl.md": "config/test_from_peft.py",
+    "docs/from-sft.md": "config/test_from_sft.py",
 }
 WITH_EXAMPLES = sorted(name for name in PAGES if examples(PAGES[name]) and name not in ELSEWHERE)
 # What is added to the commands.
