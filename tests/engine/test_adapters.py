@@ -24,10 +24,11 @@ from twig.common.errors import UserError
 from twig.config.load import Settings
 from twig.core.algorithms.base import Objective
 from twig.engine.lora import attach, load_adapter, saved_dropout
+from twig.engine.model_files import source_of
 from twig.engine.plain_policy import PlainPolicy
 from twig.engine.policy import Policy
 from twig.engine.sampler import Request, SamplingParams, sample
-from twig.planner.model_shape import Shape
+from twig.planner.model_shape import Shape, read_config
 from twig.planner.plan import workload_of
 
 ENGINES = {"trie": Policy, "plain": PlainPolicy}
@@ -163,6 +164,14 @@ def test_a_new_adapter_of_every_form_is_the_one_that_peft_builds(ours, theirs):
 def test_what_selects_nothing_is_one_line(shape, says):
     with pytest.raises(UserError, match=says):
         attach(tiny.build_model(), **shape)
+
+
+def test_an_adapter_in_place_of_a_model_is_told_apart(tmp_path):
+    folder = save_adapter(tmp_path)
+    for read in (read_config, lambda name: source_of(Settings.from_dict(settings).model)):
+        settings = {"model": {"name": str(folder)}, "task": {"name": "multiplication"}}
+        with pytest.raises(UserError, match=f"It is an adapter: set model.adapter={folder}"):
+            read(str(folder))
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])

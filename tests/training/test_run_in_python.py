@@ -99,13 +99,19 @@ def test_what_comes_from_outside_is_escaped(kernel):
 
 
 def test_a_curve_has_one_point_a_step_and_its_mean_over_it():
-    """Five steps of rewards 0 to 4: points from the left bottom to the right top."""
-    rows = [{"step": step, "reward": float(step - 1)} for step in range(1, 6)] + [{"step": 3, "other": 1.0}]
+    """Eleven steps of rewards 0 to 10, from the left bottom to the right top of 268 x 86.
+
+    The mean is that of nine steps: at the first step of rewards 0 to 4, in the middle 1 to 9, at the last 6
+    to 10; on the height 110 - 8.6 times it.
+    """
+    rows = [{"step": step, "reward": float(step - 1)} for step in range(1, 12)] + [{"step": 3, "other": 1.0}]
     html = curves_html(rows, ["reward", "answers/right"])
     assert html.count("<svg") == 1
     raw, smooth = re.findall(r'points="([^"]*)"', html)
-    assert raw.split() == ["44.0,110.0", "111.0,88.5", "178.0,67.0", "245.0,45.5", "312.0,24.0"]
-    assert raw == smooth  # a line is its own mean
+    raw, smooth = ([tuple(map(float, spot.split(","))) for spot in line.split()] for line in (raw, smooth))
+    assert [raw[i] for i in (0, 5, 10)] == [(54.0, 110.0), (188.0, 67.0), (322.0, 24.0)]
+    assert [smooth[i] for i in (0, 5, 10)] == [(54.0, 92.8), (188.0, 67.0), (322.0, 41.2)]
+    assert ">Reward: 8<" in html
     assert (
         curves_html([{"step": 1, "reward": None}, {"step": 2, "reward": float("nan")}], ["reward"]).count(
             "<svg"

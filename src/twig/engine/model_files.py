@@ -85,6 +85,8 @@ def source_of(chosen: Model) -> Source:
             return Source(str(path))
         ggufs = sorted(each.name for each in path.glob(f"*{_GGUF}"))
         fix = f"Set model.gguf_file={ggufs[0]}" if ggufs else _A_MODEL
+        if (path / "adapter_config.json").is_file():
+            fix = f"It is an adapter: set model.adapter={path}, and model.name to its base"
         raise UserError("model.name", f"{path} has no config.json", fix)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError("model.name", f"{name} is not a folder", _A_MODEL)

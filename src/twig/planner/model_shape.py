@@ -286,9 +286,10 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     path = Path(name).expanduser()
     local = path if path.is_file() else find_file(name, "config.json", revision)
     if local is None and (path.is_dir() or _is_path(name)):
-        raise UserError(
-            "model.name", f"{name} has no config.json", "Use the folder of a saved model, or a Hub id"
-        )
+        fix = "Use the folder of a saved model, or a Hub id"
+        if (path / "adapter_config.json").is_file():
+            fix = f"It is an adapter: set model.adapter={name}, and model.name to its base"
+        raise UserError("model.name", f"{name} has no config.json", fix)
     return _parse(local or _download(name, revision))
 
 

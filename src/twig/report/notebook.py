@@ -7,7 +7,7 @@ outside is escaped. IPython is imported only inside a notebook.
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -22,11 +22,14 @@ from twig.runs.reader import KINDS, missing_kinds
 _SECONDS_BETWEEN = 0.5
 _ROWS, _MESSAGES = 5, 6
 _LONGEST_PROMPT, _LONGEST_ANSWER = 300, 600  # characters
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 320, 130, 44, 24, 20
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 330, 130, 54, 24, 20
 _POINTS = 400  # of a curve, at most
 _MEAN_OF = 9  # steps, about the middle one
 _COLOUR = "#3b82c4"
-_CELL = "padding:2px 12px 2px 0;text-align:{align};vertical-align:top;border:none;background:none"
+_CELL = (
+    "padding:2px 12px 2px 0;vertical-align:top;border:none;background:none;white-space:pre-wrap;"
+    "overflow-wrap:anywhere"
+)
 _SVG = 'xmlns="http://www.w3.org/2000/svg" font-size="11" font-family="sans-serif" fill="currentColor"'
 _AXES = 'fill="none" stroke="currentColor" stroke-opacity="0.3"'
 _SHOWN = ("reward", "answers/right")
@@ -66,7 +69,7 @@ class NotebookProgress(Progress):
 
     def step(self, step: int, total: int, metrics: dict[str, Any]) -> None:
         self.figures.add(metrics)
-        self.rows.append({name: metrics.get(name) for name in (*_SHOWN, *_COLUMNS)} | {"step": step})
+        self.rows.append({name: metrics.get(name) for name in _STEP_COLUMNS} | {"step": step})
         left = self.figures.left(step, total)
         self.status = f"step {step} of {total}" + (f", {left}" if left else "")
         self._show(now=step in (1, total))
@@ -121,35 +124,34 @@ class NotebookProgress(Progress):
 
 # ---- tables ----------------------------------------------------------------------------------------------
 
-_COLUMNS = {
-    "completions/mean_length": ("mean tokens", "{:.1f}"),
-    "tokens/sampled": ("tokens sampled", "{:,}"),
-    "tokens/selected": ("tokens trained", "{:,}"),
-    "time/step": ("seconds", "{:.2f}"),
+_STEP_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "step": ("step", str),
+    "reward": ("reward", "{:.3f}".format),
+    "answers/right": ("right", percent),
+    "completions/mean_length": ("mean tokens", "{:.1f}".format),
+    "tokens/sampled": ("tokens sampled", "{:,}".format),
+    "tokens/selected": ("tokens trained", "{:,}".format),
+    "time/step": ("seconds", "{:.2f}".format),
 }
 
 
 def _steps_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = {"step": ("step", "{}"), "reward": ("reward", "{:.3f}"), "answers/right": ("right", "{:.1%}")}
-    columns |= _COLUMNS
     texts = [
-        ["-" if row.get(key) is None else form.format(row[key]) for key, (_, form) in columns.items()]
+        ["-" if row.get(key) is None else show(row[key]) for key, (_, show) in _STEP_COLUMNS.items()]
         for row in rows
     ]
-    return table_html([title for title, _ in columns.values()], texts)
+    return table_html([title for title, _ in _STEP_COLUMNS.values()], texts)
 
 
 def table_html(titles: Sequence[str], rows: Sequence[Sequence[str]], align: str = "right") -> str:
     """Returns a table of texts."""
-    style = _CELL.format(align=align)
-    head = "".join(f'<th style="{style}">{escape(title)}</th>' for title in titles)
-    body = (
-        "<tr>"
-        + "".join(f'<td style="{style};white-space:pre-wrap">{escape(each)}</td>' for each in row)
-        + "</tr>"
-        for row in rows
-    )
-    return f'<table style="border:none">{f"<tr>{head}</tr>" if any(titles) else ""}{"".join(body)}</table>'
+
+    def line(tag: str, texts: Sequence[str]) -> str:
+        cell = f'<{tag} style="{_CELL};text-align:{align}">'
+        return "<tr>" + "".join(f"{cell}{escape(text)}</{tag}>" for text in texts) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f'<table style="border:none;font-size:13px">{line("th", titles)}{body}</table>'
 
 
 def accuracies_html(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
@@ -258,6 +260,6 @@ def _svg(chart: Chart, points: Sequence[tuple[int, float]]) -> str:
 
 def _mean(points: Sequence[tuple[int, float]], i: int) -> float:
     """Returns the mean of the steps about step i, fewer at both ends."""
-    reach = min(_MEAN_OF // 2, i, len(points) - 1 - i)
-    near = [value for _, value in points[i - reach : i + reach + 1]]
+    reach = _MEAN_OF // 2
+    near = [value for _, value in points[max(i - reach, 0) : i + reach + 1]]
     return sum(near) / len(near)
