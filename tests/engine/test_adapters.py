@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from twig.common.errors import UserError
 from twig.config.load import Settings
+from twig.config.schema import Model
 from twig.core.algorithms.base import Objective
 from twig.engine.lora import attach, load_adapter, saved_dropout
 from twig.engine.model_files import source_of
@@ -168,8 +169,7 @@ def test_what_selects_nothing_is_one_line(shape, says):
 
 def test_an_adapter_in_place_of_a_model_is_told_apart(tmp_path):
     folder = save_adapter(tmp_path)
-    for read in (read_config, lambda name: source_of(Settings.from_dict(settings).model)):
-        settings = {"model": {"name": str(folder)}, "task": {"name": "multiplication"}}
+    for read in (read_config, lambda name: source_of(Model(name=name))):
         with pytest.raises(UserError, match=f"It is an adapter: set model.adapter={folder}"):
             read(str(folder))
 
