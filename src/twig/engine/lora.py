@@ -172,11 +172,6 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = 
         raise UserError("model.adapter", problem, "Set the model.name that it was trained on") from error
 
 
-def is_adapter(folder: Path) -> bool:
-    """Tells whether a folder holds a PEFT adapter."""
-    return (folder / _ADAPTER_CONFIG).is_file()
-
-
 def base_of_adapter(folder: Path) -> str:
     """Returns the name of the model that a saved adapter was trained on; raises UserError if it has none."""
     name = _read_config(folder, folder).get("base_model_name_or_path")

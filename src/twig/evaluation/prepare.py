@@ -23,10 +23,11 @@ from twig.config.sizes import with_values
 from twig.engine.base_policy import BasePolicy
 from twig.engine.build import build_policy
 from twig.engine.load import end_ids, load_model, load_tokenizer, remote_code_warning, vocabulary_of
-from twig.engine.lora import adapter_checksum, adopt, attach, base_of_adapter, is_adapter, saved_dropout
+from twig.engine.lora import adapter_checksum, adopt, attach, base_of_adapter, saved_dropout
 from twig.engine.model_files import Source, source_of
 from twig.engine.sampler import SamplingParams
 from twig.planner.choose import Sized
+from twig.runs.reader import is_adapter
 from twig.tasks.base import Task
 from twig.tasks.load import load_task
 from twig.tasks.prompts import encode_prompt
