@@ -146,6 +146,26 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(family, atten
     assert predicted == pytest.approx(saved_bytes(policy, pack), rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), ("k_proj", "o_proj"), ATTENTION + MLP])
+def test_what_dora_keeps_for_the_backward_pass_is_what_autograd_saves(modules, dtype):
+    """The adapter multiplied out has a graph too, which ends with the module: an identity, and A of it."""
+    policy = tiny.build_policy(
+        "llama", "sdpa", getattr(torch, dtype), layers=[1, 2, 3], target_modules=modules, use_dora=True
+    )
+    group = tiny.random_group(np.random.default_rng(0), prompt_length=8, size=8, longest=16)
+    tries, credits = credit_of([group])
+    (pack,) = build_packs(scored([group], tries, credits), 4096)
+    words = ["lora.layers=[1,2,3]", f"lora.target_modules=[{','.join(modules)}]", "lora.r=4"]
+    settings = settings_of(*words, "lora.use_dora=true", f"model.dtype={dtype}")
+    work = workload_of(shape_of(policy.model.config), settings, "cpu", 8)
+    widest = np.bincount(pack.rows // pack.ids.shape[1]).max()
+    table = Table(*pack.ids.shape, 0, len(pack.rows), len(pack.targets), int(widest))
+    widths = [work.shape.linear()[name].inputs for name in modules]
+    ended = 3 * sum(4 * width * (width + 4) for width in widths)
+    assert kept_by_pack(work, table) == pytest.approx(saved_bytes(policy, pack) - ended, rel=0.02)
+
+
 # What sampling by captured steps keeps
 
 

@@ -346,3 +346,21 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
     shown = capsys.readouterr()
     assert str(tmp_path / "empty") in shown.err and shown.err.count("\n") == 1
     assert not (tmp_path / "x.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("page", "part"),
+    [
+        ("docs/from-trl.md", re.compile(r"^## What is not here\n(.*)", re.DOTALL | re.MULTILINE)),
+        ("docs/algorithms.md", re.compile(r"^\| absent from Twig \|(.*)$", re.MULTILINE)),
+    ],
+)
+def test_what_a_page_calls_absent_is_neither_a_setting_nor_an_algorithm(page, part):
+    absent = set(re.findall(r"`([\w-]+)`", part.search(PAGES[page])[1]))
+    settings = {key.rpartition(".")[2] for name in shipped() for key in _flat(name)}
+    assert len(absent) > 3 and len(settings) > 80
+    assert not absent & (settings | set(shipped()) | {name.replace("-", "_") for name in shipped()})
+
+
+def _flat(algorithm):
+    return Settings.from_dict(MINIMAL, [f"algorithm.name={algorithm}"]).flat()

@@ -148,8 +148,8 @@ def kept_by_layer(work: Workload, table: Table, with_input: bool, queries: int |
     def inputs(names: str, width: int, already_kept: bool = False) -> float:
         own = [linear[f"{name}_proj"] for name in names.split() if f"{name}_proj" in adapted]
         copies = len(own) if e != work.wide else int(bool(own) and not already_kept)
-        scaled = 2 * work.dora * sum(each.outputs for each in own)  # the base's output and the adapter's
-        return work.wide * (copies * width + len(own) * work.rank + scaled)
+        scaled = work.dora * (e + work.wide) * sum(each.outputs for each in own)  # the base's, the adapter's
+        return work.wide * (copies * width + len(own) * work.rank) + scaled
 
     query, key, value = (with_input or f"{name}_proj" in adapted for name in "qkv")
     attends = query or key or value
