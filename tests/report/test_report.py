@@ -21,7 +21,7 @@ from twig.core.trie import PrefixTrie
 from twig.report.credit_map import SHOWN, Strings, choose, group_map, read_groups, saved_steps
 from twig.report.curves import arm_series, arms_of, differing
 from twig.report.history import read_run
-from twig.report.page import page_of, write_report
+from twig.report.page import End, page_of, write_report
 
 
 @pytest.fixture
@@ -199,18 +199,72 @@ def test_runs_that_differ_by_seed_only_are_one_arm(tmp_path):
     assert not {"train.seed", "log.completions_steps", "memory.budget", "model.name"} & set(table)
 
 
-def test_a_curve_is_the_mean_of_the_steps_that_a_point_stands_for(tmp_path):
+def test_a_point_of_a_curve_is_a_step_or_says_how_many_it_is_the_mean_of(tmp_path, monkeypatch):
     runs = [read_run(write_run(tmp_path / str(seed), steps=600, saved=(), seed=seed)) for seed in (0, 1)]
     (arm,) = arms_of(runs)
     series = arm_series(arm)
     rewards = np.array([run.history.column("reward") for run in runs])
-    width = 3  # 600 steps in at most 240 points
+    assert series["width"] == 1 and series["x"]["step"] == list(range(1, 601))
+    np.testing.assert_allclose(series["series"]["reward"]["mean"], rewards.mean(0), rtol=1e-3)
+    monkeypatch.setattr("twig.report.curves._POINTS", 240)
+    series, width = arm_series(arm), 3
+    assert series["width"] == width
     means = rewards.reshape(2, 200, width).mean(2)
     for name, how in (("mean", np.mean), ("low", np.min), ("high", np.max)):
         np.testing.assert_allclose(series["series"]["reward"][name], how(means, 0), rtol=1e-3)
     assert series["x"]["step"] == list(range(3, 601, 3))
     np.testing.assert_allclose(series["x"]["tokens"], np.arange(3, 601, 3) * 2560, rtol=1e-5)
     assert "kl" not in series["series"], "no run has it"
+
+
+def test_a_lost_row_of_metrics_moves_no_other_step(tmp_path):
+    run = write_run(tmp_path / "a", steps=10, saved=())
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] != 3))
+    series = arm_series(arms_of([read_run(run)])[0])
+    rewards = series["series"]["reward"]["mean"]
+    assert rewards[2] is None and series["x"]["step"][-1] == 10
+    expected = {row["step"]: row["reward"] for row in rows if "reward" in row}
+    for step in (1, 2, 4, 10):
+        assert rewards[step - 1] == pytest.approx(expected[step], rel=1e-3)
+
+
+def test_runs_that_stop_at_different_tokens_are_compared_at_equal_ones(tmp_path):
+    short = write_run(tmp_path / "short", ["algorithm.name=grpo"], steps=20)
+    longer = write_run(tmp_path / "long", steps=40)
+    page = page_of([read_run(short), read_run(longer)])
+    # After 20 steps the short one is at 80 %; the long one has an evaluation there, of 60 %.
+    assert "Right after 51,200 tokens" in page
+    assert "grpo 80.0\xa0%, t-spmo 60.0\xa0%" in page
+    equal = page_of([read_run(short), read_run(write_run(tmp_path / "as-long", steps=20))])
+    assert "Right after training:" in equal
+
+
+@pytest.mark.parametrize("state", ["failed", "killed", "stopped", "running"])
+def test_a_run_that_is_not_finished_says_so_and_what_to_do(state, tmp_path):
+    run = write_run(tmp_path / "a", ["train.max_steps=100"], steps=12)
+    (run / "checkpoints" / "step-10").mkdir(parents=True)
+    if state == "stopped":
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"status": "stopped", "accuracy_after": None}))
+    else:
+        (run / "summary.json").unlink()
+    if state == "failed":
+        (run / "traceback.txt").write_text("Traceback\nValueError: the <file> is gone\n")
+    end = End("running") if state == "running" else None
+    page = write_report([run], tmp_path / "report.html", end).read_text(encoding="utf-8")
+    top = page[page.index("<h1>") : page.index("<nav")]
+    assert "step 12 of 100" in top
+    assert ("--resume" in top) == (state != "running")
+    assert ("ValueError: the &lt;file&gt; is gone" in top) == (state == "failed")
+    assert ("from step 10" in top) == (state in ("failed", "killed"))
+    assert (data_of(page)["live"] > 0) == ('http-equiv="refresh"' in page) == (state == "running")
+
+
+def test_a_finished_run_says_nothing_of_its_state(run):
+    page = page_of([read_run(run)])
+    assert "--resume" not in page[: page.index("<nav")] and data_of(page)["live"] == 0
 
 
 def test_accuracy_has_each_evaluation_with_an_interval(tmp_path):
@@ -350,7 +404,7 @@ def test_five_runs_of_two_thousand_steps_are_a_small_page(tmp_path):
     assert path.stat().st_size < 5_000_000
     data = data_of(path.read_text(encoding="utf-8"))
     assert [arm["runs"] for arm in data["arms"]] == [3, 2]
-    assert max(len(series["mean"]) for arm in data["arms"] for series in arm["series"].values()) <= 240
+    assert max(len(series["mean"]) for arm in data["arms"] for series in arm["series"].values()) <= 2000
     for run in range(5):
         steps = {group["step"] for group in data["groups"] if group["run"] == run}
         assert {1, 2000} <= steps and len(steps) >= 10, "spread over the run"

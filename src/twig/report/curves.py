@@ -13,7 +13,7 @@ from twig.config.load import Settings, affects
 from twig.evaluation.statistics import wilson
 from twig.report.history import RunData
 
-_POINTS = 240  # of a curve, at most
+_POINTS = 2000  # of a curve, at most: of longer runs a point is the mean of several steps
 _NUMBERS = 250_000  # of all curves, about
 _MOST_IN_LABEL = 2  # settings; with more, an arm has the name of its first run
 # The runs of an arm may differ in these, and in settings that affect speed or display only.
@@ -116,36 +116,43 @@ def _label(arm: Arm, arms: list[Arm]) -> str:
         parts.append(arm.runs[0].name)
     else:
         flat = arm.settings.flat()
-        parts += [f"{key.partition('.')[2]}={_label_value(flat.get(key))}" for key in keys]
+        parts += [_label_part(key, flat.get(key)) for key in keys]
     return ", ".join(parts) or name
+
+
+def _label_part(key: str, value: Any) -> str:
+    text = _label_value(value)
+    return text if key == "model.name" else f"{key.partition('.')[2]}={text}"
 
 
 def _label_value(value: Any) -> str:
     text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = text.rstrip("/").rpartition("/")[2] or text  # of a path, what it names
     return text if len(text) <= 24 else text[:11] + "…" + text[-12:]
 
 
 # ---- curves -----------------------------------------------------------------------------------------------
 
 
-def arm_series(arm: Arm, num_runs: int = 1) -> dict[str, Any]:
+def arm_series(arm: Arm, num_arms: int = 1) -> dict[str, Any]:
     """Returns an arm's curves as plain values.
 
     `x` has, by axis (step, tokens, seconds), where each point lies; `series`, by metric, `mean`, `low` and
-    `high` over the arm's runs. A point stands for as many steps as keep the curves of `num_runs` runs short:
-    its value is their mean. `evals` has [step, tokens, seconds, mean, low, high] per evaluation: low and high
-    are the 95 % interval of one run, or the lowest and highest of several.
+    `high` over the arm's runs. A point stands for `width` steps, the last of which it names: one, or if
+    `num_arms` curves would be too long, several, and its value is their mean. `evals` has [step, tokens,
+    seconds, mean, low, high] per evaluation: low and high are the 95 % interval of one run, or the lowest and
+    highest of several.
     """
-    length = max(1, *(len(run.history) for run in arm.runs))
-    points = min(_POINTS, max(40, _NUMBERS // (3 * len(CHARTS) * max(1, num_runs))))
+    length = max(1, *(run.history.last_step for run in arm.runs))
+    points = min(_POINTS, max(40, _NUMBERS // (3 * len(CHARTS) * max(1, num_arms))))
     width = -(-length // points)
     edges = np.arange(0, length, width)
     xs = {"step": [np.arange(1.0, length + 1)]}
     for axis, metric in (("tokens", "tokens/sampled"), ("seconds", "time/step")):
-        xs[axis] = [np.nancumsum(run.history.column(metric)) for run in arm.runs]
+        xs[axis] = [np.nancumsum(run.history.by_step(metric, run.history.last_step)) for run in arm.runs]
     series = {}
     for chart in CHARTS:
-        rows = [_binned(run.history.column(chart.metric), edges, length) for run in arm.runs]
+        rows = [_binned(run.history.by_step(chart.metric, length), edges) for run in arm.runs]
         table = np.array(rows)
         if not np.isnan(table).all():
             series[chart.metric] = {
@@ -156,6 +163,8 @@ def arm_series(arm: Arm, num_runs: int = 1) -> dict[str, Any]:
     return {
         "label": arm.label,
         "runs": len(arm.runs),
+        "algorithm": arm.settings.algorithm.name,
+        "width": width,
         "x": {axis: _numbers(_at(columns, ends), 6) for axis, columns in xs.items()},
         "series": series,
         "evals": _evals(arm),
@@ -165,9 +174,7 @@ def arm_series(arm: Arm, num_runs: int = 1) -> dict[str, Any]:
     }
 
 
-def _binned(column: np.ndarray, edges: np.ndarray, length: int) -> np.ndarray:
-    full = np.full(length, np.nan)
-    full[: len(column)] = column
+def _binned(full: np.ndarray, edges: np.ndarray) -> np.ndarray:
     measured = ~np.isnan(full)
     number = np.add.reduceat(measured.astype(float), edges)
     total = np.add.reduceat(np.where(measured, full, 0.0), edges)
@@ -199,12 +206,8 @@ def _evals(arm: Arm) -> list[list[float | int | None]]:
     for run in arm.runs:
         before, after = run.summary.get("accuracy_before"), run.summary.get("accuracy_after")
         n = (after or before or {}).get("n", 0)
-        by_step = {row["step"]: row["eval/accuracy"] for row in run.evals}
-        by_step |= {0: before["value"]} if before else {}
-        by_step |= {run.summary["steps"]: after["value"]} if after else {}
-        for step, value in by_step.items():
-            if value is not None:
-                points.setdefault(step, []).append((value, n))
+        for step, value in _accuracy_by_step(run).items():
+            points.setdefault(step, []).append((value, n))
     rows = []
     for step, each in sorted(points.items()):
         values = [value for value, _ in each]
@@ -221,7 +224,37 @@ def _predicted(arm: Arm) -> float | None:
 
 
 def _until(arm: Arm, metric: str, step: int) -> float:
-    return float(np.mean([np.nansum(run.history.column(metric)[:step]) for run in arm.runs]))
+    return float(np.mean([_sum_until(run, metric, step) for run in arm.runs]))
+
+
+def _sum_until(run: RunData, metric: str, step: int) -> float:
+    return float(np.nansum(run.history.by_step(metric, step)))
+
+
+def tokens_of(run: RunData) -> float:
+    """Returns the tokens that a run sampled."""
+    return _sum_until(run, "tokens/sampled", run.history.last_step)
+
+
+def accuracy_at(run: RunData, tokens: float) -> float | None:
+    """Returns a run's accuracy after so many sampled tokens, on a straight line between its evaluations.
+
+    None if it has no evaluation before or after that.
+    """
+    values = _accuracy_by_step(run)
+    at = np.array([_sum_until(run, "tokens/sampled", step) for step in values])
+    if not len(at) or not at[0] <= tokens <= at[-1]:
+        return None
+    return float(np.interp(tokens, at, list(values.values())))
+
+
+def _accuracy_by_step(run: RunData) -> dict[int, float]:
+    """Returns the accuracy of each evaluation by its step, in order."""
+    before, after = run.summary.get("accuracy_before"), run.summary.get("accuracy_after")
+    by_step = {row["step"]: row["eval/accuracy"] for row in run.evals}
+    by_step |= {0: before["value"]} if before else {}
+    by_step |= {run.summary["steps"]: after["value"]} if after else {}
+    return {step: value for step, value in sorted(by_step.items()) if value is not None}
 
 
 def _mean_time(arm: Arm, metric: str) -> float:

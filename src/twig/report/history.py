@@ -9,6 +9,7 @@ import numpy as np
 
 from twig.common.errors import UserError
 from twig.config.load import RUN_CONFIG, Settings, load
+from twig.runs.listing import state_of
 from twig.runs.reader import (
     ENVIRONMENT,
     METRICS,
@@ -44,6 +45,19 @@ class History:
     def __len__(self) -> int:
         """Returns the number of training steps."""
         return len(self.rows)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that has metrics, 0 without one."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    def by_step(self, name: str, length: int) -> np.ndarray:
+        """Returns a metric of steps 1 to `length`; NaN for a step that lacks it, or whose row was lost."""
+        values = np.full(length, np.nan)
+        for row in self.rows:
+            if row.get(name) is not None and row["step"] <= length:
+                values[row["step"] - 1] = row[name]
+        return values
 
     def column(self, name: str) -> np.ndarray:
         """Returns a metric [steps]; NaN where a step is without it."""
@@ -89,10 +103,18 @@ class RunData:
     environment: dict[str, Any]
     problems: str | None = None  # the checksum of the problems of the last evaluation
     short_name: str | None = None  # among other runs
+    state: str = "finished"  # one of `runs.listing.STATES`
+    reason: str | None = None  # why it failed
 
     @property
     def name(self) -> str:
         return self.short_name or self.folder.resolve().name
+
+    @property
+    def steps(self) -> int | None:
+        """The steps that it was to take; None if its settings do not say."""
+        train = self.settings.train
+        return None if train.max_tokens is not None else train.max_steps
 
 
 def read_run(folder: Path) -> RunData:
@@ -107,7 +129,10 @@ def read_run(folder: Path) -> RunData:
     problems = asked[-1]["problems"] if asked else None
     others = {row["step"] for row in asked if row["problems"] != problems}
     evals = [row for row in rows if "eval/accuracy" in row and row["step"] not in others]
-    return RunData(folder, settings, history, evals, summary, environment, problems)
+    state, reason = state_of(folder, summary or None, history.last_step)
+    return RunData(
+        folder, settings, history, evals, summary, environment, problems, state=state, reason=reason
+    )
 
 
 def settings_text(run: RunData) -> str:

@@ -8,6 +8,7 @@ content security policy lets nothing run but that script.
 import base64
 import hashlib
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -18,12 +19,13 @@ from twig import __version__
 from twig.common.errors import UserError
 from twig.common.files import write_whole
 from twig.common.text import percent, shortened
+from twig.core.algorithms.registry import shipped
 from twig.report.credit_map import Strings, choose, compared
-from twig.report.curves import CHARTS, Arm, arm_series, arms_of, differing
+from twig.report.curves import CHARTS, Arm, accuracy_at, arm_series, arms_of, differing, tokens_of
 from twig.report.diagnosis import SYMPTOMS, Finding, findings
 from twig.report.history import RunData, read_run, settings_text
 from twig.runs.listing import short_names
-from twig.runs.reader import KINDS, answers_of, missing_kinds
+from twig.runs.reader import KINDS, answers_of, missing_kinds, newest_step
 
 NAME = "report.html"
 _LONGEST_ANSWER, _MOST_ANSWERS = 2000, 6  # characters; arms whose answers are shown
@@ -31,6 +33,9 @@ _MOST_BYTES = 4_900_000  # of a page
 _MOST_CREDIT = 3_000_000  # of its credit maps
 _SCRIPTS = ("text.js", "charts.js", "credit.js", "page.js")
 _DASH = "–"
+_RELOAD = 60  # seconds between two looks of the page of a run that trains
+_EQUAL = 1.02  # times as many tokens count as equally many
+_UNFINISHED = {"running": "Training:", "stopped": "Stopped after", "failed": "Failed after"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,24 @@ class _Answers:
 
 
 @dataclass(frozen=True)
+class End:
+    """How a run ended: its state, one of `runs.listing.STATES`, and the reason if it failed."""
+
+    state: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class _Status:
+    """What a page says of a run that is not finished: what happened, and a command for what to do."""
+
+    name: str
+    kind: str
+    text: str
+    command: str | None
+
+
+@dataclass(frozen=True)
 class _Shown:
     """A symptom and the runs that have it."""
 
@@ -70,15 +93,19 @@ class _Shown:
     runs: list[_Seen]
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[str | Path], output: str | Path | None = None, end: End | None = None
+) -> Path:
     """Writes the report of runs to `output` and returns its path.
 
-    Without `output` that is report.html, in the run's folder if there is only one. Raises UserError if a
-    folder holds no run, or if the report cannot be written.
+    Without `output` that is report.html, in the run's folder if there is only one. `end` says how the runs
+    ended, or that they did not, if the caller knows better than their folders. Raises UserError if a folder
+    holds no run, or if the report cannot be written.
     """
     paths = [Path(folder) for folder in dict.fromkeys(map(str, folders))]
     names = zip(paths, short_names(paths), strict=True)
-    runs = [replace(read_run(path), short_name=name) for path, name in names]
+    ended = {} if end is None else asdict(end)
+    runs = [replace(read_run(path), short_name=name, **ended) for path, name in names]
     path = Path(runs[0].folder) / NAME if len(runs) == 1 else Path(NAME)
     path = path if output is None else Path(output)
     page = page_of(runs)
@@ -90,13 +117,15 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     return path
 
 
-def report_of_run(folder: Path, tell: Callable[[str], None]) -> None:
+def report_of_run(folder: Path, tell: Callable[[str], None], end: End | None = None) -> None:
     """Writes report.html into a run's folder, or calls `tell` with the reason why there is none.
+
+    `end` is that of `write_report`.
 
     Raises nothing: no fault of a picture may cost a run its result.
     """
     try:
-        write_report([folder])
+        write_report([folder], end=end)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         tell(f"{folder / NAME} is not written ({reason}); to try again: twig report {folder}")
@@ -105,7 +134,7 @@ def report_of_run(folder: Path, tell: Callable[[str], None]) -> None:
 def report_if_missing(folder: Path, tell: Callable[[str], None]) -> None:
     """Writes the report of a finished run that was killed before it had one; see `report_of_run`."""
     if not (folder / NAME).is_file():
-        report_of_run(folder, tell)
+        report_of_run(folder, tell, End("finished"))
 
 
 def page_of(runs: Sequence[RunData]) -> str:
@@ -113,10 +142,13 @@ def page_of(runs: Sequence[RunData]) -> str:
     arms = arms_of(runs)
     runs = [run for arm in arms for run in arm.runs]
     data: dict[str, Any] = {
-        "arms": [arm_series(arm, len(runs)) for arm in arms],
+        "arms": [arm_series(arm, len(arms)) for arm in arms],
         "runs": [_run_row(run, number) for number, arm in enumerate(arms) for run in arm.runs],
         "charts": [asdict(chart) for chart in CHARTS],
         "algorithms": _algorithms(runs),
+        "order": sorted(shipped(), key=lambda name: not shipped()[name].in_credit_map),
+        "live": _RELOAD if any(run.state == "running" for run in runs) else 0,
+        "written": round(time.time()),
     }
     parts = {
         "arms": arms,
@@ -126,6 +158,8 @@ def page_of(runs: Sequence[RunData]) -> str:
         "headline": _headline(arms, runs),
         "standfirst": _standfirst(arms),
         "result_of": _result,
+        "live": data["live"],
+        "statuses": [status for run in runs if (status := _status(run)) is not None],
         "answers": _answers(arms),
         "symptoms": _symptoms(runs),
         "num_symptoms": len(SYMPTOMS),
@@ -204,7 +238,10 @@ def _headline(arms: list[Arm], runs: Sequence[RunData]) -> str:
     if len(arms) > 1:
         return f"{_numeral(len(arms))} ways to train, {_numeral(len(runs)).lower()} runs"
     before, after = (_mean_accuracy(arms[0], when) for when in ("before", "after"))
-    steps = max(len(run.history) for run in runs)
+    steps = max(run.history.last_step for run in runs)
+    state = runs[0].state
+    if len(runs) == 1 and state in _UNFINISHED:
+        return f"{_UNFINISHED[state]} {_step_of(runs[0])}"
     if before is not None and after is not None:
         return f"From {_unbroken_percent(before)} to {_unbroken_percent(after)} right in {steps:,} steps"
     return f"{arms[0].label}: {steps:,} steps"
@@ -221,6 +258,9 @@ def _standfirst(arms: list[Arm]) -> str:
         text = f"{model} on {task}."
         if len({run.problems for arm in arms for run in arm.runs} - {None}) > 1:
             return f"{text} The runs answered different problems, so their accuracies cannot be compared."
+        equal = _at_equal_tokens(arms)
+        if equal is not None:
+            return f"{text} {equal}"
         return f"{text} Right after training: {', '.join(values)}." if values else text
     sampled = sum(run.history.column("tokens/sampled").sum() for run in arm.runs)
     selected = sum(run.history.column("tokens/selected").sum() for run in arm.runs)
@@ -230,6 +270,51 @@ def _standfirst(arms: list[Arm]) -> str:
         text += f" Of {sampled:,.0f} tokens that were sampled, {selected:,.0f} were trained"
         text += f": one in {sampled / selected:,.0f}." if selected and sampled > 2 * selected else "."
     return text
+
+
+def _at_equal_tokens(arms: list[Arm]) -> str | None:
+    """Compares arms where the shortest run ended; None if all sampled about as many tokens."""
+    runs = [run for arm in arms for run in arm.runs]
+    totals = [tokens_of(run) for run in runs]
+    least, most = min(totals), max(totals)
+    if not least or most <= _EQUAL * least:
+        return None
+    between = f"The runs sampled {least:,.0f} to {most:,.0f} tokens"
+    values = [[accuracy_at(run, least) for run in arm.runs] for arm in arms]
+    if any(value is None for each in values for value in each):
+        return f"{between}, and lack the evaluations (eval.steps) to compare them at equal tokens."
+    means = [sum(value for value in each if value is not None) / len(each) for each in values]
+    shown = [f"{arm.label} {_unbroken_percent(mean)}" for arm, mean in zip(arms, means, strict=True)]
+    return f"{between}. Right after {least:,.0f} tokens, where the shortest ended: {', '.join(shown)}."
+
+
+def _step_of(run: RunData) -> str:
+    step, steps = run.history.last_step, run.steps
+    return f"step {step:,}" + (f" of {steps:,}" if steps else "")
+
+
+def _status(run: RunData) -> _Status | None:
+    """Returns what a page says of a run that is not finished; None if it is."""
+    folder = run.folder.resolve()
+    here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else Path(folder.name)
+    command = f"twig train {here} --resume"
+    saved = newest_step(run.folder)
+    after = f"after {_step_of(run)}"
+    if run.state == "running":
+        text = f"Training: {_step_of(run)}. This page reloads itself."
+        if run.evals:
+            text += f" The newest evaluation: {_unbroken_percent(run.evals[-1]['eval/accuracy'])} right."
+        return _Status(run.name, "running", text, None)
+    if run.state == "stopped":
+        return _Status(run.name, "stopped", f"Stopped {after}, and saved. To resume:", command)
+    if run.state == "not begun":
+        return _Status(run.name, "not begun", "No step and no evaluation is done. To begin:", command)
+    if run.state != "failed":
+        return None
+    reason = run.reason or "it left no error, so it was killed, or its machine stopped"
+    text = f"Failed {after}: {reason.rstrip('.')}."
+    to_do = f"To resume from step {saved:,}:" if saved else "Nothing is saved; to start again:"
+    return _Status(run.name, "failed", f"{text} {to_do}", command)
 
 
 def _answers(arms: Sequence[Arm]) -> list[_Answers]:

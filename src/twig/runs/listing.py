@@ -98,7 +98,7 @@ def _listed(name: str, folder: Path) -> Listed:
     summary, rows = read_summary(folder), _metrics(folder)
     last = rows[-1]["step"] if rows else 0
     current = summary is not None and _is_current(folder, summary, last)
-    state = _state(folder, summary if current else None)
+    state, reason = state_of(folder, summary, last)
     step = last if summary is None or not current else int(summary["steps"])
     before, after, at = _accuracies(folder, summary if current else None)
     return Listed(
@@ -114,8 +114,18 @@ def _listed(name: str, folder: Path) -> Listed:
         accuracy_step=at,
         seconds=summary["seconds"] if summary and current else _seconds(rows),
         changed=max(_changed(folder / file) for file in _WRITTEN),
-        reason=_reason(folder) if state == "failed" else None,
+        reason=reason,
     )
+
+
+def state_of(folder: Path, summary: dict[str, Any] | None, last: int) -> tuple[str, str | None]:
+    """Returns a run's state, one of STATES, and if it failed, the last line of its traceback.
+
+    `summary` is that in the folder, and `last` the last step that has metrics.
+    """
+    current = summary is not None and _is_current(folder, summary, last)
+    state = _state(folder, summary if current else None)
+    return state, _reason(folder) if state == "failed" else None
 
 
 def _state(folder: Path, summary: dict[str, Any] | None) -> str:

@@ -127,6 +127,12 @@ def passed_parts(folder: Path) -> list[str]:
     return passed.split(", ") if isinstance(passed, str) and passed else []
 
 
+def newest_step(folder: Path) -> int | None:
+    """Returns the step of a run's newest checkpoint, by the names of their folders; None without one."""
+    names = [path.name.removeprefix("step-") for path in (folder / CHECKPOINTS).glob("step-*")]
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 def is_finished(summary: dict[str, Any] | None) -> bool:
     """Returns whether a summary is that of a finished run."""
     return summary is not None and summary.get("status") == "finished"

@@ -6,7 +6,7 @@ Ctrl-C, SIGTERM and crashes leave a run folder that can be resumed. What happens
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.common.python_files import FileError, file_checksum
 from twig.common.redact import without_secrets
+from twig.common.text import one_line
 from twig.common.tokenizer import Tokenizer
 from twig.common.user_code import is_ours, message_from, traceback_from
 from twig.config.load import Settings
@@ -34,7 +35,7 @@ from twig.evaluation.evaluate import Evaluation, evaluate_policy
 from twig.evaluation.prepare import Given, Parts, prepare
 from twig.planner.choose import Machine, Sized, size_run
 from twig.report.diagnosis import LiveWarnings
-from twig.report.page import NAME, report_if_missing, report_of_run
+from twig.report.page import NAME, End, report_if_missing, report_of_run
 from twig.runs import checkpoint
 from twig.runs.contents import refuse_changed
 from twig.runs.folder import with_traceback
@@ -56,6 +57,8 @@ from twig.training.state import TOTALS, RunState
 from twig.training.trainer import Trainer
 
 SCHEMA_VERSION = 1
+REPORT_SECONDS = 120.0  # between two reports of a run that trains, at least
+_REPORT_SHARE = 0.01  # of the time, which writing them may take
 # Decode steps from which compiling them pays: on an H100 it takes 8 s and saves 2 ms a step.
 COMPILED_FROM = 10_000
 NOT_FINITE = "nonfinite"  # the folder of batches whose gradient was not
@@ -159,6 +162,7 @@ class Session:
         self.contents: dict[str, str] = {}
         self.after: dict[str, Any] | None = None
         self.answers: list[dict[str, Any]] = []  # before and after training, for summary.json
+        self.next_report = time.monotonic() + REPORT_SECONDS
         self.before: tuple[dict[str, Any], dict[str, Any]] | None = None  # the state before a step under way
         self._warn_of_sizes()
         self.trainer = Trainer(
@@ -219,6 +223,9 @@ class Session:
                     raise
                 self.processes.interrupted()
                 return self._finish("stopped")
+            except Exception as error:
+                self._report_failure(error)
+                raise
 
     def _work(self) -> bool:
         """Evaluates, trains and evaluates; returns whether it came to the end."""
@@ -297,6 +304,7 @@ class Session:
         if metrics["optimizer/skipped"]:
             self._skipped(batch)
         self._call("on_step", metrics)
+        self._refresh_report()
         every = self.settings.eval.steps
         if every and step % every == 0 and not self._is_over():
             result = self._evaluate(f"step {step}")
@@ -318,6 +326,23 @@ class Session:
                 f"the loss or gradient of {many} steps in a row is not finite (the last batch: {path})",
                 f"Set a smaller train.learning_rate than {train.learning_rate:g}, or model.dtype=float32",
             )
+
+    def _refresh_report(self) -> None:
+        """Writes the report of the run so far, every few minutes and in at most a hundredth of the time."""
+        began = time.monotonic()
+        if not self.processes.main or began < self.next_report:
+            return
+        report_of_run(self.log.folder, lambda reason: None, End("running"))
+        ended = time.monotonic()
+        self.next_report = ended + max(REPORT_SECONDS, (ended - began) / _REPORT_SHARE)
+
+    def _report_failure(self, error: Exception) -> None:
+        """Leaves the reason in the folder of a run that began, and a report that says that it failed."""
+        if self.processes.main and self.run_state.step > 0:
+            if isinstance(error, UserError) and not isinstance(error, FileError):
+                with suppress(UserError):  # its folder may be gone
+                    self.log.save_traceback(str(error))
+            report_of_run(self.log.folder, self.progress.message, End("failed", one_line(error)))
 
     def _log(self, metrics: dict[str, Any]) -> None:
         self.log.log(self.run_state.step, metrics)
@@ -400,7 +425,7 @@ class Session:
                 (self.log.folder / NAME).unlink(missing_ok=True)  # it is that of an older summary
             self.log.save_summary(summary)
         if self.processes.main:
-            report_of_run(self.log.folder, self.progress.message)
+            report_of_run(self.log.folder, self.progress.message, End(status))
         self.progress.done(summary)
         return Run(self.log.folder, self.policy.peft_model, self.tokenizer, summary)
 

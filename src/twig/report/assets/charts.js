@@ -1,23 +1,43 @@
 // Curves of the arms, small multiples with one cross-hair, and the dots of accuracy before and after.
 
 const DASHES = ["", "7 4", "2 4", "9 3 2 3", "5 2", "1 3"];
-const state = { axis: "step", at: null, charts: [] };
+const state = { axis: "step", at: null, charts: [], smooth: true };
 const AXES = { step: "step", tokens: "tokens sampled", seconds: "seconds of training" };
-const look = (arm) => ({ class: "a" + (arm % 6), dash: DASHES[arm % 6] });
+const COLOURS = 10;
+const FREE = 3; // the first colours are those of the algorithms that credit maps compare
 
-function ticks(low, high, count) {
-  const rough = (high - low) / count || 1;
+// An algorithm has one colour on the whole page. Arms of one algorithm alone differ by colour too.
+function colourOf(algorithm) {
+  const place = DATA.order.indexOf(algorithm);
+  return "a" + (place < 0 ? COLOURS - 1 : Math.min(place, COLOURS - 1));
+}
+
+const LOOKS = (() => {
+  const algorithms = DATA.arms.map((arm) => arm.algorithm);
+  const alone = new Set(algorithms).size === 1;
+  return algorithms.map((algorithm, arm) => {
+    const before = algorithms.slice(0, arm).filter((each) => each === algorithm).length;
+    const colour = alone && arm ? "a" + (FREE + ((arm - 1) % (COLOURS - FREE))) : colourOf(algorithm);
+    return { class: colour, dash: DASHES[before % DASHES.length] };
+  });
+})();
+const look = (arm) => LOOKS[arm];
+
+function ticks(low, high, count, whole = false) {
+  const rough = Math.max((high - low) / count || 1, whole ? 1 : 0);
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((k) => k * power).find((k) => k >= rough - 1e-12);
+  const step = [1, 2, 2.5, 5, 10].map((k) => k * power).find((k) => k >= rough - 1e-12 && (!whole || Number.isInteger(k)));
   const values = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) values.push(k * step || 0);
   return values;
 }
 
+const reachOf = (values) => Math.round(values.length / 24); // points on each side of one
+
 // A centred mean over about a twelfth of the curve.
 function smooth(values) {
-  const reach = Math.round(values.length / 24);
-  if (reach < 1) return values;
+  const reach = reachOf(values);
+  if (reach < 1 || !state.smooth) return values;
   return values.map((value, i) => {
     if (value === null) return null;
     const near = values.slice(Math.max(0, i - reach), i + reach + 1).filter((v) => v !== null);
@@ -54,14 +74,17 @@ function linesOf(chart) {
       if (!arm.evals.length) return [];
       const xs = arm.evals.map((row) => row[place]);
       const [mean, low, high] = [3, 4, 5].map((column) => arm.evals.map((row) => row[column]));
-      return [{ arm: number, xs, mean, low, high, whiskers: true }];
+      const steps = arm.evals.map((row) => row[0]);
+      return [{ arm: number, xs, mean, low, high, steps, width: 1, value: mean, whiskers: true }];
     }
     const series = arm.series[chart.metric];
     if (!series) return [];
     const many = arm.runs > 1;
     const soft = chart.noisy ? smooth : (values) => values;
+    const smoothed = chart.noisy && state.smooth && reachOf(series.mean) > 0;
     return [{
-      arm: number, xs: arm.x[state.axis], mean: soft(series.mean), raw: chart.noisy && !many ? series.mean : null,
+      arm: number, xs: arm.x[state.axis], steps: arm.x.step, width: arm.width,
+      value: series.mean, mean: soft(series.mean), raw: smoothed ? series.mean : null,
       low: soft(many ? series.low : series.mean), high: soft(many ? series.high : series.mean), band: many,
     }];
   });
@@ -79,8 +102,8 @@ function domain(chart, lines) {
 // Labels beside the ends of lines, pushed apart.
 function labels(lines, y, height) {
   const placed = lines.map((line) => {
-    const last = line.mean.findLastIndex((v) => v !== null);
-    return { line, value: line.mean[last], x: line.xs[last], y: y(line.mean[last]) };
+    const last = line.value.findLastIndex((v) => v !== null);
+    return { line, value: line.value[last], x: line.xs[last], y: y(line.value[last]) };
   }).sort((a, b) => a.y - b.y);
   placed.forEach((label, i) => {
     label.at = Math.max(label.y, i ? placed[i - 1].at + 14 : 8);
@@ -95,7 +118,11 @@ function draw(view) {
   const { chart, host } = view;
   const width = Math.max(220, host.clientWidth);
   const [top, bottom, left] = [10, 24, 44];
-  const right = DATA.arms.length > 1 ? Math.min(128, 16 + 6.6 * Math.max(...DATA.arms.map((a) => a.label.length))) : 54;
+  // Of many arms, or where there is no room, only the key above has the names.
+  const several = DATA.arms.length > 1;
+  const named = several && DATA.arms.length <= MOST_NAMED && width >= 300;
+  const room = width < 420 ? 84 : 128;
+  const right = named ? Math.min(room, 16 + LETTER * Math.max(...DATA.arms.map((a) => a.label.length))) : several ? 12 : 54;
   const height = 190;
   const lines = linesOf(chart);
   const most = Math.max(1, ...lines.map((line) => line.xs[line.xs.length - 1]));
@@ -108,7 +135,7 @@ function draw(view) {
     s("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }),
     s("text", { x: left - 7, y: y(v) + 4, "text-anchor": "end" }, minus(worded(v, chart.unit))),
   ]);
-  const marks = ticks(least, most, width > 420 ? 5 : 3);
+  const marks = ticks(least, most, width > 420 ? 5 : 3, state.axis !== "seconds");
   parts.push(marks.map((v) => s("text", { x: x(v), y: height - 4, "text-anchor": "middle" }, short(v))));
   for (const line of lines) {
     const { class: colour, dash } = look(line.arm);
@@ -127,9 +154,9 @@ function draw(view) {
       parts.push(s("line", { ...paint("whisker"), "stroke-dasharray": "3 4", x1: left, x2: width - right, y1: y(predicted), y2: y(predicted) }));
     }
   }
-  for (const label of labels(lines, y, height - bottom + 4)) {
+  for (const label of several && !named ? [] : labels(lines, y, height - bottom + 4)) {
     const { class: colour } = look(label.line.arm);
-    const text = DATA.arms.length > 1 ? DATA.arms[label.line.arm].label : minus(worded(label.value, chart.unit));
+    const text = named ? fit(DATA.arms[label.line.arm].label, right - 10) : minus(worded(label.value, chart.unit));
     parts.push(s("text", { class: "fill " + colour, x: Math.min(x(label.x), width - right) + 8, y: label.at + 4 }, text));
   }
   view.scale = { x, y, lines, left, right: width - right, top, bottom: height - bottom, least, most };
@@ -138,12 +165,29 @@ function draw(view) {
   host.replaceChildren(view.svg);
 }
 
-function nearest(xs, at) {
-  let best = 0;
-  xs.forEach((v, i) => {
-    if (Math.abs(v - at) < Math.abs(xs[best] - at)) best = i;
+const LETTER = 7; // pixels that a letter of a label takes, at most
+const MOST_NAMED = 8; // arms that have their names beside their lines
+
+// A text of at most so many pixels, cut at its end; every name is whole in the key.
+function fit(text, pixels) {
+  const most = Math.max(3, Math.floor(pixels / LETTER));
+  return text.length <= most ? text : text.slice(0, most - 1) + "…";
+}
+
+// The place of the measured point nearest to a place on the axis, -1 if nothing was measured.
+function nearest(line, at) {
+  let best = -1;
+  line.xs.forEach((v, i) => {
+    if (line.value[i] === null) return;
+    if (best < 0 || Math.abs(v - at) < Math.abs(line.xs[best] - at)) best = i;
   });
   return best;
+}
+
+// The step that a point was measured at, or the steps that it is the mean of.
+function stepOf(line, i) {
+  const last = line.steps[i];
+  return line.width === 1 ? group3(last) : `${group3(i * line.width + 1)} to ${group3(last)}`;
 }
 
 // Moves the cross-hair of every chart to a place on the common axis (null: takes it away).
@@ -156,21 +200,32 @@ function point(at) {
       view.says.replaceChildren(view.chart.says);
       continue;
     }
-    const here = Math.min(at, most);
+    const here = snap(lines, Math.min(at, most));
     const marks = [s("line", { class: "cross", x1: x(here), x2: x(here), y1: top, y2: bottom })];
-    const values = [AXES[state.axis] === "step" ? "step " + group3(here) : short(here) + " " + AXES[state.axis]];
-    for (const line of lines) {
-      const i = nearest(line.xs, here);
+    const points = lines.map((line) => [line, nearest(line, here)]).filter(([, i]) => i >= 0);
+    const steps = new Set(points.map(([line, i]) => stepOf(line, i)));
+    const [common] = steps.size === 1 ? steps : [null];
+    const values = [state.axis === "step" ? "" : short(here) + " " + AXES[state.axis], common === null ? "" : "step " + common];
+    for (const [line, i] of points) {
       const { class: colour } = look(line.arm);
-      if (line.mean[i] === null) continue;
-      marks.push(s("circle", { class: "fill " + colour, cx: x(line.xs[i]), cy: y(line.mean[i]), r: 4 }));
+      marks.push(s("circle", { class: "fill " + colour, cx: x(line.xs[i]), cy: y(line.value[i]), r: 4 }));
       const name = DATA.arms.length > 1 ? DATA.arms[line.arm].label + " " : "";
-      const value = minus(worded((line.raw || line.mean)[i], view.chart.unit));
-      values.push(h("b", { class: colour }, name + value));
+      const value = minus(worded(line.value[i], view.chart.unit));
+      values.push(h("b", { class: colour, "data-arm": line.arm, "data-step": line.steps[i] }, name + value, common === null ? ` (step ${stepOf(line, i)})` : ""));
     }
     view.cross.replaceChildren(...marks);
-    view.says.replaceChildren(...values.flatMap((value, i) => (i ? [" · ", value] : [value])));
+    view.says.replaceChildren(...values.filter(Boolean).flatMap((value, i) => (i ? [" · ", value] : [value])));
   }
+}
+
+// On the axis of steps the cross-hair stands on a whole step: that of the nearest measured point.
+function snap(lines, at) {
+  if (state.axis !== "step") return at;
+  const places = lines.flatMap((line) => {
+    const i = nearest(line, at);
+    return i < 0 ? [] : [line.xs[i]];
+  });
+  return places.reduce((best, place) => (Math.abs(place - at) < Math.abs(best - at) ? place : best), places[0] ?? at);
 }
 
 function addChart(chart) {
@@ -193,7 +248,8 @@ function addChart(chart) {
     if (!way || !lines.length) return;
     event.preventDefault();
     says.setAttribute("aria-live", "polite");
-    const from = state.at === null ? (way > 0 ? least : most) : state.at + (way * (most - least)) / 40;
+    const size = state.axis === "step" ? Math.max(1, Math.round((most - least) / 40)) : (most - least) / 40;
+    const from = state.at === null ? (way > 0 ? least : most) : state.at + way * size;
     point(Math.min(most, Math.max(least, from)));
   });
   state.charts.push(view);
@@ -208,9 +264,26 @@ function armKey() {
       s("line", { class: "line stroke " + colour, x1: 1, x2: 29, y1: 5, y2: 5, "stroke-dasharray": dash }));
     return h("li", {}, swatch, arm.label + (arm.runs > 1 ? ` (${arm.runs} seeds)` : ""));
   });
-  if (seeds) items.push(h("li", { class: "quiet" }, "line: mean of the seeds; band: lowest to highest"));
-  else items.push(h("li", { class: "quiet" }, "thin: as measured; thick: mean of its surroundings"));
+  if (seeds) items.push(h("li", { class: "quiet" }, "band: from the lowest to the highest seed"));
   return h("ul", { class: "key" }, items);
+}
+
+// How many steps a smoothed value is the mean of, by arm, the least and the most; null if none is smoothed.
+function smoothing() {
+  const sizes = DATA.arms.map((arm) => [reachOf(arm.x.step), arm.width]).filter(([reach]) => reach > 0);
+  const steps = sizes.map(([reach, width]) => (2 * reach + 1) * width);
+  const [low, high] = [Math.min(...steps), Math.max(...steps)];
+  return steps.length ? (low === high ? group3(low) : `${group3(low)} to ${group3(high)}`) : null;
+}
+
+function smoothChoice() {
+  const steps = smoothing();
+  if (steps === null) return null;
+  const seeds = DATA.arms.some((arm) => arm.runs > 1) ? " (mean of the seeds)" : "";
+  return h("label", {}, h("input", { type: "checkbox", checked: true, onchange: ({ target }) => {
+    state.smooth = target.checked;
+    drawAll();
+  } }), `Smooth: the thick line is a mean over ${steps} steps, the thin one as measured${seeds}; values are as measured`);
 }
 
 function axisChoice() {
@@ -241,7 +314,7 @@ function phaseBars(host) {
     let at = 0;
     const y = number * tall;
     const total = row.reduce((a, b) => a + b, 0);
-    const label = DATA.arms.length > 1 ? DATA.arms[number].label + ": " : "";
+    const label = DATA.arms.length > 1 ? DATA.arms[number].label + ":" : "";
     const bars = row.map((value, phase) => {
       const from = (at / most) * width;
       const size = (value / most) * width;
@@ -252,7 +325,8 @@ function phaseBars(host) {
         size > 7.2 * text.length + 8 ? s("text", { class: "inside", x: from + 7, y: y + 36 }, text) : null,
       ];
     });
-    return [s("text", { x: 0, y: y + 13, class: "value" }, label + short(total) + " s a step"), bars.flat()];
+    const seconds = short(total) + " s a step";
+    return [s("text", { x: 0, y: y + 13, class: "value" }, fit(label, width - LETTER * seconds.length) + " " + seconds), bars.flat()];
   });
   host.replaceChildren(s("svg", { width, height: tall * rows.length, "aria-hidden": "true" }, drawn.flat(2)));
   const texts = DATA.arms.map((arm, i) => `${arm.label}: ` + names.map((name, k) => `${name} ${short(rows[i][k])} s`).join(", "));
@@ -289,7 +363,7 @@ function drawAccuracy(host) {
     const y = top + (i + 0.62) * tall;
     const { class: colour } = look(row.arm);
     if (row.head) {
-      parts.push([s("text", { class: "fill " + colour, x: 0, y: y + 6 }, row.head)]);
+      parts.push([s("text", { class: "fill " + colour, x: 0, y: y + 6 }, fit(row.head, width))]);
       return;
     }
     if (row.label) parts.push([s("text", { x: 0, y: y + 4 }, row.label)]);
@@ -313,9 +387,12 @@ function dumbbell(run, x, y, colour) {
       s("circle", { class: kind + " " + colour, cx: x(result[0]), cy: y, r: 5.5 }),
     );
   }
-  const close = before && after && Math.abs(x(before[0]) - x(after[0])) < 60;
-  const write = (result, shift) => s("text", { class: "value", x: x(result[0]), y: y - 10, "text-anchor": shift }, trim(100 * result[0], 1) + " %");
-  if (before && !close) parts.push(write(before, "middle"));
-  if (after) parts.push(write(after, x(after[0]) > x(0.96) ? "end" : "middle"));
+  const close = before && after && Math.abs(x(before[0]) - x(after[0])) < 96;
+  const write = (result) => {
+    const anchor = result[0] > 0.9 ? "end" : result[0] < 0.1 ? "start" : "middle";
+    return s("text", { class: "value", x: x(result[0]), y: y - 10, "text-anchor": anchor }, trim(100 * result[0], 1) + " %");
+  };
+  if (before && !(close && after)) parts.push(write(before));
+  if (after) parts.push(write(after));
   return parts;
 }

@@ -86,12 +86,23 @@ function icicle(group, algorithm, width) {
 
 function panelOf(group, algorithm, column) {
   const { trained } = group.credit[algorithm];
-  const count = h("span", { class: "count" }, h("b", {}, group3(trained)), ` of ${group3(group.distinct)} tokens get credit`);
+  const count = h("span", { class: "count" }, h("b", {}, group3(trained)), ` of ${group3(group.distinct)} merged tokens get credit`);
   const own = ownOf(group) === algorithm ? " own" : "";
   const picture = h("div", { class: "picture", "data-column": column });
-  const note = DATA.notes[group.run][algorithm];
-  return h("figure", { class: "panel" + own }, h("figcaption", {}, h("h3", {}, named(algorithm)), count), picture,
+  const same = sameAs(group, algorithm);
+  const note = [DATA.notes[group.run][algorithm], same && `These answers are so short that it trains nearly the same tokens as ${named(same)}.`].filter(Boolean).join(". ");
+  return h("figure", { class: `panel${own} ${colourOf(algorithm)}` }, h("figcaption", {}, h("h3", {}, named(algorithm)), count), picture,
     note && h("p", { class: "says" }, note));
+}
+
+// An algorithm that gives credit to nearly the same tokens as one that is set to choose among them.
+function sameAs(group, algorithm) {
+  const tokens = (name) => group.segments.flatMap((_, segment) =>
+    runsOf(group.credit[name], segment).flatMap(([, number, pair]) => Array(number).fill(pair[0] !== 0 || pair[1] !== 0)));
+  const own = tokens(algorithm);
+  if (!DATA.notes[group.run][algorithm] || !own.some(Boolean)) return null;
+  const alike = (other) => own.filter((has, i) => has !== other[i]).length <= 0.05 * own.length;
+  return Object.keys(group.credit).find((name) => name !== algorithm && alike(tokens(name))) ?? null;
 }
 
 function drawPanels() {
@@ -174,7 +185,7 @@ function rowOf(group, segment) {
   const branch = h("div", { class: "branch", role: "rowheader" },
     h("span", { class: "guides", "aria-hidden": "true" }, Array.from({ length: deep }, () => h("i", {}))),
     h("span", { class: "share" }, h("b", {}, String(count)), ` of ${group.size}`),
-    h("span", { class: "share mean quiet" }, score(value)),
+    h("span", { class: "share mean quiet" }, h("span", { class: "unit" }, "reward "), score(value)),
     marksOf(group, ends));
   const row = h("div", {
     class: "row", role: "row", tabindex: segment === 0 ? 0 : -1, "aria-level": deep + 1,
@@ -188,7 +199,7 @@ function drawTree(focus) {
   const { group, parts } = credit;
   const names = Object.keys(group.credit);
   const head = h("div", { class: "row head", role: "row" },
-    h("div", { role: "columnheader" }, "Answers through it, mean reward"), names.map((name) => h("div", { role: "columnheader" }, named(name))));
+    h("div", { role: "columnheader" }, "Answers through it, mean reward"), names.map((name) => h("div", { role: "columnheader", class: colourOf(name) }, named(name))));
   parts.tree.replaceChildren(head, ...group.segments.map((_, segment) => rowOf(group, segment)));
   if (focus !== undefined) focusRow(focus, false);
 }
@@ -287,7 +298,9 @@ function find() {
     (group.prompt.toLowerCase().includes(text) || String(group.problem) === text));
   const { list, count } = credit.parts;
   list.replaceChildren(...credit.matches.map((group, i) => h("option", { value: i }, lineOf(group))));
-  count.textContent = credit.matches.length === 1 ? "1 group" : `${group3(credit.matches.length)} groups`;
+  const { length } = credit.matches;
+  count.textContent = length ? (length === 1 ? "1 group" : `${group3(length)} groups`) : "No group matches. Below is the last one that did.";
+  list.disabled = length === 0;
   if (!credit.matches.length) return;
   const at = Math.max(0, credit.matches.indexOf(credit.group));
   list.value = String(at);
@@ -322,11 +335,11 @@ function lead(group) {
   const most = Math.max(...names.map((name) => group.credit[name].trained));
   const [sparsest, densest] = [names[0], names.find((name) => group.credit[name].trained === most)];
   const { trained } = group.credit[sparsest];
-  const answers = `${group.size} answers to one problem, merged where they begin alike.`;
+  const answers = `${group.size} answers to one problem: ${group3(group.sampled)} tokens, ${group3(group.distinct)} after merging where they begin alike.`;
   if (!most) return `${answers} All got the same reward, so no algorithm gives credit to any token.`;
   const { title, summary } = DATA.algorithms[sparsest];
   const others = sparsest === densest ? "" : `, ${named(densest)} ${group3(most)}`;
-  return `${answers} ${title}${summary ? ": " + summary + ". It" : ""} trains ${group3(trained)} of the ${group3(group.distinct)} different tokens${others}.`;
+  return `${answers} ${title}${summary ? ": " + summary + ". It" : ""} trains ${group3(trained)} of them${others}.`;
 }
 
 function show(group) {

@@ -102,10 +102,17 @@ function placeTip() {
   const target = tipTarget;
   const at = target.getClientRects()[0] || target.getBoundingClientRect();
   const box = tip.getBoundingClientRect();
-  const above = at.top - box.height - 8;
-  const left = Math.min(Math.max(8, at.left), Math.max(8, window.innerWidth - box.width - 8));
-  tip.style.left = left + "px";
-  tip.style.top = (above > 4 ? above : Math.min(at.bottom + 8, window.innerHeight - box.height - 4)) + "px";
+  // Beside what is compared, never on it: outside of a picture, and of a row of texts on its heading.
+  const picture = target.closest("svg");
+  const heading = target.closest("[data-row]") && target.closest("[data-row]").querySelector(".branch").getBoundingClientRect();
+  const beside = heading && heading.width < window.innerWidth / 2;
+  const around = picture ? picture.getBoundingClientRect() : at;
+  const above = around.top - box.height - 8;
+  const left = beside ? heading.left : at.left;
+  tip.style.maxWidth = beside ? Math.max(heading.width, 190) + "px" : "";
+  tip.style.left = Math.min(Math.max(8, left), Math.max(8, window.innerWidth - box.width - 8)) + "px";
+  const below = Math.min(around.bottom + 8, window.innerHeight - box.height - 4);
+  tip.style.top = (beside ? Math.min(heading.top, window.innerHeight - box.height - 4) : above > 4 ? above : below) + "px";
 }
 
 function hideTip() {
