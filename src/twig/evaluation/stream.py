@@ -4,7 +4,7 @@ Decodes greedily, as an evaluation does, with the model called whole: any archit
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,17 +101,17 @@ class Speaker:
             longest = min(longest, self.policy.context_length - len(prompt_ids))
         texts: Texts | None = None
         for count in range(1, longest + 1):
-            with self._model(base):
+            with self.policy.base() if base else nullcontext():
                 if texts is None:
                     texts = self.policy.read([prompt_ids])
                 else:
-                    texts.extend(np.arange(1), np.array(pieces.ids[-1:]))
+                    texts.extend(np.zeros(1, np.int64), np.array(pieces.ids[-1:]))
             logps = self._logps(texts)
             token = int(logps.argmax())
             pieces.add(token)
-            ids = np.array([pieces.ids])
             ended = token in self.params.end_ids
-            ended |= bool(self.params.stop) and bool(ending.stopped(ids, np.arange(1))[0])
+            if self.params.stop:
+                ended |= bool(ending.stopped(np.array([pieces.ids]), np.arange(1))[0])
             yield Token(token, pieces.text(ended or count == longest), float(logps[token].exp()))
             if ended:
                 return
@@ -122,11 +122,10 @@ class Speaker:
 
         The likeliest of the trained model comes first.
         """
-        text, models = np.concatenate([prompt_ids, np.array(answer, np.int64)]), []
-        for each in (True, False):
-            with self._model(each):
-                models.append(self._logps(self.policy.read([text])).exp())
-        base, trained = models
+        ids = np.concatenate([prompt_ids, np.array(answer, np.int64)])
+        with self.policy.base():
+            base = self._logps(self.policy.read([ids])).exp()
+        trained = self._logps(self.policy.read([ids])).exp()
         likely = {int(i) for values in (base, trained) for i in values.topk(min(num, len(values))).indices}
         order = sorted(likely, key=lambda i: -float(trained[i]))
         return [Candidate(self.token_text(i), float(base[i]), float(trained[i])) for i in order]
@@ -135,12 +134,8 @@ class Speaker:
         """Returns the text of one token, special ones too."""
         return str(self.tokenizer.decode([token]))
 
-    def _model(self, base: bool) -> AbstractContextManager[None]:
-        """Inside, the policy is the base, or as it was trained."""
-        return self.policy.base() if base else nullcontext()
-
     def _logps(self, texts: Texts) -> Float[Tensor, " V"]:
-        """Returns the log-probs of the next token of a single text."""
+        """Returns the log-probabilities of the next token, as it would be sampled."""
         logps = torch.log_softmax(self.policy.sampled_logits(texts.logits), -1)[0]
         if not bool(torch.isfinite(logps.max())):
             problem = "the model's probabilities are not finite"
