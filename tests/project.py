@@ -26,6 +26,7 @@ WITH_TORCH = {
     "evaluation.prepare",
     "evaluation.stream",
     "training.batch",
+    "training.estimate",
     "training.metrics",
     "training.session",
     "training.train",

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from twig.cli.completion import complete_source
-from twig.cli.console import Overrides, result_console
+from twig.cli.console import Overrides, quiet_libraries, result_console
+from twig.cli.display import showing
 from twig.common.errors import UserError
 from twig.common.text import format_size, one_line, parse_size
 from twig.config.load import Settings, load
@@ -54,23 +55,31 @@ def plan_command(
         int | None,
         typer.Option(metavar="N", min=1, help="Tokens of the longest prompt. Without it: counted."),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train for some seconds here, to say how long the run takes.")
+    ] = False,
 ) -> None:
-    """Show how much memory a run needs, and what to change if it does not fit."""
+    """Show how much memory a run needs, what to change if it does not fit, and how long it takes."""
     settings = load(source, overrides or ())
+    if measure and sizes is not None:
+        raise UserError("--measure", "it measures this machine, not those of --for", "Leave out one of them")
     if sizes is None:
         show_plan(result_console(), settings, prompt_tokens)
+        show_time(result_console(), settings, measure)
     else:
         fixed = {override.partition("=")[0] for override in overrides or ()}
         show_devices(result_console(), settings, _sizes(sizes), fixed, prompt_tokens)
 
 
-def plan_as_comment(settings: Settings) -> str:
+def plan_as_comment(settings: Settings, measure: bool = False) -> str:
     """Returns the plan for this machine as lines of YAML comment, or the reason why there is none."""
     text = io.StringIO()
+    console = Console(file=text, width=108, highlight=False, color_system=None)
     try:
-        show_plan(Console(file=text, width=108, highlight=False, color_system=None), settings)
+        show_plan(console, settings)
     except UserError as error:
-        text.write(f"memory is not planned: {error}")
+        text.write(f"memory is not planned: {error}\n")
+    show_time(console, settings, measure)
     return "".join(f"# {line}".rstrip() + "\n" for line in text.getvalue().strip().splitlines())
 
 
@@ -87,6 +96,43 @@ def show_plan(console: Console, settings: Settings, prompt_tokens: int | None = 
         console.print(chosen_table(chosen, settings))
     else:
         show_advice(console, "this machine", chosen)
+
+
+def show_time(console: Console, settings: Settings, measure: bool) -> None:
+    """Prints how long the run takes on this machine, measured, or how to measure it."""
+    if not measure:
+        _say(console, "", "How long it takes: add --measure, which trains here for some seconds.")
+        return
+    with showing(settings.log.progress) as progress:
+        from twig.training.estimate import measure_run
+
+        quiet_libraries()
+        taken = measure_run(settings, progress)
+    longest = settings.rollout.max_completion_length
+    steps, per_step = f"{taken.steps:,} steps", f"{taken.seconds_per_step:.3g} s a step"
+    lines = [f"{steps}: {duration(taken.training)}, {per_step}, {taken.tokens:,.0f} tokens sampled"]
+    if taken.evaluations:
+        evaluations = f"{taken.evaluations:,} evaluations of {taken.problems:,} problems"
+        lines.append(f"{evaluations}: {duration(taken.evaluating)}")
+    both = taken.training + taken.evaluating
+    _say(console, "", f"Time, measured here over {taken.measured} steps: {duration(both)}.")
+    _say(console, *(f"  {line}" for line in lines))
+    if taken.mean_length < longest:
+        most = duration(taken.training * longest / max(taken.mean_length, 1))
+        length = f"{taken.mean_length:.0f} of at most {longest:,} tokens"
+        _say(console, f"  completions had {length}; if they grow to that, the steps take up to {most}")
+
+
+def duration(seconds: float) -> str:
+    """Returns a time to plan with.
+
+    >>> duration(80), duration(1000), duration(9000), duration(500_000)
+    ('80 s', '17 min', '2.5 h', '5.8 days')
+    """
+    for most, size, unit, digits in ((120, 1, "s", 0), (7200, 60, "min", 0), (172800, 3600, "h", 1)):
+        if seconds < most:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def show_devices(

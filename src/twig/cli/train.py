@@ -47,14 +47,19 @@ def train_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the settings and the memory plan, and stop.")
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --dry-run: also train for some seconds, to say how long.")
+    ] = False,
 ) -> None:
     """Train a model, and show its accuracy before and after."""
+    if measure and not dry_run:
+        raise UserError("--measure", "nothing is planned", "Add --dry-run, or use twig plan --measure")
     if launched() is not None:
         _train_together(source, overrides or (), output, resume, dry_run)
         return
     settings = (load_to_resume if resume else load)(_recipe(source), overrides or ())
     if dry_run:
-        sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings)}")
+        sys.stdout.write(f"{settings.to_yaml()}\n{plan_as_comment(settings, measure)}")
         return
     folder = _folder(source, output, resume)
     if not resume and is_run(Path(source)):
