@@ -47,20 +47,22 @@ CONFIGS = st.fixed_dictionaries(
     },
 )
 _NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTERS = st.fixed_dictionaries(
-    {
-        "r": st.integers(1, 3),
-        "target_modules": st.one_of(
-            st.just("all-linear"), st.lists(st.sampled_from(_NAMES), min_size=1, max_size=4, unique=True)
-        ),
-    },
-    optional={
-        "layers_to_transform": st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True),
-        "lora_alpha": st.sampled_from([1, 8]),
-        "use_rslora": st.booleans(),
-        "use_dora": st.booleans(),
-        "rank_pattern": st.just({"q_proj": 2, "down_proj": 1}),
-    },
+_FORMS = {
+    "lora_alpha": st.sampled_from([1, 8]),
+    "use_rslora": st.booleans(),
+    "use_dora": st.booleans(),
+    "rank_pattern": st.just({"q_proj": 2, "down_proj": 1}),
+}
+_LAYERS = st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True)
+ADAPTERS = st.one_of(
+    st.fixed_dictionaries({"r": st.integers(1, 3), "target_modules": st.just("all-linear")}, optional=_FORMS),
+    st.fixed_dictionaries(
+        {
+            "r": st.integers(1, 3),
+            "target_modules": st.lists(st.sampled_from(_NAMES), min_size=1, max_size=4, unique=True),
+        },
+        optional=_FORMS | {"layers_to_transform": _LAYERS},
+    ),
 )
 MODELS = {
     "family": st.sampled_from(["llama", "qwen2", "mistral", "gemma2", "granite", "qwen3"]),

@@ -40,6 +40,8 @@ SMALL = {
     "train": "train.max_steps=2 eval.limit=8 rollout.num_generations=4 rollout.prompts_per_step=2 "
     "rollout.max_completion_length=12 log.progress=quiet",
     "eval": "eval.limit=8 log.progress=quiet",
+    "chat": "--prompt 347*26=",
+    "plan": "train.max_steps=2 eval.limit=8",
 }
 SUFFIXES = (".py", ".md", ".html", ".json", ".jsonl", ".yaml", ".parquet", ".cff")
 DOTTED = re.compile(r"([a-z][\w]*)(\.[\w]+)+")

@@ -107,7 +107,12 @@ def _status(arguments: Sequence[str]) -> int:
         return _end("stopped", STOPPED)
     except Silent as ended:
         return ended.status
-    except (Stopped, Ended) as ended:
+    except Stopped as stopped:
+        _end(stopped, STOPPED)
+        if stopped.command:  # on a line of its own, which a terminal does not break in a word
+            sys.stderr.write(f"  {one_line(hidden(stopped.command))}\n")
+        return STOPPED
+    except Ended as ended:
         return _end(ended, ended.status)
     except Exception as error:
         line = _fixable(error)

@@ -19,6 +19,7 @@ from twig.cli.models import named_model
 from twig.common.errors import UserError
 from twig.common.text import one_line, percent
 from twig.config.load import Settings
+from twig.report.progress import showing
 
 if TYPE_CHECKING:
     import numpy as np

@@ -50,7 +50,7 @@ def compare_command(
         console.print(Text(clean(text)), soft_wrap=True)
         console.print(Text(f"written to {clean(folder)}"), soft_wrap=True)
     if outcome.stopped:
-        raise Stopped(f"stopped; what runs is saved; to resume: twig compare {quoted(study)}")
+        raise Stopped("stopped; what runs is saved; to resume:", f"twig compare {quoted(study)}")
     if outcome.failed:
         lines = [f"{name}: {reason}" for name, reason in outcome.failed.items()]
         for line in lines[1:]:

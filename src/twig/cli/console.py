@@ -29,9 +29,13 @@ Overrides = Annotated[
 
 
 class Stopped(Exception):
-    """The command was stopped, and its state is saved; the message says how to resume."""
+    """The command was stopped, and its state is saved; `command` resumes it."""
 
     status = STOPPED
+
+    def __init__(self, message: str, command: str = "") -> None:
+        super().__init__(message)
+        self.command = command
 
 
 class Stream:

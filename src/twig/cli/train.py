@@ -74,7 +74,7 @@ def train_command(
         summary = _train(settings, folder, resume)
     _show(folder, summary)
     if summary["status"] == "stopped":
-        raise Stopped(_how_to_resume(folder))
+        raise Stopped(*_how_to_resume(folder))
 
 
 def _show(folder: Path, summary: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def _train_together(
         if processes.main:
             _show(folder, summary)
         if summary["status"] == "stopped":
-            raise Stopped(_how_to_resume(folder))
+            raise Stopped(*_how_to_resume(folder))
     except (UserError, Ended, KeyboardInterrupt, Stopped) as error:
         if not processes.reported:
             raise
@@ -177,8 +177,8 @@ def _complete(folder: Path, summary: dict[str, Any]) -> None:
         report_if_missing(folder, progress.message)
 
 
-def _how_to_resume(folder: Path) -> str:
-    return f"stopped and saved; to resume: twig train {quoted(folder)} --resume"
+def _how_to_resume(folder: Path) -> tuple[str, str]:
+    return "stopped and saved; to resume:", f"twig train {quoted(folder)} --resume"
 
 
 @contextmanager
@@ -192,6 +192,7 @@ def _stoppable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped(_how_to_resume(folder) if is_run(folder) else "stopped before the first step") from None
+        text = _how_to_resume(folder) if is_run(folder) else ("stopped before the first step",)
+        raise Stopped(*text) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -25,11 +25,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from twig.common.errors import UserError
+from twig.common.text import message_of
 from twig.core.algorithms.base import Objective
 from twig.core.objective import loss
 from twig.engine.kernels import Packed, onednn_products
 from twig.engine.loops import Loop, choose_loop
 from twig.engine.pack import Pack, Stem
+from twig.runtime.memory_use import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,19 @@ class BasePolicy(ABC):
         self.decode_refusal: str | None = None  # why sampling fell back to a slower loop
         self.adapter_is_on = True
         self._reference: dict[str, Tensor] | None = None
+        self._refuse_what_does_not_run()
         self._set_up()
+
+    def _refuse_what_does_not_run(self) -> None:
+        """Raises UserError for a model whose own forward fails, such as one whose config contradicts itself."""
+        try:
+            with torch.no_grad():
+                self.model(input_ids=torch.arange(2, device=self.device)[None], use_cache=False)
+        except Exception as error:  # whatever the model's code raises
+            if out_of_memory(error):
+                raise
+            why = f"its own forward fails ({type(error).__name__}: {message_of(error)})"
+            raise UserError("model.name", why, "Mend its config.json, or choose another model") from error
 
     def _refuse_unmoved(self, logits: Callable[[], Tensor], fix: str) -> None:
         """Raises UserError if a trained tensor gets no gradient from logits, as it would never move."""

@@ -141,7 +141,7 @@ class LiveProgress(Progress):
         self.message(f"{when}: {accuracy_words(result)}")
 
     def message(self, text: str) -> None:
-        self.console.print(Text(one_line(text)))
+        self.console.print(Text(one_line(text)), soft_wrap=True)
 
     def notice(self, text: str) -> None:
         self.message(text)

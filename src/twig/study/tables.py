@@ -5,6 +5,7 @@ Everything is computed from the run folders, so the tables can be made again at 
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from twig.runs.reader import ENVIRONMENT, read_evaluations, read_metrics, read_s
 SCHEMA_VERSION = 1
 _FEWEST = 3  # evaluations of a curve: before training, after it, and one between
 _RESAMPLES = 2000
+_LEAST_P = 0.1  # a table says so if runs exchanged cannot give a smaller p
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the budget, at which accuracy is shown
 _MOST_PAIRS = 7  # variants of which all pairs are compared; of more, only those with the first
 
@@ -348,21 +350,25 @@ def markdown(comparison: dict[str, Any], differences: bool = True, seeds: int = 
     lines += [_row(name, variant, comparison["max_tokens"], seeds) for name, variant in variants.items()]
     if any(variant["area"] for variant in variants.values()):
         lines += ["", _ABOUT_SPEED.format(target=target)]
+    else:
+        needed = "need evaluations before and while training: set eval.steps."
+        lines += ["", f"Area and tokens to {target} % {needed}"]
     curves = {name: [_point_text(p) for p in variant["curve"]] for name, variant in variants.items()}
     if any(set(cells[:-1]) != {"-"} for cells in curves.values()):
         shares = [f"{100 * share:.0f} %" for share in _SHARES]
         lines += ["", "Accuracy after a share of the tokens (seconds of training until then):", ""]
         lines += [f"| | {' | '.join(shares)} |", "|---|" + "---|" * len(shares)]
         lines += [f"| {_cell(name)} | {' | '.join(cells)} |" for name, cells in curves.items()]
+    num_seeds = {name: len(variant["seeds"]) for name, variant in variants.items()}
     if differences and comparison["pairs"]:
-        lines += ["", *_differences(comparison["pairs"], target)]
+        lines += ["", *_differences(comparison["pairs"], target, num_seeds)]
     under = [run for variant in variants.values() for run in variant["under_budget"]]
     if under:
         lines += ["", f"Ended before the budget: {', '.join(under)}."]
     return "\n".join(lines) + "\n"
 
 
-def _differences(pairs: list[dict[str, Any]], target: str) -> list[str]:
+def _differences(pairs: list[dict[str, Any]], target: str, num_seeds: dict[str, int]) -> list[str]:
     return [
         "Differences, in points: first minus second.",
         "",
@@ -375,7 +381,17 @@ def _differences(pairs: list[dict[str, Any]], target: str) -> list[str]:
         "*p, runs exchanged*: the share of all ways to deal the runs to the two variants that give so large "
         "a difference. *McNemar*: in how many seeds the exact test on the same problems has p below 0.05; it "
         "compares two trained models, not two algorithms.",
+        *_too_few_seeds(pairs, num_seeds),
     ]
+
+
+def _too_few_seeds(pairs: list[dict[str, Any]], num_seeds: dict[str, int]) -> list[str]:
+    """Returns a line if the runs of a pair are so few that no difference gives them a small p."""
+    counts = [(num_seeds[pair["first"]], num_seeds[pair["second"]]) for pair in pairs]
+    least = max((2 if a == b else 1) / math.comb(a + b, a) for a, b in counts)
+    if least <= _LEAST_P:
+        return []
+    return ["", f"So few seeds can give no p, runs exchanged, below {least:.3f}: it says nothing here."]
 
 
 def _row(name: str, variant: dict[str, Any], max_tokens: int, seeds: int) -> str:
