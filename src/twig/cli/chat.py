@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Pairs = Iterator[tuple[Token | None, ...]]
 
 _CHOICES = 3  # of each model, where the two part
-_MOST_TOKENS = 40  # of the table of tokens
+_MOST_TOKENS = 20  # of the table of tokens
 _BEFORE_FORK = 8  # of them, before the two part
 _LONGEST_TOKEN = 24  # characters
 
@@ -210,6 +210,11 @@ def _show_fork(
     left = len(pairs) - first - _MOST_TOKENS
     if left > 0:
         _say(console, f"and {left} more")
+    least = min(range(len(trained)), key=lambda i: trained[i].probability, default=None)
+    if least is not None:
+        token = trained[least]
+        text = _quoted(token.text or speaker.token_text(token.id))
+        _say(console, f"least likely of the trained: token {least + 1}, {text}, {percent(token.probability)}")
 
 
 def _fork_of(base: "Sequence[Token]", trained: "Sequence[Token]") -> int | None:

@@ -99,11 +99,11 @@ function domain(chart, lines) {
   return [low, high + 0.06 * (high - low)];
 }
 
-// Labels beside the ends of lines, pushed apart.
-function labels(lines, y, height) {
+// Labels beside the ends of lines, pushed apart: names at the height of the line, values at their own.
+function labels(lines, y, height, named) {
   const placed = lines.map((line) => {
     const last = line.value.findLastIndex((v) => v !== null);
-    return { line, value: line.value[last], x: line.xs[last], y: y(line.value[last]) };
+    return { line, value: line.value[last], x: line.xs[last], y: y((named ? line.mean : line.value)[last]) };
   }).sort((a, b) => a.y - b.y);
   placed.forEach((label, i) => {
     label.at = Math.max(label.y, i ? placed[i - 1].at + 14 : 8);
@@ -154,10 +154,10 @@ function draw(view) {
       parts.push(s("line", { ...paint("whisker"), "stroke-dasharray": "3 4", x1: left, x2: width - right, y1: y(predicted), y2: y(predicted) }));
     }
   }
-  for (const label of several && !named ? [] : labels(lines, y, height - bottom + 4)) {
+  for (const label of several && !named ? [] : labels(lines, y, height - bottom + 4, named)) {
     const { class: colour } = look(label.line.arm);
     const text = named ? fit(DATA.arms[label.line.arm].label, right - 10) : minus(worded(label.value, chart.unit));
-    parts.push(s("text", { class: "fill " + colour, x: Math.min(x(label.x), width - right) + 8, y: label.at + 4 }, text));
+    parts.push(s("text", { class: "fill " + colour, x: (named ? width - right : Math.min(x(label.x), width - right)) + 8, y: label.at + 4 }, text));
   }
   view.scale = { x, y, lines, left, right: width - right, top, bottom: height - bottom, least, most };
   view.cross = s("g");
