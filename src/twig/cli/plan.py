@@ -13,7 +13,6 @@ from rich.text import Text
 
 from twig.cli.completion import complete_source
 from twig.cli.console import Overrides, quiet_libraries, result_console
-from twig.cli.display import showing
 from twig.common.errors import UserError
 from twig.common.text import format_size, one_line, parse_size
 from twig.config.load import Settings, load
@@ -24,6 +23,7 @@ from twig.engine.model_files import is_gguf
 from twig.planner.ledger import Phase
 from twig.planner.model_shape import find_file, read_config
 from twig.planner.plan import PROMPT_TOKENS, Plan, budget_bytes, plan
+from twig.report.progress import showing
 from twig.runtime.machine import device_kind, free_memory
 from twig.tasks.load import load_task
 from twig.tasks.prompts import render_prompt

@@ -91,7 +91,7 @@ class BasePolicy(ABC):
         self._set_up()
 
     def _refuse_what_does_not_run(self) -> None:
-        """Raises UserError for a model whose own forward fails, such as one whose config contradicts itself."""
+        """Raises UserError for a model whose own forward fails, perhaps as its config contradicts itself."""
         try:
             with torch.no_grad():
                 self.model(input_ids=torch.arange(2, device=self.device)[None], use_cache=False)
