@@ -133,9 +133,9 @@ def test_where_a_run_would_have_ended_is_where_it_ends(patience, run, monkeypatc
     import early_end
 
     whole = run("whole").folder
-    early = run("early", f"train.stop_when.patience={patience}")
-    rows = read_metrics(whole)
-    end = early_end.first_end(read_summary(whole), rows, StopWhen(patience=patience))
-    assert end["step"] == early.summary["steps"]
-    assert end["value"] == early.summary["accuracy_after"]["value"]
-    assert early_end.row(whole, StopWhen(patience=patience)).count("|") == 8
+    early = run("early", f"train.stop_when.patience={patience}").summary
+    ending = early_end.ending(whole, StopWhen(patience=patience))
+    assert ending.step == early["steps"] and ending.steps == STEPS
+    assert ending.there == pytest.approx(early["accuracy_after"]["value"])
+    sampled = read_summary(whole)["tokens_sampled"]
+    assert ending.saved == pytest.approx(1 - early["tokens_sampled"] / sampled)
