@@ -88,6 +88,17 @@ def test_two_processes_equal_one(tmp_path):
     assert environment["processes"] == 2
 
 
+@pytest.mark.slow
+def test_several_processes_end_early_where_one_does(tmp_path):
+    runs = {"ended": ["train.stop_when.patience=1", "train.max_steps=20", "algorithm.name=grpo"]}
+    statuses, said = start("runs", tmp_path, 2, runs)
+    assert statuses == [0, 0], said
+    workers.train(tmp_path / "base", tmp_path / "one", runs["ended"])
+    both, one = read_summary(tmp_path / "ended"), read_summary(tmp_path / "one")
+    assert both["steps"] == one["steps"] < 20
+    assert both["ended_by"] == one["ended_by"] == "train.stop_when.patience"
+
+
 def rows_of_steps(folder):
     return [row for row in read_metrics(folder) if "reward" in row]
 
