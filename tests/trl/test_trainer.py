@@ -1,6 +1,8 @@
 """`twig.trl.GRPOTrainer`: a script as people write it for TRL, with only its import changed."""
 
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -54,6 +56,15 @@ def is_short(completion_ids, log_metric, **kwargs):
 
 def share_of_digits(completions, **kwargs):
     return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    """The rows that a tracker gets, which is not installed."""
+    rows = []
+    run = SimpleNamespace(log=lambda row, step=None: rows.append(row), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **options: run))
+    return rows
 
 
 def chats(first: int, count: int) -> Dataset:
@@ -113,7 +124,7 @@ def trainer_of(model, folder, **given):
     return GRPOTrainer(model=model, args=args, **usual | given)
 
 
-def test_a_script_with_two_rewards_chats_and_callbacks_trains(model, tmp_path, caplog):
+def test_a_script_with_two_rewards_chats_and_callbacks_trains(model, tmp_path, caplog, tracker):
     data = DatasetDict({"train": chats(0, 6), "test": chats(20, 3)})
     heard = Heard()
     trainer = GRPOTrainer(
@@ -126,7 +137,7 @@ def test_a_script_with_two_rewards_chats_and_callbacks_trains(model, tmp_path, c
             eval_steps=2,
             eval_on_start=True,
             save_steps=2,
-            **SMALL,
+            **SMALL | {"report_to": "trackio"},
         ),
         train_dataset=data["train"],
         eval_dataset=data["test"],
@@ -147,6 +158,7 @@ def test_a_script_with_two_rewards_chats_and_callbacks_trains(model, tmp_path, c
     assert {"rewards/is_even/mean", "rewards/is_short/mean", "longest", "loss", "learning_rate"} <= set(
         rows[0]
     )
+    assert [row["reward"] for row in tracker if "reward" in row] == [row["reward"] for row in metrics]
     settings = twig.load_settings(str(tmp_path / "run"))
     assert settings.task.reward_weights == [1.0, 0.5] and settings.rollout.prompts_per_step == 2
     measured = trainer.evaluate()
