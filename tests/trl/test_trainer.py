@@ -289,3 +289,39 @@ def test_other_names_are_those_of_trl():
     assert twig.trl.TrlParser is trl.TrlParser and twig.trl.get_peft_config is trl.get_peft_config
     with pytest.raises(AttributeError):
         twig.trl.no_such_name  # noqa: B018
+
+
+def test_the_adapter_is_pushed(model, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(folder, where, progress):
+        pushed.append((where, {path.name for path in folder.iterdir()}))
+        return "address"
+
+    monkeypatch.setattr("twig.export.export.check_push", lambda where: None)
+    monkeypatch.setattr("twig.export.export.push_folder", push)
+    args = {"max_steps": 1, "hub_model_id": "me/mine", "push_to_hub": True}
+    trainer = trainer_of(model, tmp_path / "run", args=args)
+    with pytest.raises(UserError, match="push_to_hub: nothing is trained yet"):
+        trainer.push_to_hub()
+    trainer.train()
+    ((where, names),) = pushed
+    assert (where.repo, where.public) == ("me/mine", False)
+    assert {"adapter_model.safetensors", "README.md"} <= names
+    assert trainer.push_to_hub(dataset_name="some/data") == "address"
+
+
+def test_several_evaluation_sets_have_their_names(model, tmp_path):
+    texts = Dataset.from_list([{"prompt": "1+1="}])
+    args = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_of(
+        model, tmp_path / "run", args=args, eval_dataset=DatasetDict({"a": texts, "b": texts})
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_a_reward", "eval_b_reward", "eval_a_accuracy"} <= set(metrics)
+    trainer.train()
+    assert [row["eval_num_examples"] for row in trainer.state.log_history if "eval_num_examples" in row] == [
+        2
+    ]
+    with pytest.raises(AttributeError, match="no 'compute_loss'"):
+        trainer.compute_loss  # noqa: B018

@@ -5,6 +5,7 @@ trainer is made; what happens in another way is said in one message.
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
@@ -301,7 +302,9 @@ class GRPOTrainer:
         """Uploads the adapter with its card, and returns the address of its page."""
         run = self._finished("push_to_hub")
         push = Push(self.hub_model_id, public=self.args.hub_private_repo is False)
-        return export_run(run.folder, run.folder / "export", push=push).url
+        folder = run.folder / "export"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier upload
+        return export_run(run.folder, folder, push=push).url
 
     @property
     def hub_model_id(self) -> str:
