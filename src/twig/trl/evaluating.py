@@ -27,7 +27,7 @@ def evaluate_run(run: Run, data: Any, reward_funcs: Any) -> dict[str, Any]:
     settings = load(str(run.folder))
     task = load_task(settings, None, data, reward_funcs)
     policy = build_policy(run.model, settings)
-    ends = end_ids(cast(PreTrainedModel, run.model), run.tokenizer)
+    ends = end_ids(cast(PreTrainedModel, run.model.get_base_model()), run.tokenizer)
     sampling = SamplingParams.of(settings, run.tokenizer, ends)
     params = replace(sampling, wave_size=Sizes.of(settings).eval_batch_size)
     return evaluate_policy(policy, run.tokenizer, task, params, limit=settings.eval.limit)[0].as_dict()
