@@ -193,8 +193,6 @@ def neighbour_terms(name, completions, rewards, scale_rewards="group", divisor=1
     def advantage(i, prefix):
         if equal:
             return 0.0
-        if name == "dr-grpo":
-            return rewards[i] - mean
         if name == "rloo":
             others = [r for j, r in enumerate(rewards) if j != i]
             return rewards[i] - sum(others) / len(others)
