@@ -285,7 +285,8 @@ def _at_equal_tokens(arms: list[Arm]) -> str | None:
         return f"{between}, and lack the evaluations (eval.steps) to compare them at equal tokens."
     means = [sum(value for value in each if value is not None) / len(each) for each in values]
     shown = [f"{arm.label} {_unbroken_percent(mean)}" for arm, mean in zip(arms, means, strict=True)]
-    return f"{between}. Right after {least:,.0f} tokens, where the shortest ended: {', '.join(shown)}."
+    where = "where the shortest ended, on straight lines between evaluations"
+    return f"{between}. Right after {least:,.0f} tokens, {where}: {', '.join(shown)}."
 
 
 def _step_of(run: RunData) -> str:
