@@ -10,8 +10,6 @@ from transformers import AutoModelForCausalLM
 
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}
 GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 GEMMA3N = {
     "num_kv_shared_layers": 2,
     "hidden_size_per_layer_input": 8,
@@ -55,12 +53,6 @@ FAMILIES = {
         "it has no norm",
         ("q_proj", "v_proj"),
         {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
-    ),
-    "qwen3_next": Family(
-        "Qwen3NextConfig",
-        "its layers of type ['linear_attention'] do not see tokens through an attention mask",
-        ("q_proj", "v_proj"),
-        {"head_dim": 8, "mlp_only_layers": [0, 1, 2, 3]} | LINEAR,
     ),
     "gemma3n": Family(
         "Gemma3nTextConfig",

@@ -71,6 +71,27 @@ MORE_FAMILIES: dict[str, tuple[str, dict]] = {
     "stablelm": ("StableLmConfig", {"partial_rotary_factor": 0.5}),
     "glm4": ("Glm4Config", {"head_dim": 8}),
 }
+# Layers that keep a state beside layers that attend, or in the same layer.
+_STATES = ["linear_attention", "full_attention"] * 2
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "layer_types": _STATES}
+_DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+_MAMBA |= {"mamba_chunk_size": 8}
+HYBRIDS: dict[str, tuple[str, dict]] = {
+    "lfm2": (
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    ),
+    "qwen3_5": ("Qwen3_5TextConfig", {"head_dim": 8} | _DELTA),
+    "qwen3_next": ("Qwen3NextConfig", {"head_dim": 8, "mlp_only_layers": [0, 1, 2, 3]} | _DELTA),
+    "olmo_hybrid": ("OlmoHybridConfig", _DELTA),
+    "bamba": ("BambaConfig", {"attn_layer_indices": [1, 3]} | _MAMBA),
+    "falcon_h1": ("FalconH1Config", {"head_dim": 8, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5} | _MAMBA),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {"layer_types": _STATES, "num_local_experts": 0, "shared_intermediate_size": 48} | _MAMBA | _GRANITE,
+    ),
+}
 
 
 def build_model(
@@ -79,7 +100,7 @@ def build_model(
     """A random model of the family, with weights large enough that attention is not uniform; where and in
     what dtype the test runs."""
     dtype = dtype or numerics.now().dtype
-    name, extra = (FAMILIES | MORE_FAMILIES)[family]
+    name, extra = (FAMILIES | MORE_FAMILIES | HYBRIDS)[family]
     config = getattr(transformers, name)(**SHAPE | extra | shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -36,10 +36,11 @@ SERVED = [
         attention,
         cut,
         marks=()
-        if family in tiny.MORE_FAMILIES and (attention, cut) == ("sdpa", "third")
+        if (family in tiny.MORE_FAMILIES and (attention, cut) == ("sdpa", "third"))
+        or (family in tiny.HYBRIDS and (attention, cut) == ("sdpa", "lowest"))
         else pytest.mark.slow,
     )
-    for family in tiny.FAMILIES | tiny.MORE_FAMILIES
+    for family in tiny.FAMILIES | tiny.MORE_FAMILIES | tiny.HYBRIDS
     for attention in ("sdpa", "eager")
     if attention == "eager" or tiny.has_sdpa(family)
     for cut in CUTS
@@ -104,9 +105,15 @@ def test_tree_mask_and_trunk_give_the_values_and_gradients_of_the_own_forward(fa
                 assert_values(value, float(logps[g][n]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", tiny.MORE_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        pytest.param(family, attention, marks=() if quick else pytest.mark.slow)
+        for family in tiny.MORE_FAMILIES | tiny.HYBRIDS
+        for attention in ("sdpa", "eager")
+        for quick in [(family, attention) == ("qwen3_5", "sdpa")]
+    ],
+)
 def test_its_cache_samples_as_a_loop_over_whole_texts(family, attention):
     with numerics.casts():
         modules = MODULES.get(family, ["q_proj", "v_proj"])

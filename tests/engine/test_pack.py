@@ -215,9 +215,8 @@ NOBODY = Targets(*[np.empty(0, np.int64)] * 4, *[np.empty(0)] * 3)
 
 def test_head_columns_by_hand():
     ids = np.zeros((3, 4), np.int64)
-    pack = Pack(
-        ids, ids, ids, None, np.array([9, 1, 3, 2]), NOBODY, 12
-    )  # row 2 column 1; row 0 columns 1, 3, 2
+    rows = np.array([9, 1, 3, 2])  # row 2 column 1; row 0 columns 1, 3, 2
+    pack = Pack(ids, ids, ids, None, rows, NOBODY, np.array([4, 4, 4]))
     table, place = head_columns(pack)
     assert table.tolist() == [[1, 3, 2], [0, 0, 0], [1, 0, 0]]
     assert place.tolist() == [6, 0, 1, 2]

@@ -18,9 +18,9 @@ from twig.common.progress import Progress
 from twig.config.sizes import Sizes
 from twig.core.algorithms.base import Objective
 from twig.core.trie import PrefixTrie
-from twig.engine import tree_attention
 from twig.engine.decoder import tree_visible
-from twig.engine.tree_attention import Chains, attend_tree, is_long
+from twig.engine.mixers import tree_attention
+from twig.engine.mixers.tree_attention import Chains, attend_tree, is_long
 from twig.engine.update import LogProbs, Passes
 
 completions = st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=5)

@@ -55,6 +55,15 @@ MODELS = {
     "meta-llama/Llama-3.2-1B-Instruct": _QWEN2
     | dict(zip(_WIDTHS, (2048, 8192, 16, 32, 8), strict=True))
     | {"model_type": "llama", "vocab_size": 128256, "head_dim": 64},
+    # as far as their published configs are known here
+    "Qwen/Qwen3.5-0.8B": _QWEN2
+    | dict(zip(_WIDTHS, (1024, 3584, 24, 8, 2), strict=True))
+    | {"model_type": "qwen3_5_text", "vocab_size": 248320, "head_dim": 256, "full_attention_interval": 4}
+    | {"linear_num_key_heads": 16, "linear_num_value_heads": 16},
+    "LiquidAI/LFM2-350M": _QWEN2
+    | dict(zip(_WIDTHS, (1024, 6656, 16, 16, 8), strict=True))
+    | {"model_type": "lfm2", "vocab_size": 65536, "conv_L_cache": 3, "block_auto_adjust_ff_dim": True}
+    | {"full_attn_idxs": [2, 5, 8, 10, 12, 14]},
     "smollm2-words": _QWEN2  # the shape of SmolLM2 135M, of which the folder is made
     | dict(zip(_WIDTHS, (576, 1536, 30, 9, 3), strict=True))
     | {"model_type": "llama", "vocab_size": 49152, "head_dim": 64},

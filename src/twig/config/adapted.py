@@ -10,6 +10,8 @@ from twig.common.errors import UserError
 from twig.config.schema import Lora
 
 ALL_LINEAR = "all-linear"
+DEFAULT_MODULES: list[str] = Lora.model_fields["target_modules"].default
+_READS = re.compile(r"in_proj(_\w+)?")  # what mixers that keep a state read through
 
 
 def layer_numbers(layers: str | Sequence[int], count: int) -> list[int]:
@@ -55,10 +57,16 @@ def _selected(lora: Lora, layer_of: Mapping[str, int], layers: Sequence[int]) ->
     inside = [name for name, layer in layer_of.items() if layer in layers]
     asked = lora.target_modules
     if isinstance(asked, list):
+        chosen = [name for name in inside if _matches(asked, name)]
+        if asked == DEFAULT_MODULES:
+            chosen = [name for name in inside if name in chosen or _READS.fullmatch(_short(name))]
+        reading = {layer_of[name] for name in chosen if _READS.fullmatch(_short(name))}
         for layer in layers:
+            if asked == DEFAULT_MODULES and layer in reading:
+                continue  # a mixer may be all that it has
             of_layer = [name for name in inside if layer_of[name] == layer]
             _check_names(layer, of_layer, asked)
-        return [name for name in inside if _matches(asked, name)]
+        return chosen
     if asked == ALL_LINEAR:
         return inside
     everywhere = [name for name in layer_of if re.fullmatch(asked, name)]
@@ -79,6 +87,10 @@ def _check_names(layer: int, names: Sequence[str], asked: Sequence[str]) -> None
             there = sorted({name.rpartition(".")[2] for name in names})
             fix = f"Set some of {', '.join(there)}" if there else "Leave that layer out"
             raise UserError("lora.target_modules", f"layer {layer} has no linear module '{each}'", fix)
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _matches(asked: str | Sequence[str], name: str) -> bool:

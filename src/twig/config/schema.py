@@ -218,7 +218,8 @@ class Lora(Frozen):
     target_modules: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         default=["q_proj", "v_proj"],
         description="Linear modules that get an adapter: a list of names, `all-linear` (all of the layers), "
-        "or a regular expression over whole names, as in PEFT.",
+        "or a regular expression over whole names, as in PEFT. By default, layers that keep a state "
+        "(recurrences, short convolutions) get one on their `in_proj` modules too.",
         examples=[["q_proj", "v_proj"]],
     )
     exclude_modules: Text | list[Text] | None = Field(

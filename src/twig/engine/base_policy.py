@@ -36,10 +36,13 @@ from twig.runtime.memory_use import out_of_memory
 
 @dataclass(frozen=True)
 class OpenStem:
-    """A stem shared by its packs: keys and values by layer, as leaves whose `grad` sums that of the packs."""
+    """A stem shared by its packs: what it leaves in each layer (keys and values, states).
+
+    As leaves, whose `grad` sums that of the packs.
+    """
 
     stem: Stem
-    pairs: dict[int, tuple[Tensor, Tensor]]
+    pairs: dict[int, tuple[Tensor, ...]]
 
     def leaves(self) -> list[Tensor]:
         return [leaf for pair in self.pairs.values() for leaf in pair if leaf.requires_grad]

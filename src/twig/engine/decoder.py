@@ -15,12 +15,13 @@ import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -30,25 +31,34 @@ from transformers import PreTrainedModel
 from twig.common.errors import UserError
 from twig.engine.kv_cache import KeyValueCache, PrefixKV, StopForward
 from twig.engine.lm_head import Head, has_wide_products, head_product
+from twig.engine.mixers.mixer import Own, mixer_of
+from twig.engine.mixers.runs import Runs
 from twig.runtime.memory_use import out_of_memory
 
 PLAIN = "Set model.engine=plain to train it with the plain batched forward"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # The longest path of the check's tree, and what lengths are set to that no path of it would reach.
 _LONGEST_PATH, _SHORT = 10, 3
+_SIZES = 6, 4, 4  # tokens of the check's stem and of its two branches
+LONG = 70, 66, 5  # where layers keep a state: longer than the chunks in which these read a text
+_NORMS = "norm", "final_layernorm", "embedding_norm"
 _IS_LENGTH = re.compile("window|chunk|top_?k|span|local")
 _IS_NO_LENGTH = re.compile("_ids?$|position|vocab")
 
 
 @dataclass
 class Context:
-    """What the layers of one pass share: masks by window, rotary embeddings by layer type, positions."""
+    """What the layers of one pass share: masks by window, rotary embeddings by layer type, positions.
+
+    `runs` tells how layers that keep a state run, if the model has any.
+    """
 
     # By window: additive [B, 1, L, S] or None; `tree_attention.Chains`; in a wave `KeyPart`s.
     masks: dict[int | None, Any]
     rotary: dict[str | None, tuple[Tensor, Tensor]]
     positions: Tensor
     cache: KeyValueCache | PrefixKV | None = None
+    runs: Runs | None = None
 
     def at(self, columns: Int[Tensor, "B R"], cache: PrefixKV) -> "Context":
         """Returns the context of some columns of each row, with another cache."""
@@ -85,19 +95,24 @@ class Decoder:
         core = self.model.get_decoder()
         parts = {
             "layers": getattr(core, "layers", None),
-            "norm": getattr(core, "norm", None) or getattr(core, "final_layernorm", None),
+            "norm": next((part for name in _NORMS if (part := getattr(core, name, None))), None),
             "rotary_emb": getattr(core, "rotary_emb", None),
             "lm_head": self.model.get_output_embeddings(),
         }
+        self.mixers = [mixer_of(layer) for layer in parts["layers"] or ()]
+        if any(self.mixers) and hasattr(core, "rotary_emb") and core.rotary_emb is None:
+            del parts["rotary_emb"]  # states know the order of the tokens
         if missing := [name for name, part in parts.items() if part is None]:
             self._refuse(f"it has no {missing[0]}")
         self.layers = cast(nn.ModuleList, parts["layers"])
-        self.norm, self.rotary = cast(nn.Module, parts["norm"]), cast(nn.Module, parts["rotary_emb"])
+        self.norm, self.rotary = cast(nn.Module, parts["norm"]), parts.get("rotary_emb")
         self.head = cast(nn.Linear, parts["lm_head"])  # checked below
         self.embedding = cast(nn.Embedding, self.model.get_input_embeddings())
         self._refuse_unservable()
         self.windows = self._windows()
-        per_type = "layer_type" in inspect.signature(self.rotary.forward).parameters
+        per_type = (
+            self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters
+        )
         self.rotary_types = [t if per_type else None for t in self._layer_types()]
         self.embedding_scale = self._value("embedding_multiplier") or 1.0
         self.logit_scale, self.softcap = head_terms(self.config)
@@ -118,6 +133,11 @@ class Decoder:
     def _value(self, name: str) -> Any:
         return _value(self.config, name)
 
+    def _attending(self, values: Sequence[Any]) -> list[Any]:
+        """Returns the values of the layers that attend, of one for each layer."""
+        pairs = zip(values, self.mixers, strict=True)
+        return [value for value, mixer in pairs if mixer is None or mixer.attends]
+
     def _layer_types(self) -> list[str | None]:
         return list(self._value("layer_types") or [None] * len(self.layers))
 
@@ -129,7 +149,8 @@ class Decoder:
         return [window if t in (None, "sliding_attention") else None for t in types]
 
     def _refuse_unservable(self) -> None:
-        types = {str(t) for t in self._value("layer_types") or []} - _KNOWN_LAYER_TYPES
+        kinds = zip(self._layer_types(), self.mixers, strict=False)
+        types = {str(t) for t, mixer in kinds if t is not None and mixer is None} - _KNOWN_LAYER_TYPES
         if types:
             self._refuse(f"its layers of type {sorted(types)} do not see tokens through an attention mask")
         if self._value("num_kv_shared_layers"):
@@ -148,11 +169,24 @@ class Decoder:
 
     def rotations(self, positions: Int[Tensor, "B L"]) -> dict[str | None, tuple[Tensor, Tensor]]:
         """Returns rotary embeddings (cos, sin) at `positions`, for each layer type that has its own."""
+        if self.rotary is None:
+            return {}
         like = torch.empty(0, dtype=self.dtype, device=positions.device)
         return {
             t: self.rotary(like, positions) if t is None else self.rotary(like, positions, t)
-            for t in dict.fromkeys(self.rotary_types)
+            for t in dict.fromkeys(self._attending(self.rotary_types))
         }
+
+    def runs(
+        self, ends: np.ndarray, used: np.ndarray, begun: bool = False, ends_kept: bool = False
+    ) -> Runs | None:
+        """Returns how layers that keep a state run a table of trees, as `Runs.of`; None if there are none."""
+        return Runs.of(ends, used, self.device, begun, ends_kept) if any(self.mixers) else None
+
+    def states(self, pairs: Sequence[tuple[Tensor, ...]]) -> dict[int, tuple[Tensor, ...]]:
+        """Returns the states by layer in what `keys_values` gives."""
+        mixers = {layer: mixer for layer, mixer in enumerate(self.mixers) if mixer}
+        return {layer: pairs[layer][2 if mixer.attends else 0 :] for layer, mixer in mixers.items()}
 
     def masks(
         self,
@@ -195,8 +229,11 @@ class Decoder:
     ) -> Float[Tensor, "B R D"]:
         """Returns what `run` gives for one layer, at some columns of each row only.
 
-        Every column's keys and values are computed, the rest of the layer at `columns` only.
+        Every column's keys and values are computed, the rest of the layer at `columns` only. A layer that
+        keeps a state runs whole.
         """
+        if self.mixers[layer]:
+            return take(self._layer(layer, context, hidden), columns)
         pair = self._own_pair(layer, context, hidden)
         if context.cache is not None:
             pair = context.cache.update(*pair, layer)
@@ -205,34 +242,51 @@ class Decoder:
 
     def keys_values(
         self, hidden: Float[Tensor, "B L D"], first: int, last: int, context: Context, recompute: bool = False
-    ) -> dict[int, tuple[Tensor, Tensor]]:
+    ) -> dict[int, tuple[Tensor, ...]]:
         """Returns keys and values of `hidden` in layers first .. last - 1, each [B, heads, L, head size].
 
-        The last layer runs only until its own are computed.
+        Behind these, or instead of them, the states of a layer that keeps any. The last layer runs only
+        until its own are computed.
         """
         cache = PrefixKV()
         context = replace(context, cache=cache)
         hidden = self.run(hidden, first, last - 1, context, recompute)
-        return cache.computed | {last - 1: self._own_pair(last - 1, context, hidden)}
+        return cache.collected() | {last - 1: self._own_pair(last - 1, context, hidden)}
 
     def _layer(self, number: int, context: Context, hidden: Tensor) -> Tensor:
-        return self.layers[number](
-            hidden,
-            attention_mask=context.masks[self.windows[number]],
-            position_embeddings=context.rotary[self.rotary_types[number]],
-            position_ids=context.positions,
-            past_key_values=context.cache,
-            use_cache=context.cache is not None,
-        )
+        with self._in_parts_if_mixed(number, context):
+            output = self.layers[number](
+                hidden,
+                attention_mask=context.masks[self.windows[number]],
+                position_embeddings=context.rotary.get(self.rotary_types[number]),
+                position_ids=context.positions,
+                past_key_values=context.cache,
+                use_cache=context.cache is not None,
+            )
+        return output[0] if isinstance(output, tuple) else output
 
-    def _own_pair(self, number: int, context: Context, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs a layer only until its keys and values are computed; returns these."""
-        cache = PrefixKV(stop_at=number)
+    def _in_parts_if_mixed(self, number: int, context: Context) -> AbstractContextManager[None]:
+        """Inside, the layer's mixer, if it has one, runs as the context says."""
+        mixer, cache = self.mixers[number], context.cache or PrefixKV()
+        if mixer is None:
+            return nullcontext()
+
+        def forward(own: Own, hidden: Tensor) -> Tensor:
+            return cache.mix(mixer, own, number, hidden, context.runs)
+
+        return mixer.replaced(forward)
+
+    def _own_pair(self, number: int, context: Context, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Runs a layer only until its keys, values and states are computed; returns these."""
+        mixer = self.mixers[number]
+        cache = PrefixKV(stop_at=None if mixer and mixer.attends else number)
         try:
             self._layer(number, replace(context, cache=cache), hidden)
         except StopForward:
-            return cache.computed[number]
-        raise TypeError("a layer keeps no keys and values in its cache")
+            pass
+        if number not in cache.collected():
+            raise TypeError("a layer keeps no keys and values in its cache")
+        return cache.collected()[number]
 
     def logits(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
         """Returns next-token logits of rows of the last layer's output, in float32 or better."""
@@ -276,41 +330,57 @@ class Decoder:
         """
         self._refuse_rotary()
         gap = self._gap(self._own_logits())
+        if any(self.mixers) and gap <= self.tolerance:
+            gap = self._gap(self._own_logits(LONG), LONG)
         if not gap <= self.tolerance:
             self._refuse(f"layer by layer its logits differ by {gap:.1e} of their size from its own forward")
         self._check_lengths()
 
-    def tree_logits(self) -> Float[Tensor, "R V"]:
+    def tree_logits(self, sizes: tuple[int, int, int] = _SIZES) -> Float[Tensor, "R V"]:
         """Returns logits of the check's tree as an update computes them, differentiable in what is trained.
 
-        The tree is a stem of 6 tokens, of which the first two are run before, and two branches of 4.
+        The tree is a stem, of which the first two tokens are run before and have no logits here, and two
+        branches, of `sizes` tokens.
         """
-        ids = torch.cat([self._paths()[0], self._paths()[1, 6:]])[None]
-        at = torch.arange(14, device=self.device)
-        positions = torch.where(at < _LONGEST_PATH, at, at - 4)[None]
-        ends = torch.where((at >= 6) & (at < _LONGEST_PATH), _LONGEST_PATH, 14)
-        return self.logits(self._in_parts(ids, positions, tree_visible(ends[None]))[0])
+        stem, left, right = sizes
+        count, fork = sum(sizes), stem + left
+        paths = self._paths(sizes)
+        ids = torch.cat([paths[0, :fork], paths[1, stem : stem + right]])[None]
+        at = np.arange(count)
+        positions = torch.from_numpy(np.where(at < fork, at, at - left)).to(self.device)[None]
+        ends = np.where((at >= stem) & (at < fork), fork, count)[None]
+        return self.logits(self._in_parts(ids, positions, ends)[0])
 
-    def _paths(self) -> Int[Tensor, "2 L"]:
-        """Returns the two paths of the check's tree."""
+    def path_logits(self, sizes: tuple[int, int, int] = _SIZES) -> Float[Tensor, "R V"]:
+        """Returns the logits of `tree_logits` as the model's own forward over each path gives them."""
+        return self._of_tree(self._own_logits(sizes), sizes)
+
+    def _of_tree(self, own: Float[Tensor, "2 L V"], sizes: tuple[int, int, int]) -> Float[Tensor, "R V"]:
+        stem, left, right = sizes
+        return torch.cat([own[0, 2 : stem + left], own[1, stem : stem + right]])
+
+    def _paths(self, sizes: tuple[int, int, int] = _SIZES) -> Int[Tensor, "2 L"]:
+        """Returns the two paths of the check's tree; behind a shorter one are other tokens."""
         vocab, draw = self.embedding.weight.shape[0], torch.Generator().manual_seed(0)
-        stem, left, right = (torch.randint(vocab, (n,), generator=draw) for n in (6, 4, 4))
-        return torch.stack([torch.cat([stem, left]), torch.cat([stem, right])]).to(self.device)
+        stem, left, right = (torch.randint(vocab, (n,), generator=draw) for n in sizes)
+        longest = max(len(left), len(right))
+        behind = torch.zeros(longest, dtype=torch.long)
+        rows = [torch.cat([stem, branch, behind])[: len(stem) + longest] for branch in (left, right)]
+        return torch.stack(rows).to(self.device)
 
-    def _own_logits(self) -> Float[Tensor, "2 L V"]:
-        return self.model(input_ids=self._paths(), use_cache=False).logits
+    def _own_logits(self, sizes: tuple[int, int, int] = _SIZES) -> Float[Tensor, "2 L V"]:
+        return self.model(input_ids=self._paths(sizes), use_cache=False).logits
 
-    def _gap(self, own: Float[Tensor, "2 L V"]) -> float:
+    def _gap(self, own: Float[Tensor, "2 L V"], sizes: tuple[int, int, int] = _SIZES) -> float:
         """Returns how far the tree's logits are from its paths', relative to the largest."""
         try:
-            ours = self.tree_logits()
+            ours = self.tree_logits(sizes)
         except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
             if out_of_memory(error):
                 raise
             # a layer that takes more arguments than these
             self._refuse(f"its layers cannot be called one by one ({type(error).__name__}: {error})")
-        paths = torch.stack([ours[:8], torch.cat([ours[:4], ours[8:]])])
-        return float((paths - own[:, 2:]).abs().max() / own.abs().max().clamp(min=1e-6))
+        return float((ours - self._of_tree(own, sizes)).abs().max() / own.abs().max().clamp(min=1e-6))
 
     def _refuse_rotary(self) -> None:
         """Refuses rotary embeddings that depend on more than the token's own position.
@@ -375,9 +445,9 @@ class Decoder:
     def _first_of_each_kind(self) -> Iterator[None]:
         """Takes the layers behind the first few away inside, if each kind of layer is among these."""
         kinds = [
-            (type(layer), window, kind, str(layer_type))
-            for layer, window, kind, layer_type in zip(
-                self.layers, self.windows, self.rotary_types, self._layer_types(), strict=True
+            (type(layer), window, kind, str(layer_type), mixer is None)
+            for layer, window, kind, layer_type, mixer in zip(
+                self.layers, self.windows, self.rotary_types, self._layer_types(), self.mixers, strict=True
             )
         ]
         count = max(map(kinds.index, dict.fromkeys(kinds))) + 2
@@ -394,20 +464,25 @@ class Decoder:
         finally:
             core.layers = self.layers = layers
 
-    def _in_parts(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+    def _in_parts(self, ids: Tensor, positions: Tensor, ends: np.ndarray) -> Tensor:
         """Runs a tree as an update does and the model's own forward does not.
 
         The first two tokens are keys and values, the mask is a tree's, and the last layer runs at columns.
         """
         last, stem = len(self.layers), slice(0, 2)
+        visible = tree_visible(torch.from_numpy(ends).to(self.device))
         rotary = self.rotations(positions[:, stem])
         masks = self.masks(visible[:, stem, stem], positions[:, stem], positions[:, stem])
-        pairs = self.keys_values(
-            self.embed(ids[:, stem]), 0, last, Context(masks, rotary, positions[:, stem])
-        )
+        runs = self.runs(np.full((1, 2), 2), np.array([2]), ends_kept=True)
+        context = Context(masks, rotary, positions[:, stem], runs=runs)
+        pairs = self.keys_values(self.embed(ids[:, stem]), 0, last, context)
         ids, here = ids[:, 2:], positions[:, 2:]
         context = Context(
-            self.masks(visible[:, 2:], here, positions), self.rotations(here), here, PrefixKV(pairs)
+            self.masks(visible[:, 2:], here, positions),
+            self.rotations(here),
+            here,
+            PrefixKV(pairs),
+            self.runs(ends[:, 2:] - 2, np.array([ids.shape[1]]), begun=True),
         )
         hidden = self.run(self.embed(ids), 0, last - 1, context)
         return self.run_at(hidden, last - 1, context, torch.arange(ids.shape[1], device=self.device)[None])

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens: a buffer that is written in place, and a fixed prefix.
+"""Keys, values and states of earlier tokens: a buffer that is written in place, and a fixed prefix.
 
 Knows nothing of models but that their layers call `update`. Legend: M rows.
 """
@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from twig.engine.mixers.mixer import Mixer, Own, State
+from twig.engine.mixers.runs import Runs
+
 
 class KeyValueCache:
     """Keys and values of up to `rows` rows of `capacity` tokens, in one buffer per layer, written in place.
@@ -18,7 +21,7 @@ class KeyValueCache:
     The layers call `update`, which writes behind what `filled` says is there, in as many of the first rows as
     it is given; the caller moves `filled` on once all layers have run. With `before`, tables of keys and
     values by layer that rows share, `update` returns a sequence of these and the rows' own, which only
-    `shared_attention.attend_parts` can read.
+    `shared_attention.attend_parts` can read. `states` are those of the rows, of layers that keep any.
     """
 
     def __init__(
@@ -31,16 +34,34 @@ class KeyValueCache:
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
         self.capacity, self.rows, self.before = capacity, rows, before
+        self.states: dict[int, State] = {}
         self.filled = 0
 
     @classmethod
-    def begun(cls, pairs: Sequence[tuple[Tensor, Tensor]], rows: int, capacity: int) -> "KeyValueCache":
-        """Returns a cache whose first rows begin with the keys and values `pairs`, by layer."""
+    def begun(cls, pairs: Sequence[tuple[Tensor, ...]], rows: int, capacity: int) -> "KeyValueCache":
+        """Returns a cache whose first rows begin with the keys and values `pairs` of the layers, if any."""
         cache = cls(len(pairs), capacity, rows)
-        for layer, (keys, values) in enumerate(pairs):
-            cache.update(keys, values, layer)
-        cache.filled = pairs[0][0].shape[2]
+        for layer, pair in enumerate(pairs):
+            if pair:
+                cache.update(*pair, layer)
+        cache.filled = next((pair[0].shape[2] for pair in pairs if pair), 0)
         return cache
+
+    def begin_states(self, states: dict[int, State]) -> None:
+        """Begins the first rows with `states`, by layer."""
+        for layer, state in states.items():
+            self.states[layer] = tuple(each.new_zeros(self.rows, *each.shape[1:]) for each in state)
+            for buffer, each in zip(self.states[layer], state, strict=True):
+                buffer[: len(each)] = each
+
+    def mix(self, mixer: Mixer, own: Own, layer: int, hidden: Tensor, runs: Runs | None) -> Tensor:
+        """Runs a mixer on the next token of the first rows; their states move on."""
+        before = tuple(buffer[: len(hidden)] for buffer in self.states[layer])
+        output, ended = mixer.call(own, hidden, before)
+        for buffer, state in zip(before, ended, strict=True):
+            if state is not buffer:  # the path of a single token writes it
+                buffer.copy_(state)
+        return output
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
@@ -49,7 +70,7 @@ class KeyValueCache:
         own = self._write(self.keys, keys, layer), self._write(self.values, values, layer)
         if not self.before:
             return own
-        shared_keys, shared_values = zip(*(part[layer] for part in self.before), strict=True)
+        shared_keys, shared_values = zip(*(part[layer][:2] for part in self.before), strict=True)
         return (*shared_keys, own[0]), (*shared_values, own[1])
 
     def _write(self, buffers: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
@@ -62,10 +83,13 @@ class KeyValueCache:
 
     def copy_rows(self, sources: Int[Tensor, " M"], targets: Int[Tensor, " M"]) -> None:
         """Copies rows to others, one buffer after another."""
-        if len(sources) and self.filled:
-            for buffer in (*self.keys, *self.values):
-                assert buffer is not None, "a layer wrote no keys and values"
+        if not len(sources):
+            return
+        for buffer in (*self.keys, *self.values):
+            if buffer is not None and self.filled:
                 buffer[targets, :, : self.filled] = buffer[sources, :, : self.filled]
+        for buffer in (each for state in self.states.values() for each in state):
+            buffer[targets] = buffer[sources]
 
 
 class StopForward(Exception):
@@ -74,15 +98,17 @@ class StopForward(Exception):
 
 @dataclass
 class PrefixKV:
-    """A cache whose earlier tokens are fixed: `pairs` has their keys and values by layer, for one row.
+    """A cache whose earlier tokens are fixed: `pairs` has what they left in each layer, for one row.
 
-    The layers get these in front of their own. Nothing is written, so layers can run again, and gradients
-    flow to both. `computed` collects what the layers computed themselves; after that of layer `stop_at`,
-    `update` raises `StopForward`. `own` False gives the layers their `pairs` alone, for every row as it is.
+    These are keys and values, if the layer attends, and behind them its state, if it keeps one. The layers
+    get these in front of their own. Nothing is written, so layers can run again, and gradients flow to both.
+    `computed` collects the layers' own keys and values, `ended` their states; after those of layer `stop_at`,
+    it raises `StopForward`. `own` False gives the layers their `pairs` alone, for every row as it is.
     """
 
-    pairs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pairs: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     computed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ended: dict[int, State] = field(default_factory=dict)
     stop_at: int | None = None
     own: bool = True
 
@@ -96,6 +122,22 @@ class PrefixKV:
         if layer not in self.pairs:
             return keys, values
         if not self.own:
-            return self.pairs[layer]
-        first_keys, first_values = (prefix.expand(len(keys), -1, -1, -1) for prefix in self.pairs[layer])
+            return self.pairs[layer][0], self.pairs[layer][1]
+        first_keys, first_values = (prefix.expand(len(keys), -1, -1, -1) for prefix in self.pairs[layer][:2])
         return torch.cat((first_keys, keys), 2), torch.cat((first_values, values), 2)
+
+    def mix(self, mixer: Mixer, own: Own, layer: int, hidden: Tensor, runs: Runs | None) -> Tensor:
+        """Runs a mixer over a table of trees behind the prefix; collects the states in which its rows end."""
+        assert runs is not None, "a layer that keeps a state is run in parts"
+        before = self.pairs.get(layer, ())[2 if mixer.attends else 0 :]
+        output, self.ended[layer] = mixer.over_tree(own, runs, before, hidden)
+        if layer == self.stop_at and not mixer.attends:
+            raise StopForward
+        return output
+
+    def collected(self) -> dict[int, tuple[Tensor, ...]]:
+        """Returns what the layers computed, as `pairs` takes it."""
+        layers = self.computed.keys() | self.ended.keys()
+        return {
+            layer: (*self.computed.get(layer, ()), *self.ended.get(layer, ())) for layer in sorted(layers)
+        }

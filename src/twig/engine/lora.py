@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from twig.common.errors import UserError
 from twig.common.hub import hub_or_cache, refusal
 from twig.common.text import message_of
-from twig.config.adapted import ALL_LINEAR, adapted_modules
+from twig.config.adapted import ALL_LINEAR, DEFAULT_MODULES, adapted_modules
 from twig.config.schema import Lora
 from twig.runtime.memory_use import out_of_memory
 
@@ -76,7 +76,7 @@ def _new_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
     names = adapted_modules(lora, layer_of, len(stack))
     layers: list[int] | None = sorted({layer_of[name] for name in names})
     modules, exclude = lora.target_modules, lora.exclude_modules
-    if modules == ALL_LINEAR:
+    if modules == ALL_LINEAR or modules == DEFAULT_MODULES:
         modules = sorted({name.rpartition(".")[2] for name in names})
     elif isinstance(modules, str):  # PEFT takes no numbers of layers beside an expression
         layers = None

@@ -57,8 +57,8 @@ class Pack:
     """One pass through the model. `ids`, `positions`, `ends` are [B, L]; unused cells see only themselves.
 
     `cells` [B, L] are rows of the boundary table (None if sampling recorded none). `rows` [R] are the flat
-    indices b * L + l of the tokens whose next-token distribution is needed. `num_tokens` counts the cells in
-    use. If the pack has a `stem`, its tokens come before the first column of every row.
+    indices b * L + l of the tokens whose next-token distribution is needed. The first `used` [B] cells of
+    each row are in use. If the pack has a `stem`, its tokens come before the first column of every row.
     """
 
     ids: np.ndarray
@@ -67,8 +67,13 @@ class Pack:
     cells: np.ndarray | None
     rows: np.ndarray
     targets: Targets
-    num_tokens: int
+    used: np.ndarray
     stem: Stem | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Cells in use."""
+        return int(self.used.sum())
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,7 @@ def _table(rows: list[list[_Segment]], scored: Sequence[Scored]) -> Pack:
             targets.append(_targets(segment, trie, source.credit, sum(len(r) for r in head_rows)))
             head_rows.append(b * width + at)
             column += segment.length
-    used = sum(s.length for row in rows for s in row)
+    used = np.array([sum(s.length for s in row) for row in rows])
     joined = Targets(*(np.concatenate(columns) for columns in zip(*targets, strict=True)))
     return Pack(
         ids,

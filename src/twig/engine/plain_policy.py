@@ -57,7 +57,7 @@ _READINGS = (
 
 
 @dataclass
-class Texts:
+class GrowingTexts:
     """Texts that are read together: `ids` [N, L] and where each begins behind its padding, `starts` [N].
 
     `logits` [N, V] are those of the next token, `cache` is the model's own (None if it is not used).
@@ -153,11 +153,11 @@ class PlainPolicy(BasePolicy):
         return [[i for i, n in enumerate(lengths) if n == each] for each in dict.fromkeys(lengths)]
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[np.ndarray]) -> Texts:
+    def read(self, prompts: Sequence[np.ndarray]) -> GrowingTexts:
         """Runs prompts of one of the `batches`, each once, and returns them as texts to extend."""
         return self._texts(prompts, self.reading)
 
-    def _texts(self, prompts: Sequence[np.ndarray], reading: Reading) -> Texts:
+    def _texts(self, prompts: Sequence[np.ndarray], reading: Reading) -> GrowingTexts:
         starts = max(map(len, prompts)) - np.array([len(each) for each in prompts])
         table = np.zeros((len(prompts), int(starts[0]) + len(prompts[0])), np.int64)
         for row, start, prompt in zip(table, starts, prompts, strict=True):
@@ -167,7 +167,7 @@ class PlainPolicy(BasePolicy):
         # the prompt's other logits are not needed
         options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         ids, first = (torch.from_numpy(x).to(self.device) for x in (table, starts))
-        return Texts(self.model, reading, options, ids, first, cache)
+        return GrowingTexts(self.model, reading, options, ids, first, cache)
 
     def _logits(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
         return self.model(input_ids=ids, use_cache=False).logits

@@ -21,14 +21,14 @@ from transformers.pytorch_utils import Conv1D
 
 from twig.common.errors import UserError
 from twig.engine.base_policy import BasePolicy, OpenStem, add_gradients, module_of
-from twig.engine.decoder import PLAIN, Context, Decoder, tree_visible
+from twig.engine.decoder import LONG, PLAIN, Context, Decoder, tree_visible
 from twig.engine.kv_cache import PrefixKV
 from twig.engine.loops import resolve_decode
 from twig.engine.lora import adapted_layers
+from twig.engine.mixers.tree_attention import NAME as TREE
+from twig.engine.mixers.tree_attention import Chains, attend_tree, is_long
 from twig.engine.pack import Pack, Stem, head_columns
 from twig.engine.shared_attention import attending
-from twig.engine.tree_attention import NAME as TREE
-from twig.engine.tree_attention import Chains, attend_tree, is_long
 from twig.engine.wave_cache import why_not_shared
 from twig.runtime.memory_use import out_of_memory
 
@@ -70,6 +70,26 @@ class Policy(BasePolicy):
         self.cut = min(adapted_layers(self.decoder.layers))
         self.sharing_refusal = why_not_shared(self.decoder)
         self._refuse_unmoved(self.decoder.tree_logits, PLAIN)
+        if any(self.decoder.mixers):
+            self._refuse_other_gradients()
+            if self.decode != "plain":
+                self.decode_refusal, self.decode = "layers that keep a state are not captured", "plain"
+
+    def _refuse_other_gradients(self) -> None:
+        """Raises UserError if the gradient that passes through a layer's states is not the model's own."""
+        draw = torch.Generator().manual_seed(0)
+        parameters, gradients = list(self.parameters.values()), []
+        with torch.enable_grad():
+            for logits in (self.decoder.path_logits(LONG), self.decoder.tree_logits(LONG)):
+                pull = torch.randn(logits.shape, generator=draw.manual_seed(0)).to(logits)
+                gradients.append(torch.autograd.grad(logits, parameters, pull, allow_unused=True))
+        pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
+        largest = max(float(own.abs().max()) for own, _ in pairs)
+        gap = max(float((own - ours).abs().max()) for own, ours in pairs) / max(largest, 1e-30)
+        if not gap <= 10 * self.decoder.tolerance:
+            problem = f"its gradients differ by {gap:.1e} of their size from those of its own forward"
+            kind = self.model.config.model_type
+            raise UserError("model.engine=trie", f"model type '{kind}' cannot be served: {problem}", PLAIN)
 
     def _refuse_outside_layers(self) -> None:
         """Raises UserError if an update would leave a trained tensor out: it trains those of the layers."""
@@ -166,7 +186,8 @@ class Policy(BasePolicy):
         tokens = 16  # as of a clipped value there is no gradient
         positions = torch.arange(tokens, device=self.device)[None]
         masks = decoder.masks(tree_visible(torch.full_like(positions, tokens)), positions, positions)
-        context = Context(masks, decoder.rotations(positions), positions)
+        runs = decoder.runs(np.full((1, tokens), tokens), np.array([tokens]), ends_kept=True)
+        context = Context(masks, decoder.rotations(positions), positions, runs=runs)
         hidden = torch.randn(1, tokens, self.embeddings.shape[1], generator=draw)
         hidden = hidden.to(self.device, self.dtype).requires_grad_()
         try:
@@ -200,7 +221,8 @@ class Policy(BasePolicy):
         if pack.stem is not None:
             cache = PrefixKV(opened.pairs if opened else self._stem_pairs(pack.stem, boundary))
         masks = self._masks(pack.ends, positions, len(pack.stem or ()))
-        context = Context(masks, decoder.rotations(positions), positions, cache)
+        runs = decoder.runs(pack.ends, pack.used, begun=cache is not None)
+        context = Context(masks, decoder.rotations(positions), positions, cache, runs)
         hidden = self._boundary(ids, pack.cells, boundary, context)
         hidden = decoder.run(hidden, self.cut, last, context, self._recompute)
         columns, place = map(self._tensor, head_columns(pack))
@@ -209,16 +231,17 @@ class Policy(BasePolicy):
             return decoder.run(hidden, last, last + 1, context).flatten(0, 1)[rows]
         return decoder.run_at(hidden, last, context, columns).flatten(0, 1)[place]
 
-    def _stem_pairs(self, stem: Stem, boundary: Tensor | None) -> dict[int, tuple[Tensor, Tensor]]:
-        """Returns keys and values of a stem, by layer: the upper ones, and the trunk's if that was run."""
+    def _stem_pairs(self, stem: Stem, boundary: Tensor | None) -> dict[int, tuple[Tensor, ...]]:
+        """Returns what a stem leaves in each layer: the upper ones, and the trunk's if that was run."""
         ids, cells = self._tensor(stem.ids)[None], None if stem.cells is None else stem.cells[None]
         positions = torch.arange(len(stem), device=self.device)[None]
         masks = self._masks(np.full((1, len(stem)), len(stem)), positions, 0)
         trunk = PrefixKV()
-        context = Context(masks, self.decoder.rotations(positions), positions, trunk)
+        runs = self.decoder.runs(np.full((1, len(stem)), len(stem)), np.array([len(stem)]), ends_kept=True)
+        context = Context(masks, self.decoder.rotations(positions), positions, trunk, runs)
         hidden = self._boundary(ids, cells, boundary, context)
         pairs = self.decoder.keys_values(hidden, self.cut, self.num_layers, context, self._recompute)
-        return trunk.computed | pairs
+        return trunk.collected() | pairs
 
     def _masks(self, ends: Int[np.ndarray, "B L"], positions: Tensor, stem: int) -> dict[int | None, Any]:
         """Returns who sees whom behind `stem` tokens, by window: as chains in a long pack, else as masks."""
@@ -247,7 +270,8 @@ class Policy(BasePolicy):
         results = []
         with torch.no_grad():
             for each in (masks, chains):
-                context = Context(each, decoder.rotations(positions), positions)
+                runs = decoder.runs(ends, np.array([8]))
+                context = Context(each, decoder.rotations(positions), positions, runs=runs)
                 try:
                     results.append(decoder.run(decoder.embed(positions), 0, self.num_layers, context))
                 except (TypeError, AttributeError, ValueError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from twig.engine.shared_attention import Groups, KeyPart, attending
 from twig.runtime.memory_use import out_of_memory
 
 COMMON_FROM = 16  # tokens that all prompts begin with, from which these are run and held apart
-Pairs = list[tuple[Tensor, Tensor]]  # keys and values by layer
+Pairs = list[tuple[Tensor, ...]]  # by layer keys and values, and states
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,14 @@ class Prefilled:
 
 
 def prefill(
-    decoder: Decoder, cut: int, prompts: Sequence[np.ndarray], width: int, before: Pairs | None = None
+    decoder: Decoder,
+    cut: int,
+    prompts: Sequence[np.ndarray],
+    width: int,
+    before: Pairs | None = None,
+    start: int = 0,
 ) -> Prefilled:
-    """Runs each prompt once, padded on the right to `width`; `before` has what precedes all of them.
+    """Runs each prompt once, padded on the right to `width`; `before` has `start` tokens before all.
 
     No token of a prompt can see the padding. `cut` is where the trunk ends.
     """
@@ -47,18 +52,23 @@ def prefill(
     ids = np.zeros((count, width), np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    start = before[0][0].shape[2] if before else 0
     keys = torch.arange(start + width, device=device).expand(count, -1)
     positions = keys[:, start:]
     visible = keys[:, None, :] <= positions[:, :, None]
     cache = PrefixKV(dict(enumerate(before or [])))
-    context = Context(decoder.masks(visible, positions, keys), decoder.rotations(positions), positions, cache)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    ends = np.broadcast_to(lengths[:, None], ids.shape)
+    runs = decoder.runs(ends, lengths, begun=before is not None, ends_kept=True)
+    masks, rotary = decoder.masks(visible, positions, keys), decoder.rotations(positions)
+    context = Context(masks, rotary, positions, cache, runs)
     trunk = decoder.run(decoder.embed(torch.from_numpy(ids).to(device)), 0, cut, context)
     hidden = decoder.run(trunk, cut, len(decoder.layers), context)
-    last = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    last = torch.from_numpy(lengths - 1).to(device)
     # Values may be views of all that a layer projects.
-    pairs = [tuple(x.contiguous() for x in cache.computed.pop(i)) for i in range(len(decoder.layers))]
-    return Prefilled(hidden[torch.arange(count, device=device), last], trunk, cast(Pairs, pairs))
+    left = cache.collected()
+    cache.computed.clear()
+    pairs = [tuple(x.contiguous() for x in left.pop(i)) for i in range(len(decoder.layers))]
+    return Prefilled(hidden[torch.arange(count, device=device), last], trunk, pairs)
 
 
 class WaveCache(ABC):
@@ -116,9 +126,11 @@ class SharedPrompts(WaveCache):
             first = prefill(decoder, cut, [prompts[0][: self.common]], self.common)
             before = first.pairs
             parts, trunk = [before], [first.trunk.expand(len(prompts), -1, -1)]
-        rest = prefill(decoder, cut, [p[self.common :] for p in prompts], self.width - self.common, before)
+        rests, width = [p[self.common :] for p in prompts], self.width - self.common
+        rest = prefill(decoder, cut, rests, width, before, self.common)
         parts.append(rest.pairs)
         cache = KeyValueCache(len(decoder.layers), self.longest, rows, parts)
+        cache.begin_states(decoder.states(rest.pairs))
         return rest.hidden, torch.cat([*trunk, rest.trunk], 1), cache
 
     def _common(self, prompts: Sequence[np.ndarray]) -> int:
@@ -174,7 +186,11 @@ class CopiedPrompts(WaveCache):
         self.slot_positions = torch.where(slots < self.width, slots, self.lengths + slots - self.width)
         self.filled = (slots < self.lengths) | (slots >= self.width)
         self.masked = self.padded or any(w is not None and w < len(slots) for w in self.decoder.windows)
-        return done.hidden, done.trunk, KeyValueCache.begun(done.pairs, rows, len(slots))
+        states = self.decoder.states(done.pairs)
+        pairs = [pair[: len(pair) - len(states.get(layer, ()))] for layer, pair in enumerate(done.pairs)]
+        cache = KeyValueCache.begun(pairs, rows, len(slots))
+        cache.begin_states(states)
+        return done.hidden, done.trunk, cache
 
     @contextmanager
     def attending(self) -> Iterator[None]:
@@ -202,6 +218,7 @@ def why_not_shared(decoder: Decoder) -> str | None:
     of_prompt = np.array([0, 1, 0])
     try:
         texts = SharedPrompts(decoder, 0, prompts, 3, 4)
+        texts.cache.copy_rows(*(torch.tensor([row], device=device) for row in (0, 2)))
         for t in range(4):
             with texts.attending():
                 ids = torch.from_numpy(own[:, t : t + 1]).to(device)

@@ -60,8 +60,8 @@ class Workload:
     @property
     def packed_bytes(self) -> int:
         """Bytes of packed copies of the layers' matrices and the head."""
-        layer = sum(linear.weights for linear in self.shape.linear().values())
-        return self.element * (self.shape.layers * layer + self.shape.vocabulary * self.shape.hidden)
+        shape = self.shape
+        return self.element * (shape.parameters()["linear"] + shape.vocabulary * shape.hidden)
 
     @property
     def cut(self) -> int:

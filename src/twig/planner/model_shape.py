@@ -44,8 +44,9 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "window": 4096,
     },
 }
-_DENSE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_DENSE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_ATTENTION = ("full_attention", "sliding_attention", "attention")  # types of layers
 _MOST_LAYERS = 10_000
 
 
@@ -67,11 +68,28 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A decoder of equal layers. Widths are counts; `windows` has the sliding window of each layer or None.
+class Mixing:
+    """Layers that keep a state: which ones, and whether they also attend.
 
-    `norms` counts the norms of a layer that are as wide as the hidden state; with `qk_norm` queries and keys
-    also have one of a head's width each. `stored` is the dtype of the weights on disk, if the config has it.
+    `weights` counts the numbers in a mixer's matrices, `linear` has the modules that an adapter can be on.
+    `state` counts the numbers of a state, `kept` those that the backward pass needs of a token, about.
+    """
+
+    layers: tuple[bool, ...]
+    attends: bool
+    weights: int
+    linear: tuple[tuple[str, Linear], ...]
+    state: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of equal layers, but for those that keep a state (`mixing`).
+
+    Widths are counts; `windows` has the sliding window of each layer or None. `norms` counts the norms of a
+    layer that are as wide as the hidden state; with `qk_norm` queries and keys also have one of a head's
+    width each. `stored` is the dtype of the weights on disk, if the config has it.
     """
 
     family: str
@@ -95,11 +113,24 @@ class Shape:
     embedding_scale: bool
     per_type_rotary: bool
     stored: str | None
+    mixing: Mixing | None = None
 
     @property
     def is_measured(self) -> bool:
         """Whether the family was compared with its real model; any other counts as a Llama."""
         return self.family in _FAMILIES
+
+    @property
+    def attending(self) -> int:
+        """How many layers have keys and values."""
+        if self.mixing is None or self.mixing.attends:
+            return self.layers
+        return self.layers - sum(self.mixing.layers)
+
+    @property
+    def states(self) -> int:
+        """Numbers in the states of all layers, for one text."""
+        return 0 if self.mixing is None else sum(self.mixing.layers) * self.mixing.state
 
     @property
     def query(self) -> int:
@@ -112,8 +143,8 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     def linear(self) -> dict[str, Linear]:
-        """Returns the linear modules of a layer by name."""
-        return {
+        """Returns the linear modules of the layers by name."""
+        return dict(self.mixing.linear if self.mixing else ()) | {
             "q_proj": Linear(self.hidden, self.query),
             "k_proj": Linear(self.hidden, self.key),
             "v_proj": Linear(self.hidden, self.key),
@@ -129,7 +160,10 @@ class Shape:
         `linear` are the matrices of the layers, `head` is 0 if it is the embedding, `other` are norms and
         biases.
         """
-        layer = sum(linear.weights for linear in self.linear().values())
+        linear = self.linear()
+        attention = sum(linear[f"{name}_proj"].weights for name in "qkvo")
+        mlp = sum(linear[f"{name}_proj"].weights for name in ("gate", "up", "down"))
+        mixers = sum(self.mixing.layers) * self.mixing.weights if self.mixing else 0
         other = self.norms * self.hidden
         other += 2 * self.head_dim if self.qk_norm else 0
         other += self.query + 2 * self.key if self.qkv_bias else 0
@@ -137,7 +171,7 @@ class Shape:
         other += 2 * self.intermediate + self.hidden if self.mlp_bias else 0
         embedding = self.vocabulary * self.hidden
         return {
-            "linear": self.layers * layer,
+            "linear": self.layers * mlp + self.attending * attention + mixers,
             "embedding": embedding,
             "head": 0 if self.tied else embedding,
             "other": self.layers * other + self.hidden,
@@ -162,8 +196,16 @@ class Shape:
 
     def layer_of(self) -> dict[str, int]:
         """Returns the layer of each linear module by its whole name."""
-        parts = [f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for name in self.linear()]
-        return {f"model.layers.{i}.{part}": i for i in range(self.layers) for part in parts}
+        attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+        mlp = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+        mixer = [f"mixer.{name}" for name, _ in self.mixing.linear] if self.mixing else []
+        result = {}
+        for i in range(self.layers):
+            mixes = self.mixing is not None and self.mixing.layers[i]
+            attends = not mixes or (self.mixing is not None and self.mixing.attends)
+            parts = attention * attends + mixer * mixes + mlp
+            result |= {f"model.layers.{i}.{part}": i for part in parts}
+        return result
 
     def adapter_parameters(self, ranks: Mapping[str, int], dora: bool = False) -> int:
         """Counts the numbers of adapters, of a rank for each module: two matrices, with DoRA lengths too."""
@@ -177,7 +219,11 @@ class Shape:
         text = config.get("text_config") or {}
         read = _Reader({**config, **(text if isinstance(text, Mapping) else {})})
         config, family = read.config, read.family
-        hidden, intermediate, layers, heads, vocabulary = map(read.count, _DENSE)
+        hidden, layers, heads, vocabulary = map(read.count, _DENSE)
+        intermediate = read.count("intermediate_size", config.get("block_ff_dim"))
+        if config.get("block_auto_adjust_ff_dim"):
+            multiple = read.count("block_multiple_of", 256)
+            intermediate = -(-int(2 * intermediate / 3) // multiple) * multiple
         if layers > _MOST_LAYERS:
             raise _unplannable(family, f"its config has {layers} layers")
         if any(config.get(key) for key in _EXPERTS):
@@ -212,6 +258,7 @@ class Shape:
             embedding_scale=(config.get("embedding_multiplier") or 1) != 1 or "pattern" in traits,
             per_type_rotary=family == "gemma3_text",
             stored=stored if isinstance(stored, str) else None,
+            mixing=_mixing(read, hidden, layers),
         )
 
 
@@ -232,6 +279,59 @@ class _Reader:
         if type(value) is not int or value < least:
             raise _unplannable(self.family, f"its config has no {key} of at least {least}")
         return value
+
+
+def _mixing(read: _Reader, hidden: int, layers: int) -> Mixing | None:
+    """Returns which layers keep a state, from the keys that a config has for such layers."""
+    config = read.config
+    if "conv_L_cache" in config:
+        linear = {"in_proj": Linear(hidden, 3 * hidden), "out_proj": Linear(hidden, hidden)}
+        weights, kept = 4 * hidden**2, 6 * hidden
+        state = hidden * read.count("conv_L_cache")
+    elif "linear_num_value_heads" in config:
+        heads, size = read.count("linear_num_value_heads"), read.count("linear_value_head_dim", 128)
+        of_key = read.count("linear_key_head_dim", 128)
+        key, value = read.count("linear_num_key_heads", 16) * of_key, heads * size
+        conv, kernel = 2 * key + value, read.count("linear_conv_kernel_dim", 4)
+        if read.family == "qwen3_next":
+            widths = {"in_proj_qkvz": conv + value, "in_proj_ba": 2 * heads}
+        else:
+            widths = {"in_proj_qkv": conv, "in_proj_z": value, "in_proj_a": heads, "in_proj_b": heads}
+        linear = {name: Linear(hidden, width) for name, width in widths.items()}
+        linear["out_proj"] = Linear(value, hidden)
+        weights = hidden * (conv + 2 * value + 2 * heads)
+        state = conv * kernel + heads * of_key * size
+        # queries, keys, values in their forms, the matrices of a chunk of 64, a state for each chunk
+        kept = heads * (8 * of_key + 6 * size + 5 * 64 + 3 * of_key * size // 64) + 3 * conv + 3 * value
+    elif "mamba_d_state" in config:
+        heads, states = read.count("mamba_n_heads", 128), read.count("mamba_d_state")
+        expand = config.get("mamba_expand", 2)
+        wide = config.get("mamba_d_ssm") or int((expand if type(expand) in (int, float) else 2) * hidden)
+        conv = wide + 2 * read.count("mamba_n_groups", 1) * states
+        linear = {"in_proj": Linear(hidden, wide + conv + heads), "out_proj": Linear(wide, hidden)}
+        weights = sum(each.weights for each in linear.values())
+        state = conv * read.count("mamba_d_conv", 4) + wide * states
+        chunk = read.count("mamba_chunk_size", 256)
+        kept = heads * (3 * chunk + 6 * states) + 8 * wide + 3 * conv + 2 * wide * states // chunk
+    else:
+        return None
+    which, attends = _with_state(read, layers)
+    return Mixing(which, attends, weights, tuple(linear.items()), state, kept)
+
+
+def _with_state(read: _Reader, layers: int) -> tuple[tuple[bool, ...], bool]:
+    """Returns which layers keep a state, and whether these also attend; all do if the config does not say."""
+    config = read.config
+    types = config.get("layer_types") or config.get("layers_block_type")
+    for key in ("attn_layer_indices", "full_attn_idxs"):
+        if isinstance(config.get(key), list):
+            types = ["attention" if i in config[key] else "state" for i in range(layers)]
+    if types is None and "full_attention_interval" in config:
+        every = read.count("full_attention_interval")
+        types = ["state" if (i + 1) % every else "attention" for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or "hybrid" in types:
+        return (True,) * layers, True
+    return tuple(kind not in _ATTENTION for kind in types), False
 
 
 def _windows(read: _Reader, layers: int, traits: Mapping[str, Any]) -> tuple[int | None, ...]:

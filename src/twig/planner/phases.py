@@ -220,7 +220,7 @@ class Footprint:
         # The noise is alive twice: as drawn and as copied.
         ledger.take("sampled tokens", table.rows * work.length * (2 * table.sampled + 2) * wide)
         masks = self._masks(ledger, prompts, width, set(shape.windows))
-        ledger.take("key-value cache", prompt_tokens * shape.layers * 2 * shape.key * e)
+        ledger.take("key-value cache", prompt_tokens * shape.attending * 2 * shape.key * e)
         ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and the top's
         ledger.moment("activations", layer_moment(work, prompts, width))
         ledger.drop("masks", masks)
@@ -238,7 +238,7 @@ class Footprint:
         A prompt is held once; the completions use `filled` slots for their own tokens (None: all).
         """
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
-        row = shape.layers * 2 * shape.key * e  # keys and values of a token
+        row = shape.attending * 2 * shape.key * e  # keys and values of a token
         hidden, prompt_tokens = shape.hidden * e, prompts * width
         on_host = 2 * _INT if work.kind == "cpu" else 0  # ids and noise
         ledger.take("sampled tokens", rows * work.length * (2 * wide + on_host))
@@ -250,6 +250,7 @@ class Footprint:
         ledger.drop("masks", masks)
         self._logits(ledger, prompts)
         ledger.drop("activations")
+        self._states(ledger, rows, prompts)
         # All buffers are allocated at once; on a CPU, pages count once they are written to.
         filled = rows * work.length if filled is None or work.kind != "cpu" else filled
         ledger.take("key-value cache", filled * row)
@@ -262,6 +263,23 @@ class Footprint:
         self._logits(ledger, rows)
         inner = max(layer_moment(work, rows, 1, 0), shared_moment(work, rows, prompts, width))
         ledger.moment("activations", rows * hidden + inner)
+
+    def _states(self, ledger: Ledger, rows: int, prompts: int) -> None:
+        """Takes the states of a wave: those of its completions, and its prompts'."""
+        size = self.work.shape.states * self.work.wide
+        if size:
+            ledger.take("states", (rows + prompts) * size)
+            ledger.moment("states", rows * size / self.work.shape.layers)
+
+    def _mixed(self, ledger: Ledger, table: Table, together: bool) -> None:
+        """Takes what the backward pass needs of adapted mixers, `together` or one by one."""
+        work, mixing = self.work, self.work.shape.mixing
+        if mixing is None:
+            return
+        adapted = sum(mixing.layers[work.cut :])
+        size = work.wide * (table.tokens * mixing.kept + 3 * table.rows * mixing.state)
+        size *= adapted if together else min(adapted, 1)
+        ledger.take("states", size)
 
     def _logits(self, ledger: Ledger, rows: int) -> None:
         """Takes logits of `rows` rows, and what is alive while tokens are drawn from them."""
@@ -344,12 +362,14 @@ class Footprint:
         if not self.sizes.checkpoint_layers:
             ledger.drop("activations", tokens * hidden)
 
+        self._mixed(ledger, table, not self.sizes.checkpoint_layers)
         self._head(ledger, table.head, table.targets)
         ledger.take("activations", tokens * hidden)  # the gradient that comes down
         layers = [top] if queries is None or top == work.cut else [top, top - 1]
         for i in layers:  # the last layer may run at few columns; the one below it then needs more
             again = self.sizes.checkpoint_layers and i < top
             self._layer_backward(ledger, table, kept[i], queries if i == top else None, padded, again)
+        ledger.drop("states")
         for name in ("activations", "masks", "kept for backward"):
             ledger.drop(name)
 
@@ -418,12 +438,13 @@ class Footprint:
         Each prompt is run once. The completions' cache is copied as it grows, one layer after another.
         """
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
-        row = shape.layers * 2 * shape.key * e
+        row = shape.attending * 2 * shape.key * e
         ledger.take("key-value cache", prompts * width * row)
         ledger.take("activations", prompts * width * shape.hidden * e)
         ledger.moment("activations", layer_moment(work, prompts, width))
         ledger.moment("logits", prompts * shape.vocabulary * (4 * wide + e))
         ledger.drop("activations")
+        self._states(ledger, rows, prompts)
         ledger.take("key-value cache", (rows * (width + work.length) - prompts * width) * row)
         ledger.moment("key-value cache", rows * (width + work.length) * row / shape.layers)
         ledger.moment("logits", rows * shape.vocabulary * (4 * wide + e))
@@ -436,7 +457,9 @@ class Footprint:
         ledger.take("activations", tokens * shape.hidden * e)
         for i in range(work.cut, shape.layers):
             ledger.take("kept for backward", kept_by_layer(work, table, i > work.cut).both)
+        self._mixed(ledger, table, True)
         self._head(ledger, table.head, table.targets)
         ledger.take("activations", tokens * shape.hidden * e)  # the gradient that comes down
         gradients = backward_moment(work, table)
         ledger.moment("activations", max(gradients.attention, gradients.mlp))
+        ledger.drop("states")

@@ -368,5 +368,7 @@ def _notes(shape: Shape, settings: Settings, kind: str, decode: str | None) -> I
         yield "the memory of the device's own libraries is a guess: it was never measured"
     if decode is not None:
         yield f"captured decode steps leave too little room: rollout.decode={decode}"
+    if shape.mixing is not None:
+        yield "layers that keep a state are predicted roughly: their kernels may hold more"
     if settings.model.engine == "plain":
         yield "model.engine=plain is predicted roughly: a model's own forward may hold more"

@@ -1,0 +1,204 @@
+"""Layers that keep a state, on a tree, against the model's own forward over each completion by itself."""
+
+import numerics
+import numpy as np
+import oracles
+import pytest
+import tiny
+import torch
+from gradients import credit_of, engine_gradient, oracle_gradient, requests_of, scored, texts_of
+from numerics import assert_same, assert_values
+
+from twig.common.errors import UserError
+from twig.core.algorithms.base import Objective
+from twig.core.types import Example, Group
+from twig.engine.lora import adapter_shape, attach
+from twig.engine.mixers.mixer import StateCache, mixer_of
+from twig.engine.mixers.runs import Runs
+from twig.engine.pack import build_packs
+from twig.engine.policy import Policy
+from twig.engine.sampler import SamplingParams, sample
+
+CPU = torch.device("cpu")
+
+
+def runs_of(ends, **options):
+    """By level what is run: the cells of each part, with how many of them give outputs."""
+    ends = np.array(ends)
+    runs = Runs.of(ends, np.full(len(ends), ends.shape[1]), CPU, **options)
+    return [
+        [(batch.cells.tolist(), sorted(batch.places.tolist()), batch.saves) for batch in level]
+        for level in runs.levels
+    ]
+
+
+def test_parts_of_a_tree_by_hand():
+    # 0 1 2 | 3 4 and 5 below it: two leaves of one level start from the state behind token 2
+    assert runs_of([[6, 6, 6, 5, 5, 6]]) == [
+        [([[0, 1, 2]], [0, 1, 2], True)],
+        [([[5, 5]], [5], False), ([[3, 4]], [3, 4], False)],
+    ]
+
+
+def test_a_single_token_behind_a_state_is_run_again_by_each_of_its_children():
+    # behind a stem: token 0 forks at once, into 1 2 and 3 4
+    assert runs_of([[5, 3, 3, 5, 5]], begun=True) == [[([[0, 1, 2], [0, 3, 4]], [0, 1, 2, 3, 4], False)]]
+
+
+def test_every_cell_gives_its_output_once():
+    rng = np.random.default_rng(0)
+    for begun in (False, True):
+        group = tiny.random_group(rng, prompt_length=4)
+        tries, credits = credit_of([group])
+        for pack in build_packs(scored([group], tries, credits), 4096):
+            runs = Runs.of(pack.ends, pack.used, CPU, begun=begun)
+            places = torch.cat([batch.places for level in runs.levels for batch in level])
+            assert sorted(places.tolist()) == list(range(pack.num_tokens))
+            for batch in (batch for level in runs.levels for batch in level):
+                assert batch.cells.shape[1] > 1 or batch.starts is None and not begun
+
+
+def forked_group(size, seed=0):
+    """A prompt of 5 tokens; behind it parts of `size` tokens, with forks behind the prompt and behind two."""
+    rng = np.random.default_rng(seed)
+    first, second, third, other = (rng.integers(3, 20, size) for _ in range(4))
+    tails = [np.array([20, 5]), np.array([21]), np.array([22, 6, 7])]
+    paths = [
+        np.concatenate([first, second, tails[0]]),
+        np.concatenate([first, second, tails[1]]),
+        np.concatenate([first, np.array([22]), third]),
+        np.concatenate([np.array([21]), other]),
+        np.concatenate([np.array([21]), other, tails[2]]),
+    ]
+    return tiny.make_group(rng.integers(3, 20, 5), paths, [1.0, 0.0, 0.5, 0.0, 1.0])
+
+
+SIZES = [1, 2, 3, 63, 64, 65]  # convolutions see 3 or 4 tokens, chunks have 8 or 64
+QUICK = {("lfm2", 1), ("lfm2", 2), ("qwen3_5", 1), ("qwen3_5", 3), ("qwen3_5", 64), ("bamba", 65)}
+
+
+@pytest.mark.parametrize("layers", [[3], "all"])
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        pytest.param(family, size, marks=() if (family, size) in QUICK else pytest.mark.slow)
+        for family in tiny.HYBRIDS
+        for size in SIZES
+    ],
+)
+def test_parts_of_any_length_give_the_gradient_of_whole_texts(family, size, layers):
+    with numerics.casts():
+        policy = tiny.build_policy(family, layers=layers, temperature=0.8)
+        groups = [forked_group(size)]
+        tries, credits = credit_of(groups)
+        exact = numerics.exact(policy)
+        own, logps = oracles.path_loss(exact, groups, tries, credits)
+        own.backward()
+        theirs = float(own.detach()), {n: p.grad.clone() for n, p in exact.parameters.items()}
+        for pack_size in (4096, 3 * size + 20, 1):
+            ours = engine_gradient(policy, groups, tries, credits, Objective(), size=pack_size)
+            assert_same(ours, theirs)
+            for pack in build_packs(scored(groups, tries, credits), pack_size):
+                values = policy.logps(pack).tolist()
+                for node, value in zip(pack.targets.node, values, strict=True):
+                    assert_values(value, float(logps[0][node]))
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == "qwen3_5" else pytest.mark.slow) for f in tiny.HYBRIDS]
+)
+def test_an_update_from_what_sampling_recorded_is_that_of_whole_texts(family):
+    """With an opened stem, the KL term, and log-probs of the policy that sampled."""
+    with numerics.casts():
+        policy = tiny.build_policy(family, layers=[2, 3])
+        requests = requests_of(num=4, limits=(9, 7, 3))[:2]
+        drawn = sample(policy, requests, SamplingParams([5, 6], texts_of, seed=3), step=2)
+        groups = [
+            Group(
+                Example("", {}),
+                i,
+                request.prompt_ids,
+                each,
+                np.arange(4.0),
+                prompt_cells=drawn.prompt_cells[i],
+            )
+            for i, (request, each) in enumerate(zip(requests, drawn.completions, strict=True))
+        ]
+        for group in groups:
+            for completion in group.completions:
+                own = oracles.completion_logps(policy, group.prompt_ids, completion.ids)
+                assert_values(completion.logps, own.tolist())
+        tries, credits = credit_of(groups, beta=0.1)
+        exact = numerics.exact(policy)
+        theirs = oracle_gradient(exact, groups, tries, credits, Objective(beta=0.1))
+        for size in (4096, 12):
+            ours = engine_gradient(
+                policy, groups, tries, credits, Objective(beta=0.1), size=size, boundary=drawn.boundary
+            )
+            assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
+def test_a_stem_that_is_opened_once_gets_the_gradients_of_all_its_packs(family):
+    with numerics.casts():
+        policy = tiny.build_policy(family, layers="all")
+        groups = [forked_group(3)]
+        tries, credits = credit_of(groups)
+        theirs = engine_gradient(policy, groups, tries, credits, Objective())[1]
+        for parameter in policy.parameters.values():
+            parameter.grad = None
+        packs = build_packs(scored(groups, tries, credits), 12)
+        assert len(packs) > 1 and packs[0].stem is not None
+        opened = policy.open_stem(packs[0].stem, None, gradient=True)
+        for pack in packs:
+            policy.backward(pack, Objective(), opened=opened)
+        policy.close_stem(opened, None)
+        for name, parameter in policy.parameters.items():
+            assert_values(parameter.grad.flatten().tolist(), theirs[name].flatten().tolist())
+
+
+def test_by_default_a_layer_with_a_state_is_adapted_where_its_mixer_reads():
+    model = attach(
+        tiny.build_model("lfm2"), r=2, alpha=4.0, target_modules=["q_proj", "v_proj"], layers="all"
+    )
+    assert adapter_shape(model)["target_modules"] == ["in_proj", "q_proj", "v_proj"]
+    with pytest.raises(UserError, match=r"^lora.target_modules: layer 0 has no linear module 'q_proj'"):
+        attach(tiny.build_model("lfm2"), r=2, alpha=4.0, target_modules=["q_proj"], layers="all")
+
+
+def test_a_layer_that_hands_over_no_gradient_with_its_state_is_refused(monkeypatch):
+    own = StateCache.update_conv_state
+
+    def forgetful(self, new, *args, **options):
+        result = own(self, new, *args, **options)
+        self.after["conv", 0] = self.after["conv", 0].detach()
+        return result
+
+    monkeypatch.setattr(StateCache, "update_conv_state", forgetful)
+    with pytest.raises(UserError, match="'lfm2' cannot be served: its gradients differ by .* of their size"):
+        tiny.build_policy("lfm2", layers="all")
+
+
+def test_a_layer_that_starts_from_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(StateCache, "get_recurrent_state", lambda *args, **options: None)
+    with pytest.raises(UserError, match="'qwen3_5_text' cannot be served: .* its logits differ by"):
+        tiny.build_policy("qwen3_5")
+
+
+def test_a_mixer_is_what_keeps_a_state_in_the_cache():
+    assert all(mixer_of(layer) is None for layer in tiny.build_model("qwen2").model.layers)
+    kinds = [mixer_of(layer) for layer in tiny.build_model("lfm2").model.layers]
+    assert [mixer is not None for mixer in kinds] == [True, False, True, False]
+    assert all(mixer_of(layer).attends for layer in tiny.build_model("falcon_h1").model.layers)
+
+
+def test_states_move_with_their_branches():
+    """Greedy or not, each completion's log-probs are those of its own text, whatever ended beside it."""
+    policy = tiny.build_policy("qwen3_5", target_modules=["q_proj"], layers=[3])
+    assert isinstance(policy, Policy) and policy.sharing_refusal is None
+    with numerics.casts():
+        drawn = sample(policy, requests_of(num=6), SamplingParams([5, 6, 7, 8], texts_of, seed=1))
+        for request, completions in zip(requests_of(), drawn.completions, strict=True):
+            for completion in completions:
+                own = oracles.completion_logps(policy, request.prompt_ids, completion.ids)
+                assert_values(completion.logps, own.tolist())
