@@ -21,7 +21,7 @@ from twig.core.types import Example
 from twig.engine.build import build_policy
 from twig.engine.load import end_ids, load_model, load_tokenizer, vocabulary_of
 from twig.engine.lora import attach
-from twig.engine.plain_policy import PlainPolicy, Texts
+from twig.engine.plain_policy import PlainPolicy, GrowingTexts
 from twig.engine.sampler import SamplingParams
 from twig.tasks.base import Task
 from twig.tasks.load import texts_of
@@ -99,7 +99,7 @@ class Speaker:
         longest = self.params.max_completion_length
         if self.policy.context_length is not None:
             longest = min(longest, self.policy.context_length - len(prompt_ids))
-        texts: Texts | None = None
+        texts: GrowingTexts | None = None
         for count in range(1, longest + 1):
             with self.policy.base() if base else nullcontext():
                 if texts is None:
@@ -134,7 +134,7 @@ class Speaker:
         """Returns the text of one token, special ones too."""
         return str(self.tokenizer.decode([token]))
 
-    def _logps(self, texts: Texts) -> Float[Tensor, " V"]:
+    def _logps(self, texts: GrowingTexts) -> Float[Tensor, " V"]:
         """Returns the log-probabilities of the next token, as it would be sampled."""
         logps = torch.log_softmax(self.policy.sampled_logits(texts.logits), -1)[0]
         if not bool(torch.isfinite(logps.max())):
