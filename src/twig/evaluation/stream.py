@@ -21,7 +21,7 @@ from twig.core.types import Example
 from twig.engine.build import build_policy
 from twig.engine.load import end_ids, load_model, load_tokenizer, vocabulary_of
 from twig.engine.lora import attach
-from twig.engine.plain_policy import PlainPolicy, GrowingTexts
+from twig.engine.plain_policy import GrowingTexts, PlainPolicy
 from twig.engine.sampler import SamplingParams
 from twig.tasks.base import Task
 from twig.tasks.load import texts_of
