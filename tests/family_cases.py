@@ -82,4 +82,4 @@ FAMILIES = {
     ),
 }
 
-MODULES = {"phi3": ["qkv_proj", "down_proj"], "phi3-window": ["qkv_proj", "o_proj"]}
+MODULES = {"gemma4": ["q_proj"], "phi3": ["qkv_proj", "down_proj"], "phi3-window": ["qkv_proj", "o_proj"]}

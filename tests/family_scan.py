@@ -70,7 +70,7 @@ _ALL_HEADS += ("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "you
 EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_ALL_HEADS, {"num_key_value_heads": 4}),
     "gemma3n_text": FAMILIES["gemma3n"].extra | {"sliding_window": _WINDOW},
-    "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "gemma4_text": tiny.SHARING["gemma4"][1],
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "xmod": {"default_language": "en_XX"},

@@ -92,6 +92,21 @@ HYBRIDS: dict[str, tuple[str, dict]] = {
         {"layer_types": _STATES, "num_local_experts": 0, "shared_intermediate_size": 48} | _MAMBA | _GRANITE,
     ),
 }
+# Layers without their own keys and values, and with an input of their own.
+SHARING: dict[str, tuple[str, dict]] = {
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "layer_types": _MIXED,
+            "sliding_window": _WINDOW,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+        },
+    ),
+}
 
 
 def build_model(
@@ -100,7 +115,7 @@ def build_model(
     """A random model of the family, with weights large enough that attention is not uniform; where and in
     what dtype the test runs."""
     dtype = dtype or numerics.now().dtype
-    name, extra = (FAMILIES | MORE_FAMILIES | HYBRIDS)[family]
+    name, extra = (FAMILIES | MORE_FAMILIES | HYBRIDS | SHARING)[family]
     config = getattr(transformers, name)(**SHAPE | extra | shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -37,10 +37,10 @@ SERVED = [
         cut,
         marks=()
         if (family in tiny.MORE_FAMILIES and (attention, cut) == ("sdpa", "third"))
-        or (family in tiny.HYBRIDS and (attention, cut) == ("sdpa", "lowest"))
+        or (family in tiny.HYBRIDS | tiny.SHARING and (attention, cut) == ("sdpa", "lowest"))
         else pytest.mark.slow,
     )
-    for family in tiny.FAMILIES | tiny.MORE_FAMILIES | tiny.HYBRIDS
+    for family in tiny.FAMILIES | tiny.MORE_FAMILIES | tiny.HYBRIDS | tiny.SHARING
     for attention in ("sdpa", "eager")
     if attention == "eager" or tiny.has_sdpa(family)
     for cut in CUTS
@@ -109,9 +109,9 @@ def test_tree_mask_and_trunk_give_the_values_and_gradients_of_the_own_forward(fa
     ("family", "attention"),
     [
         pytest.param(family, attention, marks=() if quick else pytest.mark.slow)
-        for family in tiny.MORE_FAMILIES | tiny.HYBRIDS
+        for family in tiny.MORE_FAMILIES | tiny.HYBRIDS | tiny.SHARING
         for attention in ("sdpa", "eager")
-        for quick in [(family, attention) == ("qwen3_5", "sdpa")]
+        for quick in [attention == "sdpa" and family in ("qwen3_5", "gemma4")]
     ],
 )
 def test_its_cache_samples_as_a_loop_over_whole_texts(family, attention):

@@ -8,6 +8,7 @@ import tiny
 import torch
 from gradients import credit_of, engine_gradient, oracle_gradient, requests_of, scored, texts_of
 from numerics import assert_same, assert_values
+from peft.tuners.lora import LoraLayer
 
 from twig.common.errors import UserError
 from twig.core.algorithms.base import Objective
@@ -202,3 +203,28 @@ def test_states_move_with_their_branches():
             for completion in completions:
                 own = oracles.completion_logps(policy, request.prompt_ids, completion.ids)
                 assert_values(completion.logps, own.tolist())
+
+
+@pytest.mark.parametrize("layers", [[3], [1, 3], "all"])
+def test_layers_get_the_keys_of_the_layer_that_they_share_with(layers):
+    """One below the lowest adapter, where they are not recorded, or an adapted one; behind a stem too."""
+    policy = tiny.build_policy("gemma4", layers=layers, target_modules=["q_proj"])
+    assert not policy.records_boundary
+    groups = [forked_group(3)]
+    tries, credits = credit_of(groups)
+    with numerics.casts():
+        theirs = oracle_gradient(policy, groups, tries, credits, Objective())
+        for size in (4096, 12):
+            ours = engine_gradient(policy, groups, tries, credits, Objective(), size=size)
+            assert_same(ours, theirs)
+    kept = engine_gradient(policy, groups, tries, credits, Objective(), size=12)
+    policy.checkpoint_layers = True
+    assert_same(engine_gradient(policy, groups, tries, credits, Objective(), size=12), kept)
+
+
+def test_by_default_a_layer_without_its_own_keys_is_adapted_where_it_asks():
+    model = attach(tiny.build_model("gemma4"), r=2, alpha=4.0, layers="all")
+    layers = model.get_base_model().get_decoder().layers
+    assert isinstance(layers[1].self_attn.v_proj, LoraLayer) and isinstance(
+        layers[3].self_attn.q_proj, LoraLayer
+    )

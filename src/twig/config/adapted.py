@@ -60,12 +60,10 @@ def _selected(lora: Lora, layer_of: Mapping[str, int], layers: Sequence[int]) ->
         chosen = [name for name in inside if _matches(asked, name)]
         if asked == DEFAULT_MODULES:
             chosen = [name for name in inside if name in chosen or _READS.fullmatch(_short(name))]
-        reading = {layer_of[name] for name in chosen if _READS.fullmatch(_short(name))}
         for layer in layers:
-            if asked == DEFAULT_MODULES and layer in reading:
-                continue  # a mixer may be all that it has
             of_layer = [name for name in inside if layer_of[name] == layer]
-            _check_names(layer, of_layer, asked)
+            if asked != DEFAULT_MODULES or not _is_special({_short(name) for name in of_layer}):
+                _check_names(layer, of_layer, asked)
         return chosen
     if asked == ALL_LINEAR:
         return inside
@@ -87,6 +85,12 @@ def _check_names(layer: int, names: Sequence[str], asked: Sequence[str]) -> None
             there = sorted({name.rpartition(".")[2] for name in names})
             fix = f"Set some of {', '.join(there)}" if there else "Leave that layer out"
             raise UserError("lora.target_modules", f"layer {layer} has no linear module '{each}'", fix)
+
+
+def _is_special(names: set[str]) -> bool:
+    """Tells whether a layer keeps a state, or takes its keys and values from another layer."""
+    own_keys = any(name.startswith(("k", "v")) for name in names)
+    return any(map(_READS.fullmatch, names)) or ("q_proj" in names and not own_keys)
 
 
 def _short(name: str) -> str:

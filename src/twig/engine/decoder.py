@@ -41,6 +41,7 @@ _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LONGEST_PATH, _SHORT = 10, 3
 _SIZES = 6, 4, 4  # tokens of the check's stem and of its two branches
 LONG = 70, 66, 5  # where layers keep a state: longer than the chunks in which these read a text
+_SHARED, _INPUT = "shared_kv_states", "per_layer_input"  # what layers may take besides
 _NORMS = "norm", "final_layernorm", "embedding_norm"
 _IS_LENGTH = re.compile("window|chunk|top_?k|span|local")
 _IS_NO_LENGTH = re.compile("_ids?$|position|vocab")
@@ -50,7 +51,9 @@ _IS_NO_LENGTH = re.compile("_ids?$|position|vocab")
 class Context:
     """What the layers of one pass share: masks by window, rotary embeddings by layer type, positions.
 
-    `runs` tells how layers that keep a state run, if the model has any.
+    `runs` tells how layers that keep a state run, if the model has any. `inputs` [B, L, layers, D] are what
+    each layer gets of the tokens, if the model has such. `shared` has the keys and values that layers without
+    their own take from others, once those have run.
     """
 
     # By window: additive [B, 1, L, S] or None; `tree_attention.Chains`; in a wave `KeyPart`s.
@@ -59,12 +62,15 @@ class Context:
     positions: Tensor
     cache: KeyValueCache | PrefixKV | None = None
     runs: Runs | None = None
+    inputs: Tensor | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def at(self, columns: Int[Tensor, "B R"], cache: PrefixKV) -> "Context":
         """Returns the context of some columns of each row, with another cache."""
         masks = {window: _mask_at(mask, columns) for window, mask in self.masks.items()}
         rotary = {kind: (take(cos, columns), take(sin, columns)) for kind, (cos, sin) in self.rotary.items()}
-        return Context(masks, rotary, take(self.positions, columns), cache)
+        inputs = None if self.inputs is None else take(self.inputs, columns)
+        return Context(masks, rotary, take(self.positions, columns), cache, None, inputs, self.shared)
 
 
 def _mask_at(mask: Any, columns: Int[Tensor, "B R"]) -> Tensor | None:
@@ -153,19 +159,36 @@ class Decoder:
         types = {str(t) for t, mixer in kinds if t is not None and mixer is None} - _KNOWN_LAYER_TYPES
         if types:
             self._refuse(f"its layers of type {sorted(types)} do not see tokens through an attention mask")
-        if self._value("num_kv_shared_layers"):
-            self._refuse("its layers share keys and values")
         if type(self.head) is not nn.Linear:
             self._refuse(f"its head is a {type(self.head).__name__}, not a linear layer")
         parameters = inspect.signature(self.layers[0].forward).parameters
         for name in ("attention_mask", "position_embeddings", "past_key_values"):
             if name not in parameters:
                 self._refuse(f"its layers take no {name}")
+        self.takes = set(parameters)
+        count = self._value("num_kv_shared_layers") or 0
+        if count and (_SHARED not in self.takes or self._value("altup_num_inputs")):
+            self._refuse("its layers share keys and values")
+        self.sharing = range(len(self.layers) - count, len(self.layers))
 
     def embed(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Returns the input of the first layer, the family's embedding scale applied."""
         hidden = self.embedding(ids)
         return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+
+    def inputs(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L N D"] | None:
+        """Returns what each layer gets of the tokens beside the layer below; None if they get nothing."""
+        core: Any = self.model.get_decoder()
+        if _INPUT not in self.takes or not self._value("hidden_size_per_layer_input"):
+            return None
+        hidden = self.embed(ids)
+        return core.project_per_layer_inputs(hidden, core.get_per_layer_inputs(ids, hidden))
+
+    def shares_across(self, cut: int) -> bool:
+        """Tells whether a layer from `cut` on takes its keys and values from one below."""
+        types = self._layer_types()
+        own = {types[i]: i for i in range(self.sharing.start)}  # the last of each type
+        return any(own[types[i]] < cut for i in self.sharing if i >= cut)
 
     def rotations(self, positions: Int[Tensor, "B L"]) -> dict[str | None, tuple[Tensor, Tensor]]:
         """Returns rotary embeddings (cos, sin) at `positions`, for each layer type that has its own."""
@@ -234,9 +257,11 @@ class Decoder:
         """
         if self.mixers[layer]:
             return take(self._layer(layer, context, hidden), columns)
+        if layer in self.sharing:
+            return self._layer(layer, context.at(columns, PrefixKV()), take(hidden, columns))
         pair = self._own_pair(layer, context, hidden)
         if context.cache is not None:
-            pair = context.cache.update(*pair, layer)
+            pair = context.cache.update(pair[0], pair[1], layer)
         context = context.at(columns, PrefixKV({layer: pair}, own=False))
         return self._layer(layer, context, take(hidden, columns))
 
@@ -250,10 +275,18 @@ class Decoder:
         """
         cache = PrefixKV()
         context = replace(context, cache=cache)
+        last = min(last, self.sharing.start)
+        if last <= first:
+            return {}
         hidden = self.run(hidden, first, last - 1, context, recompute)
         return cache.collected() | {last - 1: self._own_pair(last - 1, context, hidden)}
 
     def _layer(self, number: int, context: Context, hidden: Tensor) -> Tensor:
+        options: dict[str, Any] = {}
+        if _SHARED in self.takes:
+            options[_SHARED] = context.shared
+        if _INPUT in self.takes and context.inputs is not None:
+            options[_INPUT] = context.inputs[:, :, number]
         with self._in_parts_if_mixed(number, context):
             output = self.layers[number](
                 hidden,
@@ -262,6 +295,7 @@ class Decoder:
                 position_ids=context.positions,
                 past_key_values=context.cache,
                 use_cache=context.cache is not None,
+                **options,
             )
         return output[0] if isinstance(output, tuple) else output
 
@@ -454,7 +488,7 @@ class Decoder:
         core, layers = self.model.get_decoder(), self.layers
         configs = {id(c): c for c in (self.config, core.config) if vars(c).get("num_hidden_layers")}
         places = [(config, "num_hidden_layers") for config in configs.values()]
-        if count >= len(layers):
+        if count >= len(layers) or self.sharing or _INPUT in self.takes:
             yield
             return
         try:
@@ -474,7 +508,7 @@ class Decoder:
         rotary = self.rotations(positions[:, stem])
         masks = self.masks(visible[:, stem, stem], positions[:, stem], positions[:, stem])
         runs = self.runs(np.full((1, 2), 2), np.array([2]), ends_kept=True)
-        context = Context(masks, rotary, positions[:, stem], runs=runs)
+        context = Context(masks, rotary, positions[:, stem], None, runs, self.inputs(ids[:, stem]))
         pairs = self.keys_values(self.embed(ids[:, stem]), 0, last, context)
         ids, here = ids[:, 2:], positions[:, 2:]
         context = Context(
@@ -483,6 +517,7 @@ class Decoder:
             here,
             PrefixKV(pairs),
             self.runs(ends[:, 2:] - 2, np.array([ids.shape[1]]), begun=True),
+            self.inputs(ids),
         )
         hidden = self.run(self.embed(ids), 0, last - 1, context)
         return self.run_at(hidden, last - 1, context, torch.arange(ids.shape[1], device=self.device)[None])

@@ -29,7 +29,7 @@ class KeyValueCache:
         num_layers: int,
         capacity: int,
         rows: int,
-        before: Sequence[Sequence[tuple[Tensor, Tensor]]] = (),
+        before: Sequence[Sequence[tuple[Tensor, ...]]] = (),
     ) -> None:
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
@@ -43,7 +43,7 @@ class KeyValueCache:
         cache = cls(len(pairs), capacity, rows)
         for layer, pair in enumerate(pairs):
             if pair:
-                cache.update(*pair, layer)
+                cache.update(pair[0], pair[1], layer)
         cache.filled = next((pair[0].shape[2] for pair in pairs if pair), 0)
         return cache
 

@@ -72,8 +72,11 @@ class Policy(BasePolicy):
         self._refuse_unmoved(self.decoder.tree_logits, PLAIN)
         if any(self.decoder.mixers):
             self._refuse_other_gradients()
-            if self.decode != "plain":
-                self.decode_refusal, self.decode = "layers that keep a state are not captured", "plain"
+        if self.decode != "plain" and (any(self.decoder.mixers) or self.decoder.sharing):
+            self.decode_refusal, self.decode = (
+                "layers that keep a state or share keys are not captured",
+                "plain",
+            )
 
     def _refuse_other_gradients(self) -> None:
         """Raises UserError if the gradient that passes through a layer's states is not the model's own."""
@@ -106,7 +109,8 @@ class Policy(BasePolicy):
 
     @property
     def records_boundary(self) -> bool:
-        return self.cut > 0  # with adapters in the lowest layer there is no trunk
+        # with adapters in the lowest layer there is no trunk; keys and values of a trunk are not recorded
+        return self.cut > 0 and not self.decoder.shares_across(self.cut)
 
     def release(self) -> bool:
         return self.decode_steps is not None and self.decode_steps.clear()
@@ -176,6 +180,8 @@ class Policy(BasePolicy):
         two may compute keys one after the other.
         """
         decoder, last, draw = self.decoder, self.num_layers - 1, torch.Generator().manual_seed(0)
+        if last in decoder.sharing:
+            return 0
         outputs: list[tuple[int, Tensor]] = []  # of each matrix its inputs, and what came out of it
         hooks = [
             matrix.register_forward_hook(
@@ -222,7 +228,8 @@ class Policy(BasePolicy):
             cache = PrefixKV(opened.pairs if opened else self._stem_pairs(pack.stem, boundary))
         masks = self._masks(pack.ends, positions, len(pack.stem or ()))
         runs = decoder.runs(pack.ends, pack.used, begun=cache is not None)
-        context = Context(masks, decoder.rotations(positions), positions, cache, runs)
+        inputs = decoder.inputs(ids)
+        context = Context(masks, decoder.rotations(positions), positions, cache, runs, inputs)
         hidden = self._boundary(ids, pack.cells, boundary, context)
         hidden = decoder.run(hidden, self.cut, last, context, self._recompute)
         columns, place = map(self._tensor, head_columns(pack))
@@ -238,7 +245,8 @@ class Policy(BasePolicy):
         masks = self._masks(np.full((1, len(stem)), len(stem)), positions, 0)
         trunk = PrefixKV()
         runs = self.decoder.runs(np.full((1, len(stem)), len(stem)), np.array([len(stem)]), ends_kept=True)
-        context = Context(masks, self.decoder.rotations(positions), positions, trunk, runs)
+        rotary, inputs = self.decoder.rotations(positions), self.decoder.inputs(ids)
+        context = Context(masks, rotary, positions, trunk, runs, inputs)
         hidden = self._boundary(ids, cells, boundary, context)
         pairs = self.decoder.keys_values(hidden, self.cut, self.num_layers, context, self._recompute)
         return trunk.collected() | pairs
@@ -271,7 +279,8 @@ class Policy(BasePolicy):
         with torch.no_grad():
             for each in (masks, chains):
                 runs = decoder.runs(ends, np.array([8]))
-                context = Context(each, decoder.rotations(positions), positions, runs=runs)
+                rotary, inputs = decoder.rotations(positions), decoder.inputs(positions)
+                context = Context(each, rotary, positions, None, runs, inputs)
                 try:
                     results.append(decoder.run(decoder.embed(positions), 0, self.num_layers, context))
                 except (TypeError, AttributeError, ValueError, RuntimeError) as error:

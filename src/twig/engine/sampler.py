@@ -420,8 +420,8 @@ def _sample_layers(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _
         now = split(branch[going], tokens[going])
         branch, of_prompt = now.branch, of_prompt[now.parents]
         texts.cache.copy_rows(*(torch.from_numpy(x).to(device) for x in (now.sources, now.targets)))
-        context = texts.step(t, of_prompt)
         ids = torch.from_numpy(now.tokens).to(device)[:, None]
+        context = texts.step(t, of_prompt, ids)
         with texts.attending():
             hidden = decoder.run(decoder.embed(ids), 0, policy.cut, context)
             if wave.table is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from twig.engine.decoder import Context, Decoder
@@ -60,14 +60,15 @@ def prefill(
     ends = np.broadcast_to(lengths[:, None], ids.shape)
     runs = decoder.runs(ends, lengths, begun=before is not None, ends_kept=True)
     masks, rotary = decoder.masks(visible, positions, keys), decoder.rotations(positions)
-    context = Context(masks, rotary, positions, cache, runs)
-    trunk = decoder.run(decoder.embed(torch.from_numpy(ids).to(device)), 0, cut, context)
+    tokens = torch.from_numpy(ids).to(device)
+    context = Context(masks, rotary, positions, cache, runs, decoder.inputs(tokens))
+    trunk = decoder.run(decoder.embed(tokens), 0, cut, context)
     hidden = decoder.run(trunk, cut, len(decoder.layers), context)
     last = torch.from_numpy(lengths - 1).to(device)
     # Values may be views of all that a layer projects.
     left = cache.collected()
     cache.computed.clear()
-    pairs = [tuple(x.contiguous() for x in left.pop(i)) for i in range(len(decoder.layers))]
+    pairs = [tuple(x.contiguous() for x in left.pop(i, ())) for i in range(len(decoder.layers))]
     return Prefilled(hidden[torch.arange(count, device=device), last], trunk, pairs)
 
 
@@ -92,11 +93,12 @@ class WaveCache(ABC):
         """Frees what is needed for the first token only."""
         del self.hidden, self.trunk
 
-    def step(self, t: int, of_prompt: np.ndarray) -> Context:
+    def step(self, t: int, of_prompt: np.ndarray, ids: Int[Tensor, "N 1"]) -> Context:
         """Returns the context of token `t` of every branch; `of_prompt` [N] has the prompt of each."""
         here = torch.from_numpy(of_prompt).to(self.positions.device), slice(t, t + 1)
         rotary = {kind: (cos[here], sin[here]) for kind, (cos, sin) in self.rotary.items()}
-        return Context(self._masks(t, of_prompt), rotary, self.positions[here], self.cache)
+        masks, inputs = self._masks(t, of_prompt), self.decoder.inputs(ids)
+        return Context(masks, rotary, self.positions[here], self.cache, None, inputs)
 
     @abstractmethod
     def attending(self) -> Any:
@@ -222,7 +224,8 @@ def why_not_shared(decoder: Decoder) -> str | None:
         for t in range(4):
             with texts.attending():
                 ids = torch.from_numpy(own[:, t : t + 1]).to(device)
-                hidden = decoder.run(decoder.embed(ids), 0, len(decoder.layers), texts.step(t, of_prompt))
+                context = texts.step(t, of_prompt, ids)
+                hidden = decoder.run(decoder.embed(ids), 0, len(decoder.layers), context)
             texts.cache.filled += 1
         ours = decoder.logits(hidden[:, 0])
     except Exception as error:

@@ -145,4 +145,7 @@ def mixer_of(layer: nn.Module) -> Mixer | None:
             mixers.append((module, name))
         elif "update" in code.co_names:
             attends = True
-    return Mixer(*mixers[0], attends) if len(mixers) == 1 else None
+    if len(mixers) != 1:
+        return None
+    module, name = mixers[0]
+    return Mixer(module, name, attends)

@@ -138,5 +138,5 @@ def _batch(parts: Sequence[_Part], begun: bool, below: bool, device: torch.devic
     starts = None
     if below:
         starts = torch.tensor([part.parent.slot for part in parts if part.parent], device=device)
-    tables = (torch.tensor(x, device=device) for x in (kept, places))
-    return PartBatch(torch.from_numpy(cells).to(device), *tables, starts, parts[0].saves)
+    outputs, cells_of = torch.tensor(kept, device=device), torch.tensor(places, device=device)
+    return PartBatch(torch.from_numpy(cells).to(device), outputs, cells_of, starts, parts[0].saves)
