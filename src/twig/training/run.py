@@ -6,8 +6,6 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-
 from twig.common.errors import UserError
 from twig.common.text import percent
 from twig.common.tokenizer import Tokenizer
@@ -19,6 +17,7 @@ from twig.runs.reader import answers_of, read_metrics
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from peft import PeftModel
 
 _PLOTTED = ("reward", "answers/right", "eval/accuracy", "completions/mean_length")
 
@@ -28,7 +27,7 @@ class Run:
     """A finished or stopped run: folder, trained model (PEFT, on its base), tokenizer and summary.json."""
 
     folder: Path
-    model: PeftModel
+    model: "PeftModel"
     tokenizer: Tokenizer
     summary: dict[str, Any]
 
