@@ -9,6 +9,7 @@ import pytest
 from hostile import HOSTILE
 from peft import PeftModel
 from run_folders import ACCURACY, metrics_row, write_run
+from saved import build_tokenizer
 
 from twig.common.errors import UserError
 from twig.common.progress import Progress
@@ -126,7 +127,7 @@ def test_a_curve_has_one_point_a_step_and_its_mean_over_it():
 @pytest.fixture
 def done(tmp_path):
     folder = write_run(tmp_path / "run-1")
-    return Run(folder, None, None, read_summary(folder))
+    return Run(folder, None, build_tokenizer(), read_summary(folder))
 
 
 def test_a_run_is_one_line(done):
