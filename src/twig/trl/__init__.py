@@ -1,7 +1,6 @@
 """Takes TRL's own objects: change the import of a GRPO script, and Twig trains.
 
-    from twig.trl import GRPOConfig, GRPOTrainer  # was: from trl import ...
-
+`from trl import GRPOConfig, GRPOTrainer` becomes `from twig.trl import GRPOConfig, GRPOTrainer`.
 `GRPOTrainer` is Twig's; `GRPOConfig` is TRL's with what is wrong for the machine put right; every other name
 is the one of TRL. Nothing of TRL is imported before one of its names is used.
 """
