@@ -20,7 +20,8 @@ from twig.core.rng import CREDIT, generator
 from twig.core.trie import PrefixTrie
 from twig.report.credit_map import SHOWN, Strings, choose, group_map, read_groups, saved_steps
 from twig.report.curves import arm_series, arms_of, differing
-from twig.report.history import read_run
+from twig.report.diagnosis import to_try
+from twig.report.history import History, read_run
 from twig.report.page import End, page_of, write_report
 
 
@@ -260,6 +261,23 @@ def test_a_run_that_is_not_finished_says_so_and_what_to_do(state, tmp_path):
     assert ("ValueError: the &lt;file&gt; is gone" in top) == (state == "failed")
     assert ("from step 10" in top) == (state in ("failed", "killed"))
     assert (data_of(page)["live"] > 0) == ('http-equiv="refresh"' in page) == (state == "running")
+
+
+def test_a_finished_run_says_what_to_try_next(tmp_path):
+    run = read_run(write_run(tmp_path / "a", steps=40))
+    page = page_of([run])
+    top = page[page.index("What to try next") : page.index('id="credit"')]
+    assert "<code>train.seed=1</code>" in top and "twig chat" in "".join(re.split("<[^>]*>", top))
+    assert "task.path" not in top, "a fifth of the problems is still wrong"
+    summary = run.summary | {"accuracy_after": run.summary["accuracy_after"] | {"value": 0.95}}
+    better = History(run.history.rows, run.settings, summary)
+    assert any("task.path" in text for text in to_try(better))
+    rising = [{**row, "reward": row["step"] / 40} for row in run.history.rows]
+    flat = [{**row, "reward": row["step"] % 2} for row in run.history.rows]
+    texts = [to_try(History(rows, run.settings, summary)) for rows in (rising, flat)]
+    assert ["max_steps" in text[0] for text in texts] == [True, False]
+    (tmp_path / "a" / "summary.json").unlink()
+    assert "train.seed=1" not in page_of([read_run(tmp_path / "a")])
 
 
 def test_a_finished_run_says_nothing_of_its_state(run):

@@ -48,6 +48,22 @@ def findings(history: History) -> list[Finding]:
     return sorted(present, key=lambda finding: not finding.is_problem)
 
 
+def to_try(history: History) -> list[str]:
+    """Returns what a finished run suggests to try next, apart from its symptoms."""
+    after = history.summary.get("accuracy_after")
+    texts = []
+    if history.still_rises("reward"):
+        texts.append("The reward still rose at the end: more train.max_steps.")
+    if after and after["value"] >= _NEARLY_ALL:
+        texts.append("Nearly all problems are right: harder ones (task.path, task.digits) teach more.")
+    if after:
+        texts.append("One run may be luck: the same with train.seed=1 tells gain from chance.")
+    return texts
+
+
+_NEARLY_ALL = 0.9  # of the problems
+
+
 # ---- the table --------------------------------------------------------------------------------------------
 
 SYMPTOMS = (

@@ -81,6 +81,17 @@ class History:
         error = np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
         return Rise(float(parts[1].mean() - parts[0].mean()), float(error))
 
+    def still_rises(self, name: str) -> bool:
+        """Returns whether the metric's last quarter is above the one before it by more than its noise."""
+        column = self.column(name)
+        quarter = len(column) // 4
+        parts = [column[-2 * quarter : -quarter], column[-quarter:]] if quarter else []
+        parts = [part[~np.isnan(part)] for part in parts]
+        if not parts or min(map(len, parts)) < 5:
+            return False
+        error = np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
+        return bool(parts[1].mean() - parts[0].mean() > 2 * error)
+
     @property
     def _third(self) -> int:
         return max(1, len(self.rows) // 3)

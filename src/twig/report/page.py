@@ -22,7 +22,7 @@ from twig.common.text import percent, shortened
 from twig.core.algorithms.registry import shipped
 from twig.report.credit_map import Strings, choose, compared
 from twig.report.curves import CHARTS, Arm, accuracy_at, arm_series, arms_of, differing, tokens_of
-from twig.report.diagnosis import SYMPTOMS, Finding, findings
+from twig.report.diagnosis import SYMPTOMS, Finding, findings, to_try
 from twig.report.history import RunData, read_run, settings_text
 from twig.runs.listing import short_names
 from twig.runs.reader import KINDS, answers_of, missing_kinds, newest_step
@@ -163,6 +163,8 @@ def page_of(runs: Sequence[RunData]) -> str:
         "answers": _answers(arms),
         "symptoms": _symptoms(runs),
         "num_symptoms": len(SYMPTOMS),
+        "next_steps": to_try(runs[0].history) if len(runs) == 1 and runs[0].state == "finished" else [],
+        "chat": f"twig chat {_here(runs[0])} --fork" if len(runs) == 1 and runs[0].history.rows else None,
         "differing": differing(arms),
         "settings_text": settings_text,
         "facts": _facts(runs),
@@ -220,7 +222,7 @@ def _around_settings(text: str) -> list[str]:
     >>> _around_settings("a larger eval.limit, or model.dtype=float32")
     ['a larger ', 'eval.limit', ', or ', 'model.dtype=float32', '']
     """
-    return re.split(r"(\b[a-z]+\.\w+(?:=[\w.]+\w)?)", text)
+    return re.split(r"(\b[a-z]+\.\w+(?:=[\w.]*\w)?)", text)
 
 
 def _setting(value: Any) -> str:
@@ -289,6 +291,12 @@ def _at_equal_tokens(arms: list[Arm]) -> str | None:
     return f"{between}. Right after {least:,.0f} tokens, {where}: {', '.join(shown)}."
 
 
+def _here(run: RunData) -> Path:
+    """Returns a run's folder as a command line names it: from the working folder, or only its name."""
+    folder = run.folder.resolve()
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else Path(folder.name)
+
+
 def _step_of(run: RunData) -> str:
     step, steps = run.history.last_step, run.steps
     return f"step {step:,}" + (f" of {steps:,}" if steps else "")
@@ -296,9 +304,7 @@ def _step_of(run: RunData) -> str:
 
 def _status(run: RunData) -> _Status | None:
     """Returns what a page says of a run that is not finished; None if it is."""
-    folder = run.folder.resolve()
-    here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else Path(folder.name)
-    command = f"twig train {here} --resume"
+    command = f"twig train {_here(run)} --resume"
     saved = newest_step(run.folder)
     after = f"after {_step_of(run)}"
     if run.state == "running":

@@ -339,7 +339,7 @@ function lead(group) {
   if (!most) return `${answers} All got the same reward, so no algorithm gives credit to any token.`;
   const { title, summary } = DATA.algorithms[sparsest];
   const others = sparsest === densest ? "" : `, ${named(densest)} ${group3(most)}`;
-  return `${answers} ${title}${summary ? ": " + summary + ". It" : ""} trains ${group3(trained)} of them${others}.`;
+  return `${answers} ${title}${summary ? ": " + summary + ". It" : ""} trains ${group3(trained)} of them${others}. ${DATA.runs.length > 1 ? "The run of this group" : "This run"} trained with ${named(ownOf(group))}; the other pictures are what the others would have trained.`;
 }
 
 function show(group) {
