@@ -224,7 +224,7 @@ class DecodeStep:
 
     def load(
         self,
-        pairs: Sequence[tuple[Tensor, Tensor]],
+        pairs: Sequence[tuple[Tensor, ...]],
         prompt_lengths: Int[Tensor, " P2"],
         logits: Float[Tensor, "P2 V"],
         limits: Int[Tensor, "P2 R"],

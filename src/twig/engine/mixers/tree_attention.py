@@ -82,14 +82,14 @@ def _parts(ends: np.ndarray, stem: int) -> Iterator[tuple[int, int, Tensor]]:
 
 def attend_tree(
     module: nn.Module,
-    query: Float[Tensor, "1 H L D"],
-    key: Float[Tensor, "1 K S D"],
-    value: Float[Tensor, "1 K S D"],
+    query: Float[Tensor, "B H L D"],
+    key: Float[Tensor, "B K S D"],
+    value: Float[Tensor, "B K S D"],
     attention_mask: Chains | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Float[Tensor, "1 L H D"], None]:
+) -> tuple[Float[Tensor, "B L H D"], None]:
     """Attention of a row's queries as its `Chains` say, or by transformers' own function with a mask.
 
     Raises TypeError for terms that the kernel does not know.
