@@ -91,7 +91,6 @@ class Speaker:
             raise UserError("--prompt", problem, "Write it in other letters")
         return ids
 
-    @torch.inference_mode()
     def answer(self, prompt_ids: np.ndarray, base: bool = False) -> Iterator[Token]:
         """Yields the greedy answer of the trained model, or of its base, token by token."""
         ending = Ending(self.params.end_ids, self.params.stop, self.params.decode, [prompt_ids[:0]])
@@ -101,12 +100,12 @@ class Speaker:
             longest = min(longest, self.policy.context_length - len(prompt_ids))
         texts: GrowingTexts | None = None
         for count in range(1, longest + 1):
-            with self.policy.base() if base else nullcontext():
+            with torch.inference_mode(), self.policy.base() if base else nullcontext():
                 if texts is None:
                     texts = self.policy.read([prompt_ids])
                 else:
                     texts.extend(np.zeros(1, np.int64), np.array(pieces.ids[-1:]))
-            logps = self._logps(texts)
+                logps = self._logps(texts)
             token = int(logps.argmax())
             pieces.add(token)
             ended = token in self.params.end_ids
