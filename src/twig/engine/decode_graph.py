@@ -209,7 +209,7 @@ class DecodeStep:
             self.layer = torch.compile(_run_layer, dynamic=False)
             self.distribution = torch.compile(_distribution, dynamic=False)
 
-    def _open_caches(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _open_caches(self, pairs: Sequence[tuple[Tensor, ...]]) -> None:
         """Makes the caches, of the head sizes that `pairs` of the layers have."""
         shape = self.shape
 
