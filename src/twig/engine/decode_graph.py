@@ -213,7 +213,7 @@ class DecodeStep:
         """Makes the caches, of the head sizes that `pairs` of the layers have."""
         shape = self.shape
 
-        def room(pair: tuple[Tensor, Tensor], count: int, slots: int) -> tuple[Tensor, Tensor]:
+        def room(pair: tuple[Tensor, ...], count: int, slots: int) -> tuple[Tensor, Tensor]:
             keys, values = (x.new_zeros(count, x.shape[1], slots, x.shape[3]) for x in pair)
             return keys, values
 
