@@ -4,6 +4,7 @@ The oracle is the model's own forward under PEFT over whole texts: log-probs of 
 gradient of every adapter. Small models in float64, so that nothing is off by rounding.
 """
 
+import warnings
 from typing import Any
 
 import gradients
@@ -84,7 +85,8 @@ def check(family: str, values: dict[str, Any], adapter: dict[str, Any], seed: in
     with numerics.casts():
         for engine in (Policy, PlainPolicy):
             model = tiny.build_model(family, "eager", **values)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of patterns that match nothing
                 torch.manual_seed(seed)
                 peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **adapter))
             try:

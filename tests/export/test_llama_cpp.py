@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from test_gguf import digits, save_family, train
+from test_gguf_export import digits, save_family, train
 
 import twig
 from twig.config.load import Settings

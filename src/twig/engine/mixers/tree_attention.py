@@ -45,7 +45,7 @@ class Chains:
     ends: Int[Tensor, " L"]
     stem: int
     dtype: torch.dtype
-    parts: tuple[tuple[int, int, Int[Tensor, " A"]], ...]
+    parts: tuple[tuple[int, int, Int[Tensor, " _"]], ...]
 
     @classmethod
     def of(cls, ends: Int[np.ndarray, " L"], stem: int, dtype: torch.dtype) -> "Chains":
