@@ -107,7 +107,7 @@ TABLE = {
         ("train", ["RECIPE_OR_FILE", "--help"]),
         ("train quickstart --outptu x", ["--outptu", "--output"]),
         ("train quickstart --output", ["--output", "argument"]),
-        ("train quickstart --train.max_steps=3", ["--train.max_steps", "write train.max_steps=VALUE"]),
+        ("train quickstart --train.max_steps=3", ["--train.max_steps", "Write train.max_steps"]),
         ("train train.max_steps=3", ["train.max_steps=3", "twig train quickstart train.max_steps=3"]),
         ("eval model.name=x", ["model.name=x", "twig eval MODEL_OR_RUN"]),
         ("eval", ["MODEL_OR_RUN"]),
@@ -163,10 +163,10 @@ TABLE = {
         ("train quickstart log.report_to=[nothing]", ["log.report_to: 'nothing'", "tensorboard"]),
         ("train quickstart train.seed=-1", ["train.seed: -1"]),
         ("train quickstart max_steps", ["override max_steps", "not group.key=value"]),
-        ("train quickstart max_steps=3", ["max_steps is not group.key", "train.max_steps="]),
+        ("train quickstart max_steps=3", ["max_steps is not", "train.max_steps"]),
         ("train quickstart =3", ["override =3", "not group.key=value"]),
         ("train quickstart train=3", ["train is not group.key", "train.learning_rate=VALUE"]),
-        ("train quickstart train..seed=3", ["train..seed", "train.seed="]),
+        ("train quickstart train..seed=3", ["train..seed", "train.seed"]),
         (
             "train quickstart train.learning_rat=1e-5",
             ["train.learning_rat:", "train.learning_rate"],
@@ -237,7 +237,7 @@ TABLE = {
         ("train quickstart --resume", ["--resume", "no run runs/quickstart-N", "--output DIR"]),
         ("train quickstart --resume --output photos", ["--resume", "photos holds no run"]),
         ("train quickstart --resume --output run train.seed=7", ["train.seed: 7", "train.seed=0"]),
-        ("eval run", ["run", "no adapter yet", "twig train run --resume"]),
+        ("eval run", ["run", "no adapter", "twig train run --resume"]),
     ],
     "models": [
         (

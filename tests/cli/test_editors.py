@@ -124,7 +124,7 @@ def test_every_recipe_fits_the_schema(name: str, schema: dict[str, Any]) -> None
         ("train.max_steps", "many"),
         ("train.max_steps", True),
         ("algorithm.name", "nothing"),
-        ("lora.target_modules", "q_proj"),
+        ("lora.target_modules", 3),
         ("trian", {}),
     ],
 )

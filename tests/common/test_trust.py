@@ -181,13 +181,14 @@ def test_the_path_of_a_reward_file_is_shown_before_it_runs(model, place, capfd):
     assert "it runs" not in capfd.readouterr().err, "a plan needs no rewards"
 
 
-def test_a_run_goes_on_only_with_the_reward_file_that_it_began_with(model, place, caplog):
+def test_a_run_goes_on_only_with_the_reward_file_that_it_began_with(model, place, capfd):
     good = "def good(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
     Path("rewards.py").write_text(good)
     rows = [{"prompt": "tree"}] * 4
     settings = settings_of(model, reward_file="rewards.py:good")
+    settings["log"]["progress"] = "quiet"
     twig.train(settings, train_dataset=rows, output="run")
-    assert "running the Python file" in caplog.text, "also where nobody watches"
+    assert "running the Python file" in capfd.readouterr().err, "also where nobody watches"
     environment = json.loads(Path("run/environment.json").read_text())
     assert environment["reward_file_sha256"] == hashlib.sha256(good.encode()).hexdigest()
     settings["train"]["max_steps"] = 2

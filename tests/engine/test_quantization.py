@@ -54,7 +54,7 @@ def expected(base, kind="nf4", **changes) -> Model:
 
 def test_without_the_library_one_line_names_the_extra(base, monkeypatch):
     monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="^model.quantization: nf4 .*'twig-rl.quantization.'"):
+    with pytest.raises(UserError, match="^model.quantization: nf4 .*pip install bitsandbytes"):
         models.load_model(expected(base))
 
 

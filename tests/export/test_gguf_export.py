@@ -215,7 +215,7 @@ def test_what_is_not_written_is_refused_with_a_command(change, problem, merged, 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(written, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'twig-rl\[gguf\]'"):
+    with pytest.raises(UserError, match=r"pip install gguf"):
         written.refuse_gguf(transformers.Qwen2Config(**SHAPE), "base", merged=True)
 
 

@@ -613,7 +613,7 @@ def test_credit_of_a_saved_step_is_computed_again_to_the_last_bit(run, overrides
 
 
 def test_a_report_that_cannot_be_made_costs_no_run(run, monkeypatch):
-    def broken(folders):
+    def broken(folders, end=None):
         raise ZeroDivisionError("of a mean")
 
     class Heard(Progress):
@@ -640,7 +640,7 @@ def test_every_metric_and_field_is_explained_and_no_explanation_is_stale(run, wh
     """Three runs write all names between them: with replay, with a KL term, of a task that finds answers."""
     folders = [whole(*ALGORITHMS[name]) for name in ("t-spmo with replay", "grpo twice on a batch")]
     own = {"reward_funcs": None, "train_dataset": None, "eval_dataset": None}
-    words = ["task.name=multiplication", "eval.limit=3", "train.max_steps=3"]
+    words = ["task.name=multiplication", "eval.limit=3", "train.max_steps=3", "rollout.curriculum=0.2"]
     folders.append(run("product", *words, **own).folder)
     metrics = {name for folder in folders for row in read_metrics(folder) for name in row}
     of_rewards = {re.sub("^rewards/(digits|product)/", "rewards/NAME/", name) for name in metrics}

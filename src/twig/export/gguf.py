@@ -64,7 +64,7 @@ def refuse_gguf(config: PreTrainedConfig, base: str, merged: bool) -> None:
     """Raises UserError if a model of this config cannot be written, with what to run instead."""
     if find_spec("gguf") is None:
         problem = "GGUF files need the package gguf, which is not installed"
-        raise UserError("--gguf", problem, "Run pip install 'twig-rl[gguf]'")
+        raise UserError("--gguf", problem, "Run pip install gguf")
     kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}
     scaled = rope.get("rope_type", "default")
     if kind not in TYPES:
