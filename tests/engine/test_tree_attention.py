@@ -101,6 +101,21 @@ def test_long_packs_give_the_same_gradient(family, checkpointed, monkeypatch):
     assert_same(ours, theirs, 1e-5 if checkpointed else 1e-9)
 
 
+@pytest.mark.parametrize(("family", "modules"), [("lfm2", ["q_proj", "v_proj"]), ("gemma4", ["q_proj"])])
+def test_layers_that_need_more_than_a_mask_give_the_same_gradient_in_long_packs(family, modules, monkeypatch):
+    monkeypatch.setattr(tree_attention, "_CELLS", 0)
+    monkeypatch.setattr(tree_attention, "_LENGTH", 0)
+    with numerics.casts():
+        policy = tiny.build_policy(family, "sdpa", layers="all", target_modules=modules)
+        groups = groups_of(count=2)
+        tries, credits = credit_of(groups)
+        passes = Passes(policy, Sizes(1, 9, 2**22, False), Progress(), scored(groups, tries, credits), None)
+        _, loss = passes.backward(Objective())
+        ours = loss, {n: p.grad.clone() for n, p in policy.parameters.items()}
+        theirs = oracle_gradient(policy, groups, tries, credits, Objective())
+    assert_same(ours, theirs)
+
+
 def test_layers_with_terms_of_their_own_keep_their_masks(monkeypatch):
     monkeypatch.setattr(tree_attention, "_CELLS", 0)
     monkeypatch.setattr(tree_attention, "_LENGTH", 0)
