@@ -46,21 +46,54 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
+# Shapes of other types: that of Qwen/Qwen3.5-0.8B, whose layers are three recurrences to one attention, and
+# that of EleutherAI/pythia-160m, which only the plain engine serves.
+OTHER_SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3.5-0.8b": {
+        "model_type": "qwen3_5_text",
+        "vocab_size": 248320,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+    },
+    "pythia-160m": {
+        "model_type": "gpt_neox",
+        "vocab_size": 50304,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "tie_word_embeddings": False,
+    },
+}
 LORA = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
+# What PEFT has to be told where Twig's default adapts other modules, or the model has no such names.
+TARGETS = {
+    "qwen3.5-0.8b": ["q_proj", "v_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"],
+    "pythia-160m": ["query_key_value"],
+}
 ALPHA = 32.0
 
 
+def size_of(shape: str) -> dict[str, Any]:
+    return (SHAPES | OTHER_SHAPES)[shape]
+
+
 def config_of(shape: str, **changes: Any) -> Any:
-    """The config of a Qwen2 model of the shape."""
-    from transformers import Qwen2Config
+    """The config of a model of the shape."""
+    from transformers import AutoConfig
 
     # Token 1 ends a completion, 0 pads: neither is in the random completions.
     options = {"tie_word_embeddings": True, "eos_token_id": 1, "pad_token_id": 0}
-    return Qwen2Config(**SHAPES[shape] | options | changes)
+    return AutoConfig.for_model(**{"model_type": "qwen2"} | options | size_of(shape) | changes)
 
 
 def build(shape: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A random Qwen2 model of the shape."""
+    """A random model of the shape."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -68,7 +101,7 @@ def build(shape: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any
 
 
 def last_third(shape: str) -> list[int]:
-    layers = SHAPES[shape]["num_hidden_layers"]
+    layers = size_of(shape)["num_hidden_layers"]
     return list(range(layers - -(-layers // 3), layers))
 
 

@@ -322,6 +322,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "update": update,
     "update-0.1b": update,
     "update-2048": update,
+    "update-qwen3.5-0.8b": update,
+    "update-pythia-160m": update,
     "frontier": frontier,
     "frontier-0.1b": frontier,
     "scaling": scaling,

@@ -3,6 +3,8 @@
     python benchmarks/update.py                        # every case; writes benchmarks/results/update.json
     python benchmarks/update.py --frontier             # seconds against memory; writes frontier.json
     python benchmarks/update.py --shape 0.1b           # a smaller model; writes update-0.1b.json
+    python benchmarks/update.py --shape qwen3.5-0.8b   # a hybrid; writes update-qwen3.5-0.8b.json
+    python benchmarks/update.py --shape pythia-160m    # the plain engine; writes update-pythia-160m.json
     python benchmarks/update.py --length 2048 --cases GRPO "GRPO, layers checkpointed" --rounds 1
     python benchmarks/update.py --columns "same kernel"            # without TRL as it comes
     python benchmarks/update.py --side twig --algorithm t-spmo     # one side, one process, one JSON line
@@ -16,7 +18,8 @@ its peak, over what it was just before.
 
 There are two columns: TRL as it comes, and TRL with every product with a frozen matrix on the kernel that
 Twig takes (`products.trl_products`). In each, seconds are against the fastest TRL and memory is against the
-smallest. Where Twig takes torch's kernel both are the same, and TRL is measured once.
+smallest. Where Twig takes torch's kernel both are the same, and TRL is measured once. With shapes of other
+types TRL also runs four completions at once.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,9 @@ from safetensors.torch import load_file, save_file
 from shapes import (
     ALPHA,
     LORA,
+    OTHER_SHAPES,
     SHAPES,
+    TARGETS,
     build,
     completions,
     config_of,
@@ -43,6 +49,7 @@ from shapes import (
     last_third,
     randomise,
     recorded_forks,
+    size_of,
 )
 
 PROMPT, LENGTH, GENERATIONS = 80, 200, 8  # tokens, tokens unless another --length is asked for
@@ -62,7 +69,18 @@ CASES: dict[str, list[str]] = {
     "T-SPMO": T_SPMO,
     "T-SPMO, layers checkpointed": [*T_SPMO, CHECKPOINTED, *SMALL],
 }
+PLAIN = ["--engine", "plain", "--no-recorded"]
+# The same of types that only the plain engine serves.
+PLAIN_CASES = {
+    f"GRPO, {rows} at once": [*PLAIN, "--pack-size", str(rows * (PROMPT + LENGTH))] for rows in (1, 4)
+}
+# The cases that are measured unless others are asked for.
+DEFAULT_CASES = {
+    "qwen3.5-0.8b": ["GRPO", "GRPO, layers checkpointed", "T-SPMO", "T-SPMO, layers checkpointed"],
+    "pythia-160m": list(PLAIN_CASES),
+}
 TRL = {"TRL": ["--micro-batch", "1"], "TRL, checkpointing": ["--micro-batch", "1", "--checkpointing"]}
+TRL_OTHER_SHAPES = TRL | {"TRL, 4 at once": ["--micro-batch", "4"]}
 # What each side can trade between seconds and memory.
 FRONTIER = {
     **{
@@ -87,7 +105,7 @@ S_GRPO = {"alpha": 0, "p": 0.3}  # 30 % of the tokens, wherever they are
 
 def groups_of(options: argparse.Namespace) -> list[tuple[list[int], list[np.ndarray], np.ndarray]]:
     """(prompt, completions, rewards) per update; every other completion is right."""
-    vocabulary = SHAPES[options.shape]["vocab_size"]
+    vocabulary = size_of(options.shape)["vocab_size"]
     found = []
     forks = [early_forks(GENERATIONS)] if options.forks == "early" else recorded_forks(options.length)
     for number, each in enumerate(forks[: options.groups]):
@@ -105,13 +123,14 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
     from twig.core.credit import Scored, assign_one
     from twig.core.trie import PrefixTrie
     from twig.core.types import Completion, Example, Group
+    from twig.engine.build import ENGINES
     from twig.engine.lora import attach
-    from twig.engine.policy import Policy
     from twig.engine.update import Passes
 
     model = build(options.shape)
-    peft_model = attach(model, alpha=ALPHA, layers=last_third(options.shape), **LORA)
-    policy = Policy(
+    lora = LORA | ({"target_modules": TARGETS[options.shape]} if options.engine == "plain" else {})
+    peft_model = attach(model, alpha=ALPHA, layers=last_third(options.shape), **lora)
+    policy = ENGINES[options.engine](
         peft_model,
         checkpoint_layers=options.checkpoint_layers,
         head_chunk=options.head_chunk,
@@ -159,20 +178,23 @@ def summary(seconds: list[float], memory: list[float]) -> dict[str, float]:
 @torch.no_grad()
 def record(policy: Any, prompt: list[int], rows: list[np.ndarray]) -> torch.Tensor:
     """The boundary table that sampling would have recorded: the prompt's cells, then each completion's."""
-    from twig.engine.decoder import Context
+    from twig.engine.kv_cache import StopForward
 
-    decoder, found = policy.decoder, []
-    for number, row in enumerate(rows):
-        ids = torch.tensor([[*prompt, *row.tolist()]])
-        positions = torch.arange(ids.shape[1])[None]
-        visible = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-        context = Context(
-            decoder.masks(visible, positions, positions), decoder.rotations(positions), positions
-        )
-        with policy.computing():
-            hidden = decoder.run(decoder.embed(ids), 0, policy.cut, context)[0]
-        found += [hidden[: len(prompt)]] * (number == 0) + [hidden[len(prompt) :]]
-    return torch.cat(found)
+    table, reached = [], []
+
+    def stop(layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        reached.append(arguments[0][0])
+        raise StopForward
+
+    hook = policy.decoder.layers[policy.cut].register_forward_pre_hook(stop)
+    with policy.computing():
+        for row in rows:
+            with suppress(StopForward):
+                policy.model(input_ids=torch.tensor([[*prompt, *row.tolist()]]), use_cache=False)
+            hidden = reached.pop()
+            table += [hidden[: len(prompt)]] * (not table) + [hidden[len(prompt) :]]
+    hook.remove()
+    return torch.cat(table)
 
 
 def trl_side(options: argparse.Namespace) -> dict[str, float]:
@@ -217,7 +239,10 @@ def trl_side(options: argparse.Namespace) -> dict[str, float]:
             rollout_func=rollout,
             callbacks=[Watch()],
             peft_config=LoraConfig(
-                task_type="CAUSAL_LM", lora_alpha=ALPHA, layers_to_transform=last_third(options.shape), **LORA
+                task_type="CAUSAL_LM",
+                lora_alpha=ALPHA,
+                layers_to_transform=last_third(options.shape),
+                **LORA | {"target_modules": TARGETS.get(options.shape, LORA["target_modules"])},
             ),
             args=trl_settings(
                 folder,
@@ -252,7 +277,7 @@ def tokenizer() -> Any:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Seconds and memory of one update: Twig against TRL.")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=CASES | PLAIN_CASES, metavar="CASE")
     parser.add_argument("--rounds", type=int, default=3, help="processes a side")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="COLUMN")
     parser.add_argument(
@@ -263,7 +288,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--frontier", action="store_true", help="each side at each of its sizes")
     parser.add_argument("--side", choices=("twig", "trl"), help="run one side in this process")
-    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--shape", choices=SHAPES | OTHER_SHAPES, default="0.5b")
+    parser.add_argument("--engine", choices=("trie", "plain"), default="trie", help="of Twig's side")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a completion")
     parser.add_argument(
         "--algorithm", default="grpo", choices=("grpo", "s-grpo", "t-spmo"), help="of Twig's side"
@@ -279,7 +305,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=1, help="TRL's completions per backward pass")
     parser.add_argument("--checkpointing", action="store_true", help="TRL: its activation checkpointing")
     parser.add_argument("--gradient", help="file for the adapter's gradient")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.cases = options.cases or DEFAULT_CASES.get(options.shape, list(CASES))
+    return options
 
 
 def gap(*files: Path) -> float:
@@ -292,8 +320,9 @@ def gap(*files: Path) -> float:
 
 def columns_of(options: argparse.Namespace, kernels: str) -> dict[str, dict[str, list[str]]]:
     """TRL's sides in each column, by name, with their words."""
-    unchanged = {side: [*words, "--kernels", "torch"] for side, words in TRL.items()}
-    same = {f"{side}, same kernel": [*words, "--kernels", "onednn"] for side, words in TRL.items()}
+    trl = TRL_OTHER_SHAPES if options.shape in OTHER_SHAPES else TRL
+    unchanged = {side: [*words, "--kernels", "torch"] for side, words in trl.items()}
+    same = {f"{side}, same kernel": [*words, "--kernels", "onednn"] for side, words in trl.items()}
     columns = {SAME_KERNEL: same if kernels == "onednn" else unchanged, AS_IT_COMES: unchanged}
     return {column: columns[column] for column in options.columns}
 
@@ -308,8 +337,8 @@ def sides_of(options: argparse.Namespace, kernels: str) -> dict[str, list[str]]:
     for case in options.cases:
         if case == REFERENCE and kernels == "torch":
             continue  # all of Twig's rows use it
-        sides[case] = ["--side", "twig", *CASES[case]]
-        if "--kernels" not in CASES[case]:
+        sides[case] = ["--side", "twig", *(CASES | PLAIN_CASES)[case]]
+        if "--kernels" not in sides[case]:
             sides[case] += ["--kernels", kernels]
     of = ["--shape", options.shape, "--length", str(options.length)]
     return {name: [*words, *of] for name, words in sides.items()}
@@ -342,7 +371,7 @@ def compare(options: argparse.Namespace, kernels: str) -> dict[str, Any]:
                 "mib": ratio(rows, processes[smallest], "mib"),
             }
             for name, rows in processes.items()
-            if name in CASES and not (name == REFERENCE and column == SAME_KERNEL)
+            if name in options.cases and not (name == REFERENCE and column == SAME_KERNEL)
         }
     return result | {"processes": processes}
 
