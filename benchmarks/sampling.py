@@ -9,19 +9,24 @@ tokens up to and with the end token. Twig records log-probs, entropies and the t
 generate records nothing. A random model of the 0.1B shape, which has a real vocabulary and never ends, is the
 second case: 4 prompts of 80 tokens, 8 times each, 64 tokens; and the third in bfloat16. Its completions share
 nothing but their prompt, those of the embedded model also what they begin with.
+
+Twig's products run on what `model.kernels=auto` takes here, by packed copies where it is oneDNN. There
+generate is measured with oneDNN's products too (`kernels.onednn_products`).
 """
 
 import argparse
 import json
 import sys
 import time
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, medians, ratio, write
-from shapes import ALPHA, LORA, SHAPES, build
+from common import AS_IT_COMES, SAME_KERNEL, alternate, medians, ratio, write
+from products import KERNELS, resolve
+from shapes import ALPHA, LORA, SHAPES, build, config_of
 
 # case: (shape, prompts, completions each, tokens, number type)
 CASES = {
@@ -49,13 +54,20 @@ def prepare(case: str) -> tuple[Any, list[list[int]], list[int]]:
     return attach(build(shape, dtype), alpha=ALPHA, **LORA), prompts, [1]
 
 
-def twig_side(case: str, repeats: int) -> dict[str, float]:
+def kernels_of(case: str) -> str:
+    """What `model.kernels=auto` stands for in a case."""
+    shape, *_, dtype = CASES[case]
+    # the embedded model's matrices are too small to gain
+    return "torch" if shape == "embedded" or dtype is not torch.float32 else resolve("auto", config_of(shape))
+
+
+def twig_side(case: str, repeats: int, kernels: str) -> dict[str, float]:
     from twig.engine.policy import Policy
     from twig.engine.sampler import Request, SamplingParams, sample
 
     _, _, each, limit, _ = CASES[case]
     model, prompts, ends = prepare(case)
-    policy = Policy(model)
+    policy = Policy(model, kernels=kernels, packed_weights=kernels == "onednn")
     requests = [Request(np.array(ids), each, limit, slot) for slot, ids in enumerate(prompts)]
 
     def run(step: int) -> int:
@@ -70,7 +82,9 @@ def twig_side(case: str, repeats: int) -> dict[str, float]:
     return timed(run, repeats)
 
 
-def generate_side(case: str, repeats: int) -> dict[str, float]:
+def generate_side(case: str, repeats: int, kernels: str) -> dict[str, float]:
+    from twig.engine.kernels import onednn_products
+
     _, _, each, limit, _ = CASES[case]
     model, prompts, ends = prepare(case)
     ids = torch.tensor(prompts).repeat_interleave(each, 0)
@@ -90,7 +104,8 @@ def generate_side(case: str, repeats: int) -> dict[str, float]:
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, rows.shape[1])
         return int(lengths.sum())
 
-    return timed(run, repeats)
+    with onednn_products(model.modules()) if kernels == "onednn" else nullcontext():
+        return timed(run, repeats)
 
 
 def timed(run: Any, repeats: int) -> dict[str, float]:
@@ -108,24 +123,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Sampled tokens per second: Twig against generate.")
     parser.add_argument("--side", choices=("twig", "generate"), help="run one side in this process")
     parser.add_argument("--case", choices=CASES, default="embedded")
+    parser.add_argument(
+        "--kernels", choices=KERNELS[1:], default="torch", help="with --side: of the products"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="calls in a process")
     parser.add_argument("--rounds", type=int, default=5, help="processes a side")
     options = parser.parse_args()
     if options.side:
         side = twig_side if options.side == "twig" else generate_side
-        print(json.dumps(side(options.case, options.repeats)))
+        print(json.dumps(side(options.case, options.repeats, options.kernels)))
         return
     results: dict[str, Any] = {}
     for case in CASES:
         words = ["--case", case, "--repeats", str(options.repeats)]
-        found = alternate(__file__, {"twig": words, "generate": words}, options.rounds)
+        kernels = kernels_of(case)
+        sides = {"twig": [*words, "--kernels", kernels], "generate": words}
+        columns = {SAME_KERNEL: "generate", AS_IT_COMES: "generate"}
+        if kernels == "onednn":
+            columns[SAME_KERNEL] = "generate-same-kernel"
+            sides["generate-same-kernel"] = ["--side", "generate", *words, "--kernels", kernels]
+        found = alternate(__file__, sides, options.rounds)
         results[case] = {
+            "kernels": kernels,
             "medians": {side: medians(rows) for side, rows in found.items()},
-            "twig_over_generate": ratio(found["generate"], found["twig"], "tokens_per_second"),
+            "twig_over_generate": {
+                column: ratio(found[side], found["twig"], "tokens_per_second")
+                for column, side in columns.items()
+            },
             "processes": found,
         }
-        more = results[case]["twig_over_generate"]
-        print(f"{case}: Twig samples {more['median']:.2f} times as many tokens a second", file=sys.stderr)
+        for column, more in results[case]["twig_over_generate"].items():
+            print(f"{case}: {more['median']:.2f} times generate's tokens a second, {column}", file=sys.stderr)
     print(f"written to {write('sampling', {'cases': results})}")
 
 

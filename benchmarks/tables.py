@@ -96,16 +96,16 @@ def step_ratios(record: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def sampling(record: dict[str, Any]) -> list[str]:
-    body = [
-        [
-            case,
-            f"{found['medians']['twig']['tokens_per_second']:,.0f}",
-            f"{found['medians']['generate']['tokens_per_second']:,.0f}",
-            spread(found["twig_over_generate"]),
-        ]
-        for case, found in record["cases"].items()
-    ]
-    return rows(["model", "Twig, tokens per second", "generate", "Twig / generate"], body)
+    body = []
+    for case, found in record["cases"].items():
+        middle, ratios = found["medians"], found["twig_over_generate"]
+        same = middle.get("generate-same-kernel", middle["generate"])
+        speeds = [each["tokens_per_second"] for each in (middle["twig"], same, middle["generate"])]
+        columns = [spread(ratios[column]) for column in (SAME_KERNEL, AS_IT_COMES)]
+        body.append([case, found["kernels"], *(f"{speed:,.0f}" for speed in speeds), *columns])
+    head = ["model", "Twig's products", "Twig, tokens per second", f"generate, {SAME_KERNEL}"]
+    head += [f"generate, {AS_IT_COMES}", f"Twig / generate, {SAME_KERNEL}", AS_IT_COMES]
+    return rows(head, body)
 
 
 def prompts(record: dict[str, Any]) -> list[str]:
