@@ -119,7 +119,7 @@ def test_no_targets_and_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_half_precision_are_not_rounded_on_a_cpu(dtype, monkeypatch):
     """Values and gradient are those of the same numbers in float64, though a product would be rounded."""
-    monkeypatch.setattr("twig.engine.lm_head._PART", 7)
+    monkeypatch.setattr("twig.engine.lm_head._PART", 7 * 16)
     draw = torch.Generator().manual_seed(0)
     weight, rows = (8 * torch.randn(n, 16, generator=draw, dtype=torch.float64).to(dtype) for n in (23, 5))
     row, token = torch.tensor([0, 2, 2, 4]), torch.tensor([3, 22, 0, 7])

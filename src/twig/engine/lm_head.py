@@ -8,6 +8,7 @@ Knows nothing of models or losses. Legend: R rows, N targets, D hidden, V vocabu
 chunk.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from twig.engine.kernels import linear
 
-_PART = 2**12  # rows of a half-precision matrix that are held in float32 at a time
+_PART = 2**19  # numbers of a half-precision matrix that are held in float32 at a time: a cache holds them
 
 
 def has_wide_products(weight: Tensor) -> bool:
@@ -34,20 +35,28 @@ def head_product(
     """Returns rows W^T + bias in float32 or better."""
     if has_wide_products(weight):
         rows, results = rows.float(), rows.new_empty(len(rows), len(weight), dtype=torch.float32)
-        for start in range(0, len(weight), _PART):
-            part = slice(start, start + _PART)
-            torch.mm(rows, weight[part].float().t(), out=results[:, part])
+        for part, wide in _wide_parts(weight):
+            torch.mm(rows, wide.t(), out=results[:, part])
         return results if bias is None else results.add_(bias)
     results = (linear if onednn else torch.nn.functional.linear)(rows, weight, bias)
     return results.to(torch.promote_types(results.dtype, torch.float32))
+
+
+def _wide_parts(weight: Float[Tensor, "V D"]) -> Iterator[tuple[slice, Float[Tensor, "P D"]]]:
+    """Yields a matrix in float32, some rows at a time, and which: each is gone when the next one comes."""
+    size = max(_PART // weight.shape[1], 1)
+    buffer = weight.new_empty(min(size, len(weight)), weight.shape[1], dtype=torch.float32)
+    for start in range(0, len(weight), size):
+        part = slice(start, start + size)
+        yield part, buffer[: len(weight[part])].copy_(weight[part])
 
 
 def _transposed_product(weights: Tensor, weight: Float[Tensor, "V D"], onednn: bool) -> Float[Tensor, "R D"]:
     """Returns weights W for weights in float32 or better."""
     if has_wide_products(weight):
         results = weights.new_zeros(len(weights), weight.shape[1])
-        for start in range(0, len(weight), _PART):
-            results.addmm_(weights[:, start : start + _PART], weight[start : start + _PART].float())
+        for part, wide in _wide_parts(weight):
+            results.addmm_(weights[:, part], wide)
         return results
     product = linear if onednn else torch.nn.functional.linear
     return product(weights.to(weight.dtype), weight.t(), None)

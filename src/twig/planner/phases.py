@@ -427,7 +427,7 @@ class Footprint:
         if work.element == work.wide:
             return 0
         if work.kind == "cpu":  # the rows, and a part of the matrix
-            return work.wide * work.shape.hidden * (rows + min(tokens, HEAD_PART))
+            return work.wide * (work.shape.hidden * rows + min(work.shape.hidden * tokens, HEAD_PART))
         return rows * tokens * work.element
 
     # ---- the plain engine ------------------------------------------------------------------------------
