@@ -113,6 +113,17 @@ def test_waves_over_shared_and_over_copied_prompts_draw_the_same(family, case):
         numerics.assert_hidden(shared.boundary[a], copied.boundary[b])
 
 
+@pytest.mark.parametrize(("tokens", "kind"), [(15, CopiedPrompts), (16, SharedPrompts)])
+def test_short_prompts_are_copied(tokens, kind, monkeypatch):
+    monkeypatch.setattr(wave_cache, "HELD_FROM", 16)
+    opened, policy = [], tiny.build_policy()
+    original = kind._open
+    monkeypatch.setattr(kind, "_open", lambda *args: opened.append(kind) or original(*args))
+    requests = [Request(ids, 2, 3, slot) for slot, ids in enumerate(prompts_of([4, tokens]))]
+    sample(policy, requests, SamplingParams([5, 6], texts_of, seed=1))
+    assert opened == [kind]
+
+
 @torch.no_grad()
 def test_what_all_prompts_begin_with_is_held_once():
     decoder = tiny.build_policy().decoder

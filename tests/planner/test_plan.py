@@ -94,7 +94,7 @@ def test_what_a_run_holds_all_along_is_counted_by_hand():
     # 2 prompts of 3 tokens, 4 completions of 5 tokens each; a row is 8 numbers wide
     assert held["trunk's output, recorded"] == 2 * (3 + 4 * 5) * 8 * 4
     # 8 completions of 5 slots behind 2 prompts of 3; 3 layers of a key and a value of 4 numbers
-    assert held["key-value cache"] == (8 * 5 + 2 * 3) * 3 * 2 * 4 * 4
+    assert held["key-value cache"] == (8 * (5 + 3) + 2 * 3) * 3 * 2 * 4 * 4
     assert held["libraries"] == LIBRARIES["cpu"] + 15 * MIB
 
 
@@ -223,7 +223,7 @@ def test_packed_weights_are_there_beside_a_whole_wave():
     crowded = items(plan(SMALL, settings_of(*fast), GIB, "cpu", prompt_tokens=3), "sampling")
     assert crowded["packed weights"] == packed
     # 200 rows of 5 slots behind 2 prompts of 3; 3 layers of a key and a value of 4 numbers
-    assert crowded["key-value cache"] == (200 * 5 + 2 * 3) * 3 * 2 * 4 * 4
+    assert crowded["key-value cache"] == (200 * (5 + 3) + 2 * 3) * 3 * 2 * 4 * 4
 
 
 def test_completions_that_end_early_fill_fewer_slots():
@@ -250,9 +250,21 @@ def test_an_evaluation_asks_short_prompts_first():
     slot = 3 * 2 * 4 * 4  # 3 layers of a key and a value of 4 numbers
     for questions, width in (([3] * 9 + [20], 3), ([20, 4, *[3] * 8], 4), ([5] * 10, 5), (10, 3)):
         kept = {item.name: item.size for item in evaluation(questions).items}
-        assert kept["key-value cache"] == 9 * (width + 50) * slot
+        # short prompts are copied to their completions
+        assert kept["key-value cache"] == 9 * (width + width + 50) * slot
     # A single prompt that is long enough takes more than nine short ones.
     assert evaluation([3] * 9 + [600]) == evaluation([600])
+
+
+def test_from_16_tokens_on_prompts_are_held_once():
+    def cache(tokens):
+        settings = settings_of("rollout.max_completion_length=50", "eval.batch_size=9")
+        planned = plan(SMALL, settings, GIB, "cpu", prompt_tokens=tokens, questions=[tokens] * 9)
+        return {item.name: item.size for item in planned.phases[3].items}["key-value cache"]
+
+    slot = 3 * 2 * 4 * 4
+    assert cache(16) == 9 * (16 + 50) * slot
+    assert cache(15) == 9 * (15 + 15 + 50) * slot
 
 
 def test_the_longest_restart_is_the_median_of_a_run():
@@ -278,7 +290,8 @@ def test_restarts_are_planned_for():
         for p in (0, 0.5)
     )
     before, after = (items(each, "sampling")["key-value cache"] for each in (plain, replayed))
-    assert after - before == 2 * 4 * 3 * 2 * 4 * 4  # 4 slots more for each of 2 prompts
+    # 4 slots more for each of 2 prompts and, as these are short, of 8 completions
+    assert after - before == (2 + 8) * 4 * 3 * 2 * 4 * 4
 
 
 # A CUDA device

@@ -24,6 +24,7 @@ from twig.core.branches import split
 from twig.core.rng import uniforms
 from twig.core.stop_rules import Decode, Ending
 from twig.core.types import Completion
+from twig.engine import wave_cache
 from twig.engine.base_policy import BasePolicy
 from twig.engine.decode_graph import DecodeStep, DecodeSteps, NotCaptured, StepShape
 from twig.engine.inverse_cdf import invert
@@ -405,7 +406,8 @@ def _sample_layers(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _
     decoder, device = policy.decoder, policy.device
     prompts = [request.prompt_ids for request in wave.prompts().values()]
     longest = recorder.ids.shape[1]
-    kind = CopiedPrompts if policy.sharing_refusal else SharedPrompts
+    short = max(map(len, prompts)) < wave_cache.HELD_FROM
+    kind = CopiedPrompts if policy.sharing_refusal or short else SharedPrompts
     texts = kind(decoder, policy.cut, prompts, len(wave.rows), longest)
     logits = policy.next_token_logits(texts.hidden)
     cells = _record_prompts(wave, texts.trunk)

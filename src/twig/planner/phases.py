@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from twig.config.sizes import Sizes
 from twig.planner.layer_costs import (
     HEAD_PART,
+    HELD_FROM,
     LOGITS_AT_ONCE,
     DecodeTable,
     Halves,
@@ -235,7 +236,8 @@ class Footprint:
     def _wave(self, ledger: Ledger, rows: int, prompts: int, width: int, filled: int | None = None) -> None:
         """Predicts a wave of `rows` completions of `prompts` prompts of up to `width` tokens.
 
-        A prompt is held once; the completions use `filled` slots for their own tokens (None: all).
+        A prompt is held once, but a short one with each completion. The completions use `filled` slots for
+        their own tokens (None: all).
         """
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         row = shape.attending * 2 * shape.key * e  # keys and values of a token
@@ -253,12 +255,13 @@ class Footprint:
         self._states(ledger, rows, prompts)
         # All buffers are allocated at once; on a CPU, pages count once they are written to.
         filled = rows * work.length if filled is None or work.kind != "cpu" else filled
-        ledger.take("key-value cache", filled * row)
+        copied = width if width < HELD_FROM else 0
+        ledger.take("key-value cache", (filled + rows * copied) * row)
 
         kinds = 2 if shape.per_type_rotary else 1
         ledger.take("masks", prompts * work.length * (_INT + 2 * kinds * shape.head_dim * e))
         # A branch that splits is copied, one buffer after another.
-        ledger.moment("key-value cache", rows * work.length * shape.key * e)
+        ledger.moment("key-value cache", rows * (copied + work.length) * shape.key * e)
         ledger.drop("logits")
         self._logits(ledger, rows)
         inner = max(layer_moment(work, rows, 1, 0), shared_moment(work, rows, prompts, width))

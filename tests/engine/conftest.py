@@ -1,0 +1,11 @@
+"""What the engine's tests share."""
+
+import pytest
+
+from twig.engine import wave_cache
+
+
+@pytest.fixture(autouse=True)
+def hold_short_prompts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the short prompts of these tests be held once, as long ones are."""
+    monkeypatch.setattr(wave_cache, "HELD_FROM", 1)
