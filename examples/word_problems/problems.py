@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from twig.common.errors import UserError
+from twig.tasks.multiplication import Split
+from twig.tasks.multiplication import problems as factors
 
 # The prompt at training and at evaluation: also `task.prompt_template`, with `task.chat=never`.
 PROMPT = "Problem: {question}\nSolution:"
@@ -60,7 +62,7 @@ _MARK = re.compile(r"number(\d+)")
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its worked solution (what follows the prompt), its answer; `kind`: mawps, sum or drill."""
+    """A question, its solution (what follows the prompt) and answer; `kind`: mawps, sum, drill or product."""
 
     question: str
     solution: str
@@ -527,6 +529,32 @@ def _chain(rng: random.Random) -> Problem:
 
 
 _DO = {"+": "add", "-": "subtract", "*": "multiply by"}
+
+
+# ---- products ----------------------------------------------------------------------------------------------
+
+
+def products(size: int, seed: int, split: Split = "pretrain") -> list[Problem]:
+    """Returns products of two numbers of two digits, half of them worked out and half answered at once.
+
+    A model of both kinds is often wrong at once and mostly right when it works: what reinforcement learning
+    can find out. The split `pretrain` has none of the problems of the task `multiplication`.
+
+    >>> [each.solution for each in (multiply(34, 27, True), multiply(34, 27, False))]
+    [' 34 * 20 = 680\\n34 * 7 = 238\\n680 + 238 = 918\\n#### 918', ' #### 918']
+    """
+    rng, pairs = random.Random(f"products {seed}"), factors(split, (2, 2), seed)
+    return [multiply(*rng.choice(pairs), rng.random() < 0.5) for _ in range(size)]
+
+
+def multiply(a: int, b: int, worked: bool) -> Problem:
+    """Returns one product, worked out over the digits of its second factor or answered at once."""
+    parts = [Fraction(part) for part in (b - b % 10, b % 10) if part]
+    steps = [("*", Fraction(a), part) for part in parts]
+    if len(parts) == 2:
+        steps.append(("+", a * parts[0], a * parts[1]))
+    solution, answer = write_solution(steps)
+    return Problem(f"{a} * {b}", solution if worked else f" #### {answer}", answer, "product")
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------

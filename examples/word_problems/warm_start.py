@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from problems import PROMPT, Problem, arrange, held_out_problems, read_mawps, training_problems
+from problems import PROMPT, Problem, arrange, held_out_problems, products, read_mawps, training_problems
 
 from twig.common.errors import UserError
 from twig.common.files import put_folder, write_whole
@@ -62,15 +62,7 @@ def train(args: argparse.Namespace) -> None:
     if checkpoint is not None and _step_of(checkpoint) >= args.steps:
         print(f"{checkpoint} is there: nothing to train")
         return
-    mawps = read_mawps(args.mawps)
-    templates = mawps.templates
-    print(f"MAWPS: {len(templates)} problems; left out: {mawps.wrong} wrong, {mawps.in_svamp} in SVAMP")
-    drills = args.drill_steps * args.batch_size
-    problems = training_problems(
-        templates, args.steps * args.batch_size - drills, args.word_share, args.seed, drills
-    )
-    problems = problems[:drills] + arrange(problems[drills:], args.batch_size, args.seed)
-    data = problems, held_out_problems(templates, 100, args.seed)
+    data = _products(args) if args.problems == "products" else _words(args)
     # PEFT looks for the base's config beside a GGUF file; TRL uses older names of transformers' settings.
     warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
     warnings.filterwarnings(
@@ -81,6 +73,26 @@ def train(args: argparse.Namespace) -> None:
         print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     print(f"done: {output / f'checkpoint-{args.steps}'}")
+
+
+def _words(args: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
+    """Returns word problems and sums to train on, in their order, and some that are held out."""
+    if args.mawps is None:
+        raise UserError("--mawps", "word problems are made from MAWPS", "Pass the folder of its CSV files")
+    mawps = read_mawps(args.mawps)
+    templates = mawps.templates
+    print(f"MAWPS: {len(templates)} problems; left out: {mawps.wrong} wrong, {mawps.in_svamp} in SVAMP")
+    drills = args.drill_steps * args.batch_size
+    problems = training_problems(
+        templates, args.steps * args.batch_size - drills, args.word_share, args.seed, drills
+    )
+    problems = problems[:drills] + arrange(problems[drills:], args.batch_size, args.seed)
+    return problems, held_out_problems(templates, 100, args.seed)
+
+
+def _products(args: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
+    """Returns products to train on, and some that are held out."""
+    return products(args.steps * args.batch_size, args.seed), products(100, args.seed, split="train")
 
 
 def _trainer(args: argparse.Namespace, problems: Sequence[Problem], held_out: Sequence[Problem]) -> Any:
@@ -194,7 +206,7 @@ def _has_bfloat16(device: str) -> bool:
 def _keep_arguments(output: Path, args: argparse.Namespace) -> None:
     """Writes what decides the result to the output folder; raises UserError if a run there differs."""
     names = ("steps", "drill_steps", "batch_size", "learning_rate", "schedule", "warmup_steps", "rank")
-    names += ("word_share", "seed")
+    names += ("word_share", "seed", "problems")
     arguments = {"base": _name_of(args.base)} | {name: getattr(args, name) for name in names}
     file = output / ARGUMENTS
     if file.is_file():
@@ -625,7 +637,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command(train, "train an adapter, or resume")
-    sub.add_argument("--mawps", required=True, help="folder of MAWPS's CSV files, or an id on the Hub")
+    sub.add_argument("--problems", choices=("words", "products"), default="words", help="what it learns from")
+    sub.add_argument("--mawps", help="folder of MAWPS's CSV files, or an id on the Hub; products need none")
     sub.add_argument("--output", required=True, help="folder of the checkpoints")
     sub.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     sub.add_argument("--drill-steps", type=int, default=0, help="the first ones: many sums in a text")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from twig.common.errors import UserError
 from twig.config.load import load
 from twig.core.types import Example
+from twig.tasks import multiplication
 from twig.tasks.rewards import score_number
 
 sys.path.append(str(ROOT / "examples" / "word_problems"))
@@ -154,6 +155,20 @@ def test_nothing_of_svamp_is_in_the_data(test_data, all_problems):
         wording = data.mask(problem.question)
         assert wording not in wholes
         assert not f"{wording} ".startswith(bodies), wording
+
+
+def test_products_are_right_and_those_of_the_task_are_kept_apart():
+    made = data.products(400, seed=3)
+    asked = {tuple(map(int, each.question.split(" * "))) for each in made}
+    assert {multiplication.split_of(*pair) for pair in asked} == {"pretrain"}
+    assert len(asked) > 200 and all(10 <= factor <= 99 for pair in asked for factor in pair)
+    lines = [line.split(" = ") for each in made for line in each.solution.strip().splitlines()[:-1]]
+    assert all(eval(left) == int(result) for left, result in lines) and len(lines) > 300
+    for each in made:
+        a, b = map(int, each.question.split(" * "))
+        assert each.solution.endswith(f"#### {a * b}") and each.trained == [(0, len(each.solution))]
+    assert 0.4 < sum("=" in each.solution for each in made) / len(made) < 0.6
+    assert data.products(400, seed=3) == made != data.products(400, seed=4)
 
 
 def test_same_seed_same_data(mawps):
