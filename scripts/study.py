@@ -7,6 +7,7 @@
 
     python scripts/study.py run --study svamp-tuning model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp model.name=FOLDER task.path=SVAMP
+    python scripts/study.py run --study products model.name=FOLDER
     python scripts/study.py sample --study svamp    # pass@k of the base and of what has finished
 
 Runs of NAME.yaml are made as by `twig compare`. If there is a NAME-trl.yaml, its runs belong to the same
@@ -52,7 +53,7 @@ TUNED = {
     "svamp-tuning": ("svamp",),
 }
 FULL = ("tuning", *TUNED["tuning"], "by-name-tuning", "by-name")  # on the embedded model
-SVAMP = ("svamp-tuning", "svamp")  # on a real model, which the arguments name
+REAL = ("svamp-tuning", "svamp", "products")  # on a real model, which the arguments name
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = (
     *("step", "tokens/sampled", "tokens/selected", "time/step", "entropy", "reward", "answers/right"),
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("action", choices=("run", "tune", "sample", "tables"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as twig compare takes them")
     parser.add_argument("--full", action="store_true", help="every study of the embedded model")
-    parser.add_argument("--study", choices=(*FULL, *SVAMP), help="this one alone")
+    parser.add_argument("--study", choices=(*FULL, *REAL), help="this one alone")
     parser.add_argument("--only", choices=("twig", "trl"), help="make the runs of one of them alone")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2)")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="answers that sample draws (8)")
