@@ -74,7 +74,7 @@ def test_every_setting_has_a_description_a_rule_and_a_row(key):
         ("train.max_steps", "whole number >= 1, null"),
         ("lora.layers", "last_third, all, list of one or more (whole number >= 0)"),
         ("task.digits", "list of 2 (whole number >= 1 and <= 9)"),
-        ("log.report_to", "list of (tensorboard, wandb, trackio)"),
+        ("log.report_to", "tensorboard, wandb, trackio, all, none, list of (tensorboard, wandb, trackio)"),
         ("model.trust_remote_code", "true, false"),
         ("model.revision", "text, null"),
     ],
@@ -322,7 +322,7 @@ def test_several_mistakes_are_counted():
     "override, instead",
     [
         ("train.max_steps=1e3", "train.max_steps=1000"),
-        ("log.report_to=wandb", "log.report_to=[wandb]"),
+        ("log.report_to=wandbb", "log.report_to=wandb?"),
         ("lora.layers=3", "lora.layers=[3]"),
         ("task.name=svmp", "task.name=svamp?"),
     ],
@@ -331,6 +331,33 @@ def test_what_to_write_instead_is_the_value_put_right(override, instead):
     with pytest.raises(UserError) as caught:
         Settings.from_dict(LEAST, [override])
     assert caught.value.fix.endswith(instead)
+
+
+@pytest.mark.parametrize(
+    "override, key, value",
+    [
+        ("log.report_to=wandb", "log.report_to", ["wandb"]),
+        ("log.report_to=none", "log.report_to", []),
+        ("log.report_to=[none]", "log.report_to", []),
+        ("rollout.stop=Question", "rollout.stop", ["Question"]),
+        ("rollout.suppress_tokens=7", "rollout.suppress_tokens", [7]),
+        ("task.reward_weights=0.5", "task.reward_weights", [0.5]),
+    ],
+)
+def test_a_list_of_one_is_written_as_its_only_value(override, key, value):
+    settings = Settings.from_dict(LEAST, [override])
+    assert settings.flat()[key] == value
+    assert Settings.from_dict(parse_yaml(settings.to_yaml(), "config.yaml")) == settings
+    group, name = key.split(".")
+    one = value[0] if value else "none"
+    schema = json_schema()
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(LEAST | {group: LEAST.get(group, {}) | {name: one}}, schema)
+
+
+def test_all_trackers_are_those_that_are_installed(monkeypatch):
+    monkeypatch.setattr("twig.config.schema.find_spec", lambda name: name == "trackio" or None)
+    assert Settings.from_dict(LEAST, ["log.report_to=all"]).log.report_to == ["trackio"]
 
 
 # Aliases

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from twig.common.errors import UserError
 from twig.common.text import either
-from twig.config.schema import Log, Train
+from twig.config.schema import Tracker, Train
 from twig.config.trl_names import BATCH, BEST, INSTEAD, MAPPED, MEANINGLESS, REFUSED
 from twig.core.algorithms.base import Algorithm
 from twig.core.algorithms.registry import class_for, shipped
@@ -313,12 +313,11 @@ def log_every(values: Mapping[str, Any], around: Around) -> int:
 def _logging(values: dict[str, Any], done: Translation) -> None:
     names = values["report_to"]
     names = [names] if isinstance(names, str) else list(names or [])
-    known = get_args(get_args(Log.model_fields["report_to"].annotation)[0])
-    chosen = [name for name in names if name not in ("none", "all")]
-    other = [name for name in chosen if name not in known]
-    if other and "all" not in names:
-        done.refuse("report_to", other, f"the trackers are {either(list(known))}")
-    done.put("log.report_to", [name for name in chosen if name in known])
+    chosen = "all" if "all" in names else [name for name in names if name != "none"]
+    other = [name for name in chosen if name not in get_args(Tracker)] if chosen != "all" else []
+    if other:
+        done.refuse("report_to", other, f"the trackers are {either(list(get_args(Tracker)))}")
+    done.put("log.report_to", chosen)
     if values["log_completions"]:
         every = values["logging_steps"]
         done.put("log.completions_steps", max(int(every), 1) if every >= 1 else 1)

@@ -163,14 +163,14 @@ def _explain_group(key: str, group: Root, fault: Any) -> UserError:
 def _instead(key: str, info: FieldInfo, value: Any) -> str:
     # The example to write instead is the value itself, put right, if that can be guessed.
     kinds = _kinds(info.annotation)
-    choices = [item for kind in kinds if get_origin(kind) is Literal for item in get_args(kind)]
     items = [_kinds(get_args(kind)[0])[0] for kind in kinds if get_origin(kind) is list]
+    choices = [item for kind in [*kinds, *items] if get_origin(kind) is Literal for item in get_args(kind)]
     example = example_of(info)
     if isinstance(value, str):
         near = difflib.get_close_matches(value, map(str, choices), 1)
         if near:
             return f"Did you mean {key}={near[0]}?"
-        if value and any(item is str or value in get_args(item) for item in items):
+        if value and str in items:
             example = f"[{value}]"
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if str in kinds and float not in kinds:

@@ -10,9 +10,10 @@ measured, how much is computed at once, or what is shown and saved.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from twig.common.errors import UserError, as_validator
@@ -28,6 +29,33 @@ DISPLAY: JsonDict = {"affects": "display"}
 
 Text = Annotated[str, Field(min_length=1)]
 Index = Annotated[int, Field(ge=0)]
+T = TypeVar("T")
+
+
+class _OneAlone:
+    """Says in the JSON schema that a list may be written as its only value, or as one of `others`."""
+
+    def __init__(self, *others: str) -> None:
+        self.others = [{"enum": list(others)}] if others else []
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        several = handler(schema)
+        return {"anyOf": [several["items"], *self.others, several]}
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | int | float) else value
+
+
+OneOrMore = Annotated[list[T], BeforeValidator(_as_list), _OneAlone()]
+_Weights = Annotated[list[float], Field(min_length=1), BeforeValidator(_as_list), _OneAlone()]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+def _trackers(value: Any) -> Any:
+    if value in ("all", ["all"]):
+        return [name for name in get_args(Tracker) if find_spec(name)]
+    return [] if value in ("none", ["none"]) else _as_list(value)
 
 
 class TaskSettings(Frozen):
@@ -97,9 +125,8 @@ class TaskSettings(Frozen):
         "task's own reward.",
         examples=["rewards.py:exact,short"],
     )
-    reward_weights: list[float] | None = Field(
+    reward_weights: _Weights | None = Field(
         default=None,
-        min_length=1,
         description="Weight of each reward function in the sum. null: 1 each.",
         examples=[[1.0, 0.5]],
     )
@@ -314,7 +341,7 @@ class Rollout(Frozen):
         examples=[False],
         json_schema_extra=SPEED,
     )
-    suppress_tokens: list[Index] = Field(
+    suppress_tokens: OneOrMore[Index] = Field(
         default=[], description="Token ids that are never sampled.", examples=[[0, 1]]
     )
     decode: Literal["auto", "plain", "graph", "compiled"] = Field(
@@ -326,7 +353,7 @@ class Rollout(Frozen):
         "is too little memory.",
         json_schema_extra=SPEED,
     )
-    stop: list[Text] = Field(
+    stop: OneOrMore[Text] = Field(
         default=[],
         description="Texts that end a completion, beside the end tokens; the text stays part of it.",
         examples=[["\nQuestion:"]],
@@ -511,10 +538,10 @@ class Memory(Frozen):
 class Log(Frozen):
     """What is written and shown while training."""
 
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers), _OneAlone("all", "none")] = Field(
         default=[],
         description="Trackers that get the metrics too; each must be installed. wandb and trackio also "
-        "get the settings.",
+        "get the settings. As in transformers, `all` means those that are installed, `none` none.",
         examples=[["tensorboard"]],
         json_schema_extra=DISPLAY,
     )
