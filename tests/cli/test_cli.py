@@ -109,7 +109,8 @@ def test_a_task_is_shown_as_the_model_sees_it(twig):
     a, b = map(int, prompt.removesuffix("=").split("*"))
     assert status == 0
     assert f"#{a * b}" in lines
-    assert lines[-1] == "Its score: 1 (answer found, right)"
+    assert "Its score: 1 (answer found, right)" in lines
+    assert _rewards_shown(shown) == [["1"] * 3, ["0"] * 3]
 
 
 def test_a_task_is_shown_through_a_models_tokenizer(twig, model):
@@ -121,7 +122,8 @@ def test_a_task_is_shown_through_a_models_tokenizer(twig, model):
 def test_a_task_with_data_is_shown(twig, test_data, name):
     status, shown, _ = twig("tasks", "show", name, f"task.path={test_data / name}")
     assert status == 0
-    assert "\n#### " in shown and shown.endswith("Its score: 1 (answer found, right)\n")
+    assert "\n#### " in shown and "Its score: 1 (answer found, right)\n" in shown
+    assert _rewards_shown(shown) == [["1"] * 3, ["0"] * 3]
 
 
 def test_a_task_that_cannot_tell_what_is_right_says_so(twig, tmp_path):
@@ -134,6 +136,36 @@ def test_a_task_that_cannot_tell_what_is_right_says_so(twig, tmp_path):
     assert status == 0
     assert "rhyme with tree \\x1b[31m" in shown
     assert "reward functions" in shown
+    assert _rewards_shown(shown) == [["1"] * 1]
+
+
+@pytest.mark.parametrize(
+    "reward, right, empty, advice",
+    [
+        ("float(c == a)", "1", "0", ""),
+        ("float(c == '#### ' + a)", "1", "0", ""),
+        ("0.5 * (c == a)", "0.5", "0", "set task.correct_at=0.5"),
+        ("float(len(c) > 99)", "0", "0", "see that it reads"),
+        ("None if c else 1.0", "none", "1", "see that it reads"),
+    ],
+)
+def test_a_task_is_shown_with_the_users_rewards(twig, tmp_path, reward, right, empty, advice):
+    rows = [{"prompt": f"{n} letters", "answer": "x" * n} for n in range(2, 50)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    body = f"return [{reward} for c, a in zip(completions, answer)]"
+    (tmp_path / "rewards.py").write_text(f"def one(completions, answer, **kwargs):\n    {body}\n")
+    arguments = ("task.path=data.jsonl", "task.reward_file=rewards.py:one")
+    status, shown, _ = twig("tasks", "show", "custom", *arguments)
+    assert status == 0
+    shown_right, shown_empty = _rewards_shown(shown)
+    assert {*shown_right} == {right} and {*shown_empty} == {empty}
+    assert advice in shown and ("task.correct_at" in shown) == ("correct_at" in advice)
+
+
+def _rewards_shown(text):
+    """Returns the numbers in each line of rewards."""
+    lines = [line.rpartition(": ")[2] for line in text.splitlines() if line.startswith("Reward of ")]
+    return [line.split(", ") for line in lines]
 
 
 def test_the_prompt_that_is_trained_is_shown(twig, tmp_path, base):

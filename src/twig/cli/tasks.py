@@ -1,11 +1,12 @@
 """Defines the command `twig tasks`: lists the tasks, or shows one of them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.text import Text
 
@@ -14,11 +15,18 @@ from twig.cli.display import clean
 from twig.common.errors import UserError
 from twig.common.text import either, one_line
 from twig.config.load import Settings, load, recipe_names
+from twig.core.types import Example
+from twig.tasks.base import Task, right_answer
 from twig.tasks.load import TASKS, load_task
 from twig.tasks.prompts import render_prompt
+from twig.tasks.rewards import score_completions
 
 # The settings need a model, but showing problems uses none.
 _ANY_MODEL = "tiny-arithmetic"
+_SCORED = 3  # problems whose answers are scored
+# How a right answer may be marked: most tasks read the line after ####, multiplication the text after the
+# last #, and a reward of the user's own may read the answer alone. The one with the highest reward is shown.
+_FORMS = ("#### {}", "#{}", "{}")
 
 
 def tasks_command(
@@ -29,7 +37,7 @@ def tasks_command(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """List the tasks; `show SOURCE`: a prompt as the model sees it, a right answer, and its score."""
+    """List the tasks; `show SOURCE`: a prompt as the model sees it, a right answer, and rewards."""
     if action is None:
         for task, module in TASKS.items():
             show_row(task, (import_module(module).__doc__ or "").partition("\n")[0])
@@ -56,15 +64,60 @@ def _show_task(source: str, overrides: Sequence[str]) -> None:
     counts = f"{len(task.train)} problems to train on, {len(task.eval)} to evaluate on."
     _say(f"{counts} A prompt:\n")
     _say(clean(render_prompt(task, example, tokenizer)))
-    if task.score is None or "answer" not in example.columns:
-        _say("\nThe task's reward functions decide what is right.")
+    _show_answers(task, examples[:_SCORED], tokenizer)
+
+
+def _show_answers(task: Task, examples: Sequence[Example], tokenizer: Any) -> None:
+    """Prints a right answer, and what the reward gives to right and to empty answers."""
+    golds = [right_answer(example) for example in examples]
+    if None in golds:
+        _say("\nThe task's reward functions decide what is right: the data has no column answer.")
+        (empty,) = _rewards(task, examples, [[""] * len(examples)], tokenizer)
+        _say(f"Reward of empty answers: {_listed(empty)}")
         return
-    # Most tasks read the line after ####, multiplication the text after the last #.
-    forms = [f"#### {example.columns['answer']}", f"#{example.columns['answer']}"]
-    gold = next((form for form in forms if task.score(form, example).right), forms[0])
-    score = task.score(gold, example)
-    verdict = f"answer {'found' if score.answered else 'not found'}, {'right' if score.right else 'wrong'}"
-    _say(f"\nA right answer ends with:\n\n{clean(gold)}\n\nIts score: {float(score.right):g} ({verdict})")
+    forms = [form for form in _FORMS if task.score is None or _is_right(task, form, examples[0])] or _FORMS
+    texts = [[form.format(gold) for gold in golds] for form in forms]
+    *right, empty = _rewards(task, examples, [*texts, [""] * len(examples)], tokenizer)
+    best = max(range(len(forms)), key=lambda n: np.nan_to_num(right[n], nan=-np.inf).mean())
+    _say(f"\nA right answer ends with:\n\n{clean(texts[best][0])}\n")
+    if task.score is not None:
+        score = task.score(texts[best][0], examples[0])
+        found = "found" if score.answered else "not found"
+        _say(f"Its score: {float(score.right):g} (answer {found}, {'right' if score.right else 'wrong'})")
+    _say(f"Reward of right answers, {len(examples)} of them: {_listed(right[best])}")
+    _say(f"Reward of empty answers: {_listed(empty)}")
+    for line in _advice(task, right[best], empty):
+        _say(line)
+
+
+def _is_right(task: Task, form: str, example: Example) -> bool:
+    return task.score is not None and task.score(form.format(right_answer(example)), example).right
+
+
+def _rewards(
+    task: Task, examples: Sequence[Example], answers: Sequence[Sequence[str]], tokenizer: Any
+) -> np.ndarray:
+    """Returns the rewards [answers, examples] of lists of texts, each text an answer to its example."""
+    texts = [text for each in answers for text in each]
+    ids = [tokenizer.encode(text, add_special_tokens=False) if tokenizer else [] for text in texts]
+    total = score_completions(task, [*examples] * len(answers), texts, ids).total
+    return total.reshape(len(answers), len(examples))
+
+
+def _advice(task: Task, right: np.ndarray, empty: np.ndarray) -> Iterator[str]:
+    """Yields what to change before training, if right answers cannot be told from others."""
+    if not (right > empty).any():
+        yield "The reward gives empty answers as much: see that it reads answers in this form."
+    elif task.score is None and not (right >= task.correct_at).any():
+        most = np.nanmax(right)
+        yield (
+            f"None reaches task.correct_at={task.correct_at:g}, from which a completion counts as right. If "
+            f"the form is what the reward expects, set task.correct_at={most:g}."
+        )
+
+
+def _listed(rewards: np.ndarray) -> str:
+    return ", ".join("none" if np.isnan(reward) else f"{reward:g}" for reward in rewards)
 
 
 def _tokenizer(settings: Settings, needed: bool) -> Any:
