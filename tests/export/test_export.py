@@ -362,6 +362,17 @@ def test_only_data_from_the_hub_is_named_as_such(overrides, passed, expected, tm
         assert path not in card
 
 
+def test_rewards_that_are_more_than_right_or_wrong_have_their_mean():
+    results = {
+        f"accuracy_{when}": SUMMARY[f"accuracy_{when}"] | {"graded": True, "reward": reward}
+        for when, reward in (("before", 0.1), ("after", 0.25))
+    }
+    data, text = metadata(model_card(subject(summary=SUMMARY | results)))
+    (metric,) = data["model-index"][0]["results"][0]["metrics"]
+    assert (metric["type"], metric["value"]) == ("reward", 0.25)
+    assert "\n| after step 100 (this model) | 0.250 | 100 |\n" in text and "may be chance" not in text
+
+
 def test_the_page_has_the_numbers_of_the_run():
     text = model_card(subject("train.learning_rate=3e-4", "algorithm.name=s-grpo", "log.progress=quiet"))
     for line in (

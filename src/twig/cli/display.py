@@ -17,6 +17,7 @@ from rich.text import Text
 
 from twig.common.text import one_line, percent, printable, shortened
 from twig.report.diagnosis import Finding
+from twig.report.figures import accuracy_rows, change_between
 from twig.report.page import NAME
 from twig.runs.reader import KINDS, missing_kinds
 
@@ -37,16 +38,12 @@ def clean(value: Any) -> str:
 
 def accuracy_table(rows: dict[str, dict[str, Any] | None]) -> Table:
     """Returns a table of evaluations by name; one that was not done has dashes."""
+    titles, *lines = accuracy_rows(rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in ("right", "95 % interval", "problems"):
-        table.add_column(name, justify="right")
-    for name, result in rows.items():
-        if result is None:
-            table.add_row(Text(name), "-", "-", "-")
-        else:
-            interval = f"{100 * result['low']:.1f} to {percent(result['high'])}"
-            table.add_row(Text(name), percent(result["value"]), interval, str(result["n"]))
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left")
+    for name, *texts in lines:
+        table.add_row(Text(name), *texts)
     return table
 
 
@@ -82,7 +79,7 @@ def show_run(console: Console, folder: Path, summary: dict[str, Any]) -> None:
     else:
         console.print("accuracy not measured")
     if before and after:
-        console.print(f"\nchange   {100 * (after['value'] - before['value']):+.1f} points")
+        console.print(f"\nchange   {change_between(before, after)}")
     share = f" ({percent(selected / sampled)})" if sampled else ""
     facts = {
         "run": f"{summary['algorithm']} on {summary['task']}, {summary['steps']} steps, {summary['status']}",

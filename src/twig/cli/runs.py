@@ -93,5 +93,8 @@ def _accuracy(run: Listed) -> str:
     if run.accuracy_before is None and run.accuracy_after is None:
         return "-"
     values = (run.accuracy_before, run.accuracy_after)
+    if run.graded:
+        before, after = ("-" if value is None else f"{value:.3f}" for value in values)
+        return f"reward {before} -> {after}"
     before, after = ("-" if value is None else f"{100 * value:.1f}" for value in values)
     return f"{before} -> {after} %"

@@ -32,7 +32,7 @@ from twig.runtime.processes import ALONE, Processes
 from twig.tasks.answers import answer_text
 from twig.tasks.base import Task, as_json
 from twig.tasks.prompts import encode_prompt, refuse_too_long
-from twig.tasks.rewards import Rewards, joined, judge, score_completions
+from twig.tasks.rewards import Rewards, is_graded, joined, judge, score_completions
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Evaluation:
     `found` is the share of completions with an answer (None if the task cannot tell), `right_lenient` the
     accuracy if the last number of each text were its answer (None if that means nothing), `reward` the mean
     of the rewards given (None if there is none), `mean_length` in tokens, `truncated` the share cut off by
-    the length limit. `right` and `answered` [problems] say for each problem whether its answer is right and
-    whether there is one (None if the task cannot tell); `problems` is the checksum of them all.
+    the length limit. `graded` says that the rewards are more than right or wrong: then their mean is the
+    result, not `value`. `right` and `answered` [problems] say for each problem whether its answer is right
+    and whether there is one (None if the task cannot tell); `problems` is the checksum of them all.
     """
 
     value: float
@@ -55,6 +56,7 @@ class Evaluation:
     reward: float | None
     mean_length: float
     truncated: float
+    graded: bool = False
     right: np.ndarray | None = field(default=None, repr=False, compare=False)
     answered: np.ndarray | None = field(default=None, repr=False, compare=False)
     problems: str | None = field(default=None, repr=False, compare=False)
@@ -108,7 +110,7 @@ def evaluate_policy(
     own = [completion for (completion,) in answers.draw(task, examples, 1)]
     judged = processes.gather(_judged(task, examples, own), _Judged, Completion, Rewards)
     parts = [part for part in judged if part is not None]
-    return _summarise(asked, parts), [completion for part in parts for completion in part.completions]
+    return _summarise(task, asked, parts), [completion for part in parts for completion in part.completions]
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def _judged(task: Task, examples: list[Example], completions: list[Completion]) 
     return _Judged(completions, rewards, judged.answered, judged.right)
 
 
-def _summarise(examples: list[Example], parts: list[_Judged]) -> Evaluation:
+def _summarise(task: Task, examples: list[Example], parts: list[_Judged]) -> Evaluation:
     completions = [completion for part in parts for completion in part.completions]
     rewards = joined([part.rewards for part in parts])
     right = np.concatenate([part.right for part in parts])
@@ -249,6 +251,7 @@ def _summarise(examples: list[Example], parts: list[_Judged]) -> Evaluation:
         reward=float(given.mean()) if len(given) else None,
         mean_length=float(np.mean([len(c) for c in completions])),
         truncated=float(np.mean([not c.finished for c in completions])),
+        graded=is_graded(task, rewards.total),
         right=right,
         answered=answered,
         problems=problems_checksum(examples),

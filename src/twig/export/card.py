@@ -18,6 +18,7 @@ from twig.common.redact import code, fenced, last_part, public, shown
 from twig.common.text import percent, shortened
 from twig.config.load import Settings
 from twig.core.algorithms.base import PAPER, Algorithm
+from twig.report.figures import figure_of, is_graded
 from twig.runs.reader import KINDS, answers_of, missing_kinds
 from twig.tasks.load import TASKS
 
@@ -142,6 +143,8 @@ def model_card(subject: Subject) -> str:
         "example": "..." if len(prompt) > _LONGEST_PROMPT else prompt,
         "stop": public(settings.rollout.stop),
         "results": _results(subject),
+        "graded": is_graded([subject.measured]),
+        "figure_of": figure_of,
         "measured": subject.measured,
         "answers": [_answer_texts(row) for row in subject.answers],
         "missing": missing_kinds(subject.answers) if subject.answers else [],
@@ -206,14 +209,17 @@ def _metadata(subject: Subject) -> str:
     data, measured = _data(subject), subject.measured
     results = None
     if measured is not None:
+        graded = is_graded([measured])
+        name = "mean reward" if graded else "accuracy"
+        value = measured["reward"] if graded else measured["value"]
         results = [
             EvalResult(
                 task_type="text-generation",
                 dataset_type=data.hub_id or subject.settings.task.name,
                 dataset_name=shown(data.hub_id or data.text),
-                metric_type="accuracy",
-                metric_value=round(float(measured["value"]), 4),
-                metric_name=f"accuracy, greedy, {int(measured['n'])} problems",
+                metric_type="reward" if graded else "accuracy",
+                metric_value=round(float(value or 0.0), 4),
+                metric_name=f"{name}, greedy, {int(measured['n'])} problems",
             )
         ]
     tags = ["twig", "reinforcement-learning", shown(subject.settings.algorithm.name)]
@@ -283,6 +289,8 @@ def _answer_texts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _may_be_chance(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> bool:
+    if is_graded([before, after]):
+        return False
     return bool(before and after and before["low"] <= after["high"] and after["low"] <= before["high"])
 
 

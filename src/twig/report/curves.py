@@ -52,6 +52,7 @@ CHARTS = (
     Chart(
         "eval/accuracy", "Accuracy", "share", "greedy answers to problems that are never trained on", False
     ),
+    Chart("eval/reward", "Reward of evaluations", "", "mean over problems that are never trained on", False),
     Chart("entropy", "Entropy", "nats", "per token: how open the choice of a token was"),
     Chart("kl", "KL divergence from the base", "nats", "per token with credit"),
     Chart("completions/mean_length", "Length", "tokens", "mean tokens of a completion"),
@@ -168,10 +169,16 @@ def arm_series(arm: Arm, num_arms: int = 1) -> dict[str, Any]:
         "x": {axis: _numbers(_at(columns, ends), 6) for axis, columns in xs.items()},
         "series": series,
         "evals": _evals(arm),
+        "evaluated": "eval/reward" if is_graded_arm(arm) else "eval/accuracy",
         "predicted": _predicted(arm),
         "phases": {name: _mean_time(arm, f"time/{name}") for name in PHASES},
         "time": _mean_time(arm, "time/step"),
     }
+
+
+def is_graded_arm(arm: Arm) -> bool:
+    """Tells whether an arm's results are mean rewards, as its rewards are more than right or wrong."""
+    return any(run.graded for run in arm.runs)
 
 
 def _binned(full: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -212,7 +219,8 @@ def _evals(arm: Arm) -> list[list[float | int | None]]:
     for step, each in sorted(points.items()):
         values = [value for value, _ in each]
         n = each[0][1]
-        interval = wilson(round(values[0] * n), n) if len(each) == 1 and n else (min(values), max(values))
+        share = len(each) == 1 and n and not is_graded_arm(arm)
+        interval = wilson(round(values[0] * n), n) if share else (min(values), max(values))
         at = [_until(arm, metric, step) for metric in ("tokens/sampled", "time/step")]
         rows.append([step, *at, *_numbers(np.array([np.mean(values), *interval]))])
     return rows
@@ -249,11 +257,12 @@ def accuracy_at(run: RunData, tokens: float) -> float | None:
 
 
 def _accuracy_by_step(run: RunData) -> dict[int, float]:
-    """Returns the accuracy of each evaluation by its step, in order."""
+    """Returns the accuracy, or mean reward, of each evaluation by its step, in order."""
     before, after = run.summary.get("accuracy_before"), run.summary.get("accuracy_after")
-    by_step = {row["step"]: row["eval/accuracy"] for row in run.evals}
-    by_step |= {0: before["value"]} if before else {}
-    by_step |= {run.summary["steps"]: after["value"]} if after else {}
+    metric, key = ("eval/reward", "reward") if run.graded else ("eval/accuracy", "value")
+    by_step = {row["step"]: row.get(metric) for row in run.evals}
+    by_step |= {0: before[key]} if before else {}
+    by_step |= {run.summary["steps"]: after[key]} if after else {}
     return {step: value for step, value in sorted(by_step.items()) if value is not None}
 
 

@@ -3,7 +3,7 @@
 Knows the names of metrics, nothing of terminals and notebooks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twig.common.text import percent
@@ -34,7 +34,7 @@ class Figures:
             self.tokens_per_second = _smooth(self.tokens_per_second, sampled / seconds)
 
     def rewards(self, metrics: dict[str, Any]) -> list[str]:
-        """Returns the step's reward and share of right answers."""
+        """Returns the step's reward and, if rewards are no more than right or wrong, the share of right."""
         parts = [f"reward {metrics['reward']:.3f}"] if metrics.get("reward") is not None else []
         if metrics.get("answers/right") is not None:
             parts.append(f"right {percent(metrics['answers/right'])}")
@@ -57,8 +57,48 @@ def accuracy_words(result: dict[str, Any]) -> str:
     >>> accuracy_words({"value": 0.5, "low": 0.404, "high": 0.596, "n": 100})
     '50.0 % right of 100 (95 % interval 40.4 to 59.6 %)'
     """
+    if is_graded([result]):
+        return f"{figure_of(result, True)}, the mean of {result['n']}"
     interval = f"95 % interval {100 * result['low']:.1f} to {percent(result['high'])}"
     return f"{percent(result['value'])} right of {result['n']} ({interval})"
+
+
+def is_graded(results: Sequence[Mapping[str, Any] | None]) -> bool:
+    """Tells whether rewards are more than right or wrong: the results are then shown as mean rewards."""
+    return any(result is not None and result.get("graded") for result in results)
+
+
+def figure_of(result: Mapping[str, Any], graded: bool) -> str:
+    """Returns an evaluation's result: the share of right answers, or the mean reward if it is `graded`.
+
+    >>> figure_of({"value": 0.5, "reward": 0.5}, False), figure_of({"value": 0.0, "reward": 0.31}, True)
+    ('50.0 %', 'reward 0.310')
+    """
+    if not graded:
+        return percent(result["value"])
+    return "no reward" if result["reward"] is None else f"reward {result['reward']:.3f}"
+
+
+def change_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Returns the difference of two results."""
+    if not is_graded([before, after]):
+        return f"{100 * (after['value'] - before['value']):+.1f} points"
+    return f"reward {(after['reward'] or 0.0) - (before['reward'] or 0.0):+.3f}"
+
+
+def accuracy_rows(results: Mapping[str, Mapping[str, Any] | None]) -> list[list[str]]:
+    """Returns a table of evaluations by name, its titles first; one that was not done has dashes."""
+    graded = is_graded([*results.values()])
+    rows = [["", "reward", "problems"] if graded else ["", "right", "95 % interval", "problems"]]
+    for name, result in results.items():
+        if result is None:
+            rows.append([name, *["-"] * (len(rows[0]) - 1)])
+        elif graded:
+            rows.append([name, figure_of(result, True).removeprefix("reward "), str(result["n"])])
+        else:
+            interval = f"{100 * result['low']:.1f} to {percent(result['high'])}"
+            rows.append([name, percent(result["value"]), interval, str(result["n"])])
+    return rows
 
 
 def _smooth(before: float | None, now: float) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 from twig.common.progress import Progress
 from twig.common.text import one_line, percent, shortened
 from twig.report.curves import CHARTS, Chart
-from twig.report.figures import Figures, accuracy_words
+from twig.report.figures import Figures, accuracy_rows, accuracy_words
 from twig.runs.reader import KINDS, missing_kinds
 
 _SECONDS_BETWEEN = 0.5
@@ -158,14 +158,8 @@ def accuracies_html(before: Mapping[str, Any] | None, after: Mapping[str, Any] |
     """Returns a table of the accuracy before and after training."""
     if not (before or after):
         return "<div>accuracy not measured</div>"
-    rows = []
-    for when, result in (("before", before), ("after", after)):
-        if result is None:
-            rows.append([when, "-", "-", "-"])
-        else:
-            interval = f"{100 * result['low']:.1f} to {percent(result['high'])}"
-            rows.append([when, percent(result["value"]), interval, str(result["n"])])
-    return table_html(["", "right", "95 % interval", "problems"], rows)
+    titles, *rows = accuracy_rows({"before": before, "after": after})
+    return table_html(titles, rows)
 
 
 def answers_html(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -21,8 +21,18 @@ from twig.common.files import write_whole
 from twig.common.text import percent, shortened
 from twig.core.algorithms.registry import shipped
 from twig.report.credit_map import Strings, choose, compared
-from twig.report.curves import CHARTS, Arm, accuracy_at, arm_series, arms_of, differing, tokens_of
+from twig.report.curves import (
+    CHARTS,
+    Arm,
+    accuracy_at,
+    arm_series,
+    arms_of,
+    differing,
+    is_graded_arm,
+    tokens_of,
+)
 from twig.report.diagnosis import SYMPTOMS, Finding, findings, to_try
+from twig.report.figures import figure_of
 from twig.report.history import RunData, read_run, settings_text
 from twig.runs.listing import short_names
 from twig.runs.reader import KINDS, answers_of, missing_kinds, newest_step
@@ -245,7 +255,9 @@ def _headline(arms: list[Arm], runs: Sequence[RunData]) -> str:
     if len(runs) == 1 and state in _UNFINISHED:
         return f"{_UNFINISHED[state]} {_step_of(runs[0])}"
     if before is not None and after is not None:
-        return f"From {_unbroken_percent(before)} to {_unbroken_percent(after)} right in {steps:,} steps"
+        graded = is_graded_arm(arms[0])
+        ends = f"{_result_text(before, graded)} to {_result_text(after, graded)}"
+        return f"{f'Reward from {ends}' if graded else f'From {ends} right'} in {steps:,} steps"
     return f"{arms[0].label}: {steps:,} steps"
 
 
@@ -254,8 +266,9 @@ def _standfirst(arms: list[Arm]) -> str:
     model, task = arm.settings.model.name, arm.settings.task.name
     if len(arms) > 1:
         after = {arm.label: _mean_accuracy(arm, "after") for arm in arms}
+        graded = any(map(is_graded_arm, arms))
         values = [
-            f"{label} {_unbroken_percent(value)}" for label, value in after.items() if value is not None
+            f"{label} {_result_text(value, graded)}" for label, value in after.items() if value is not None
         ]
         text = f"{model} on {task}."
         if len({run.problems for arm in arms for run in arm.runs} - {None}) > 1:
@@ -263,7 +276,8 @@ def _standfirst(arms: list[Arm]) -> str:
         equal = _at_equal_tokens(arms)
         if equal is not None:
             return f"{text} {equal}"
-        return f"{text} Right after training: {', '.join(values)}." if values else text
+        what = "Mean reward" if graded else "Right"
+        return f"{text} {what} after training: {', '.join(values)}." if values else text
     sampled = sum(run.history.column("tokens/sampled").sum() for run in arm.runs)
     selected = sum(run.history.column("tokens/selected").sum() for run in arm.runs)
     seeds = f", {_numeral(len(arm.runs)).lower()} seeds" if len(arm.runs) > 1 else ""
@@ -286,9 +300,11 @@ def _at_equal_tokens(arms: list[Arm]) -> str | None:
     if any(value is None for each in values for value in each):
         return f"{between}, and lack the evaluations (eval.steps) to compare them at equal tokens."
     means = [sum(value for value in each if value is not None) / len(each) for each in values]
-    shown = [f"{arm.label} {_unbroken_percent(mean)}" for arm, mean in zip(arms, means, strict=True)]
+    graded = any(map(is_graded_arm, arms))
+    what = "Mean reward" if graded else "Right"
+    shown = [f"{arm.label} {_result_text(mean, graded)}" for arm, mean in zip(arms, means, strict=True)]
     where = "where the shortest ended, on straight lines between evaluations"
-    return f"{between}. Right after {least:,.0f} tokens, {where}: {', '.join(shown)}."
+    return f"{between}. {what} after {least:,.0f} tokens, {where}: {', '.join(shown)}."
 
 
 def _here(run: RunData) -> Path:
@@ -309,8 +325,11 @@ def _status(run: RunData) -> _Status | None:
     after = f"after {_step_of(run)}"
     if run.state == "running":
         text = f"Training: {_step_of(run)}. This page reloads itself."
-        if run.evals:
-            text += f" The newest evaluation: {_unbroken_percent(run.evals[-1]['eval/accuracy'])} right."
+        newest = run.evals[-1] if run.evals else {}
+        if newest.get("eval/accuracy") is not None:
+            text += f" The newest evaluation: {_unbroken_percent(newest['eval/accuracy'])} right."
+        elif newest.get("eval/reward") is not None:
+            text += f" The newest evaluation: reward {newest['eval/reward']:.3f}."
         return _Status(run.name, "running", text, None)
     if run.state == "stopped":
         return _Status(run.name, "stopped", f"Stopped {after}, and saved. To resume:", command)
@@ -378,6 +397,8 @@ def _run_row(run: RunData, arm: int) -> dict[str, Any]:
     }
     for when in ("before", "after"):
         accuracy = run.summary.get(f"accuracy_{when}")
+        if run.graded:  # mean rewards have no interval
+            accuracy = None
         row[when] = [accuracy[part] for part in ("value", "low", "high", "n")] if accuracy else None
     return row
 
@@ -387,8 +408,8 @@ def _result(run: RunData) -> _Result:
     sampled, selected = (run.history.column(f"tokens/{name}").sum() for name in ("sampled", "selected"))
     seconds, peak = summary.get("seconds"), summary.get("peak_memory_bytes")
     return _Result(
-        before=_interval(summary.get("accuracy_before")),
-        after=_interval(summary.get("accuracy_after")),
+        before=_interval(summary.get("accuracy_before"), run.graded),
+        after=_interval(summary.get("accuracy_after"), run.graded),
         sampled=f"{sampled:,.0f}",
         trained=percent(selected / sampled) if sampled else _DASH,
         seconds=_DASH if seconds is None else f"{seconds:,.0f} s",
@@ -412,15 +433,22 @@ def _facts(runs: Sequence[RunData]) -> dict[str, str]:
 
 def _mean_accuracy(arm: Arm, when: str) -> float | None:
     accuracies = [run.summary.get(f"accuracy_{when}") for run in arm.runs]
-    values = [accuracy["value"] for accuracy in accuracies if accuracy]
+    key = "reward" if is_graded_arm(arm) else "value"
+    values = [accuracy[key] for accuracy in accuracies if accuracy and accuracy[key] is not None]
     return sum(values) / len(values) if values else None
 
 
-def _interval(accuracy: dict[str, Any] | None) -> str:
+def _interval(accuracy: dict[str, Any] | None, graded: bool) -> str:
     if not accuracy:
         return _DASH
+    if graded:
+        return figure_of(accuracy, True)
     low, high = (f"{100 * accuracy[end]:.1f}" for end in ("low", "high"))
     return f"{_unbroken_percent(accuracy['value'])} ({low} to {high})"
+
+
+def _result_text(value: float, graded: bool) -> str:
+    return f"{value:.3f}" if graded else _unbroken_percent(value)
 
 
 def _unbroken_percent(share: float) -> str:

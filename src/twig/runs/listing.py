@@ -38,7 +38,8 @@ class Listed:
     `state` is one of STATES: a run that is locked is running; one without a result, or whose result is older
     than its last step or fault, failed, and `reason` is the last line of its traceback. `step` of `steps` are
     done. `accuracy_before` and `accuracy_after` are those of the newest evaluation's problems before training
-    and after `accuracy_step` steps. `seconds` are of training, `changed` is when the run last wrote a file.
+    and after `accuracy_step` steps; mean rewards if the run is `graded`: its rewards are more than right or
+    wrong. `seconds` are of training, `changed` is when the run last wrote a file.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Listed:
     seconds: float | None
     changed: float
     reason: str | None = None
+    graded: bool = False
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -115,6 +117,7 @@ def _listed(name: str, folder: Path) -> Listed:
         seconds=summary["seconds"] if summary and current else _seconds(rows),
         changed=max(_changed(folder / file) for file in _WRITTEN),
         reason=reason,
+        graded=_is_graded(summary),
     )
 
 
@@ -144,12 +147,18 @@ def _is_current(folder: Path, summary: dict[str, Any], last: int) -> bool:
     return last <= summary["steps"] and not (folder / TRACEBACK).exists()
 
 
+def _is_graded(summary: dict[str, Any] | None) -> bool:
+    results = [(summary or {}).get(f"accuracy_{when}") for when in ("before", "after")]
+    return any(result is not None and result.get("graded") for result in results)
+
+
 def _accuracies(
     folder: Path, summary: dict[str, Any] | None
 ) -> tuple[float | None, float | None, int | None]:
     """Returns the accuracy before training, that of the newest evaluation, and the step of that."""
     results = [(summary or {}).get(f"accuracy_{when}") for when in ("before", "after")]
-    before, after = (None if result is None else result["value"] for result in results)
+    key = "reward" if _is_graded(summary) else "value"
+    before, after = (None if result is None else result[key] for result in results)
     if summary is not None and after is not None:
         return before, after, int(summary["steps"])
     rows = []

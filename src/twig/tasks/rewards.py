@@ -241,6 +241,18 @@ def judge(task: Task, examples: Sequence[Example], texts: Sequence[str], totals:
     return Judged(np.array([s.answered for s in scores], bool), np.array([s.right for s in scores], bool))
 
 
+def is_graded(task: Task, totals: np.ndarray) -> bool:
+    """Tells whether the rewards of completions say more than which are right, so that their mean is shown.
+
+    They do if the task cannot tell by itself, `task.correct_at` is left at 1, and they have more than two
+    values, or two below 1.
+    """
+    if task.score is not None or task.correct_at != 1.0:
+        return False
+    values = np.unique(totals[~np.isnan(totals)])
+    return len(values) > 2 or (len(values) == 2 and bool(values[-1] < task.correct_at))
+
+
 def read_leniently(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray | None:
     """Tells which of N completions have a last number, and which a right one: bool [2, N].
 

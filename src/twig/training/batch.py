@@ -35,13 +35,15 @@ class Decodes(Protocol):
 class Outcomes:
     """Groups, and of each of their completions, in order, the rewards, `answered` and `right`.
 
-    `answered` and `right` say whether an answer was found (None: the task cannot tell) and is right.
+    `answered` and `right` say whether an answer was found (None: the task cannot tell) and is right, `graded`
+    that the rewards are more than right or wrong (`tasks.rewards.is_graded`).
     """
 
     groups: list[Group]
     rewards: Rewards
     answered: np.ndarray | None
     right: np.ndarray
+    graded: bool = False
 
     @property
     def without_signal(self) -> list[int]:
@@ -55,7 +57,7 @@ class Outcomes:
         numbers = np.concatenate([place * size + np.arange(size) for place in places])
         answered = None if self.answered is None else self.answered[numbers]
         groups = [self.groups[place] for place in places]
-        return Outcomes(groups, self.rewards.at(numbers), answered, self.right[numbers])
+        return Outcomes(groups, self.rewards.at(numbers), answered, self.right[numbers], self.graded)
 
     @classmethod
     def joined(cls, parts: "Sequence[Outcomes]") -> "Outcomes":
@@ -66,6 +68,7 @@ class Outcomes:
             joined([part.rewards for part in parts]),
             np.concatenate(answered) if answered else None,
             np.concatenate([part.right for part in parts]),
+            any(part.graded for part in parts),
         )
 
 

@@ -20,7 +20,7 @@ def batch_metrics(batch: Batch) -> dict[str, Any]:
         "reward_std": float(np.mean(deviations or [0.0])),
         **sampled.rewards.metrics,
         "frac_reward_zero_std": len(sampled.without_signal) / len(sampled.groups),
-        "answers/right": float(sampled.right.mean()),
+        "answers/right": None if sampled.graded else float(sampled.right.mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twig.common.errors import UserError
-from twig.common.text import percent
 from twig.common.tokenizer import Tokenizer
 from twig.report.credit_map import saved_steps
+from twig.report.figures import accuracy_rows
 from twig.report.notebook import Plot, accuracies_html, answers_html, curves_html
 from twig.report.page import NAME, write_report
 from twig.runs.completions import read_completions
@@ -74,9 +74,9 @@ class Run:
 
     def __repr__(self) -> str:
         before, after = (self.summary.get(f"accuracy_{when}") for when in ("before", "after"))
-        figures = [percent(each["value"]) if each else "-" for each in (before, after)]
-        right = f", right {' -> '.join(figures)}" if before or after else ""
-        return f"Run({str(self.folder)!r}: {self._what()}{right})"
+        (_, name, *_), *rows = accuracy_rows({"before": before, "after": after})
+        result = f", {name} {' -> '.join(row[1] for row in rows)}" if before or after else ""
+        return f"Run({str(self.folder)!r}: {self._what()}{result})"
 
     def _what(self) -> str:
         summary = self.summary

@@ -309,8 +309,9 @@ class Session:
         if every and step % every == 0 and not self._is_over():
             result = self._evaluate(f"step {step}")
             if result is not None:
-                columns = {"accuracy": "value", "found": "found", "right_lenient": "right_lenient"}
-                self._log({f"eval/{name}": result[key] for name, key in columns.items()})
+                columns = {"found": "found", "right_lenient": "right_lenient", "reward": "reward"}
+                row = {f"eval/{name}": result[key] for name, key in columns.items()}
+                self._log({"eval/accuracy": None if result["graded"] else result["value"], **row})
 
     def _completion_rows(self, batch: Batch) -> list[dict[str, Any]]:
         return completion_rows(batch, self.tokenizer, self.task.train)

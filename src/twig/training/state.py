@@ -59,7 +59,7 @@ class RunState:
         Of equal ones it is the first.
         """
         trained = [each for each in self._comparable() if each["step"] > 0]
-        return max(trained, key=lambda each: each["value"], default=None)
+        return max(trained, key=lambda each: each[self._measure], default=None)
 
     def ended_by(self, when: StopWhen) -> str | None:
         """Returns the setting or callback that ends the run here; None if it goes on."""
@@ -72,11 +72,21 @@ class RunState:
             return None
         if when.accuracy is not None and values[last] >= when.accuracy:
             return "train.stop_when.accuracy"
+        values = {each["step"]: each[self._measure] for each in self._comparable()}
         best = max(values, key=lambda step: (values[step], -step))
         since = sum(step > best for step in values)
         if when.patience is not None and since >= when.patience:
             return "train.stop_when.patience"
         return None
+
+    @property
+    def _measure(self) -> str:
+        """What evaluations are compared by: `reward` if rewards are more than right or wrong."""
+        asked = self._comparable()
+        graded = any(each.get("graded") for each in asked) and all(
+            each["reward"] is not None for each in asked
+        )
+        return "reward" if graded else "value"
 
     def _comparable(self) -> list[dict[str, Any]]:
         return [each for each in self.evaluations if each["n"] == self.evaluations[-1]["n"]]

@@ -35,7 +35,7 @@ from twig.engine.update import LogProbs, Passes
 from twig.runtime.processes import ALONE, Processes
 from twig.tasks.base import Task
 from twig.tasks.prompts import encode_prompt, refuse_too_long
-from twig.tasks.rewards import Rewarding, Rewards, joined, judge
+from twig.tasks.rewards import Rewarding, Rewards, is_graded, joined, judge
 from twig.training.batch import Batch, Outcomes, gaps
 from twig.training.metrics import batch_metrics
 
@@ -112,6 +112,7 @@ class Trainer:
         self.drawn_prompts = 0  # position in the data: prompts taken so far
         self.restarts: list[Restart] = []
         self.lengths: dict[int, float] = {}  # of a prompt's completions, the last time it was sampled
+        self.graded = False  # rewards were more than right or wrong: see `tasks.rewards.is_graded`
         self.settled: set[int] = set()  # problems whose last group was all right or all wrong
         self.passed_over = 0  # problems whose turn passed in this step (`rollout.curriculum`)
         self.skipped_in_a_row = 0  # steps up to now whose gradient was not finite
@@ -185,7 +186,9 @@ class Trainer:
             self.lengths[group.prompt_index] = float(length)
         answered = [part.answered for part in parts if part.answered is not None]
         right = np.concatenate([part.right for part in parts])
-        judged = Outcomes(groups, rewards, np.concatenate(answered) if answered else None, right)
+        self.graded = self.graded or is_graded(self.task, rewards.total)
+        flags = np.concatenate(answered) if answered else None
+        judged = Outcomes(groups, rewards, flags, right, self.graded)
         self._keep_settled(judged)
         return Batch(judged, drawn.boundary, own=own)
 
@@ -437,6 +440,7 @@ class Trainer:
             "restarts": [r.as_dict() for r in self.restarts],
             "lengths": list(self.lengths.items()),
             "settled": sorted(self.settled),
+            "graded": self.graded,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
@@ -455,6 +459,7 @@ class Trainer:
         self.restarts = [Restart(**r) for r in state["restarts"]]
         self.lengths = {int(index): length for index, length in state["lengths"]}
         self.settled = set(state.get("settled", []))
+        self.graded = state.get("graded", False)
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
 

@@ -69,7 +69,8 @@ function area(xs, low, high, x, y) {
 // The lines of one chart, by arm: where, what, between what.
 function linesOf(chart) {
   return DATA.arms.flatMap((arm, number) => {
-    if (chart.metric === "eval/accuracy") {
+    if (chart.metric === "eval/accuracy" || chart.metric === "eval/reward") {
+      if (arm.evaluated !== chart.metric) return [];
       const place = { step: 0, tokens: 1, seconds: 2 }[state.axis];
       if (!arm.evals.length) return [];
       const xs = arm.evals.map((row) => row[place]);

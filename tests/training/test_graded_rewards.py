@@ -1,0 +1,69 @@
+"""Rewards that are more than right or wrong: their mean is shown, and no share of right answers."""
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from twig.cli.display import accuracy_table, show_run
+from twig.cli.runs import runs_command
+from twig.runs.reader import read_metrics
+from twig.tasks.base import Task
+from twig.tasks.rewards import is_graded
+
+
+def halves(completions, **kwargs):
+    """Half the share of digits: never 1."""
+    return [0.5 * sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "graded"),
+    [
+        ([0, 1, 1], False),
+        ([-1, 1], False),
+        ([0, 0], False),
+        ([0, 0.5], True),
+        ([0, 0.5, 1], True),
+        ([0, np.nan, 1], False),
+        ([np.nan], False),
+    ],
+)
+def test_rewards_of_two_values_up_to_1_are_right_or_wrong(rewards, graded):
+    totals = np.array(rewards, np.float64)
+    task = Task("custom", (), (), ())
+    assert is_graded(task, totals) is graded
+    assert not is_graded(Task("custom", (), (), (), correct_at=0.5), totals), "the user says what is right"
+    assert not is_graded(Task("svamp", (), (), (), score=lambda *_: None), totals), "the task can tell"
+
+
+def test_their_mean_is_shown_everywhere_and_decides_what_is_best(run, capsys):
+    done = run("run", "train.stop_when.patience=1", reward_funcs=halves)
+    summary = done.summary
+    after = summary["accuracy_after"]
+    assert after["graded"] and after["value"] == 0
+    rows = read_metrics(done.folder)
+    assert {row["answers/right"] for row in rows if "reward" in row} == {None}
+    evaluated = {row["step"]: row["eval/reward"] for row in rows if "eval/reward" in row}
+    assert {row["eval/accuracy"] for row in rows if "eval/reward" in row} == {None}
+    rewards = [*evaluated.values(), after["reward"]]
+    assert summary["accuracy_best"]["reward"] == max(rewards)
+    console = Console(width=120, record=True)
+    show_run(console, done.folder, summary)
+    console.print(accuracy_table({"run": after}))
+    runs_command(done.folder.parent)
+    texts = [console.export_text(), capsys.readouterr().out, repr(done), done._repr_html_()]
+    page = (done.folder / "report.html").read_text(encoding="utf-8")
+    for text in texts:
+        assert f"{after['reward']:.3f}" in text
+    before = summary["accuracy_before"]["reward"]
+    assert f"Reward from {before:.3f} to {after['reward']:.3f}" in page
+    for text in [*texts[:3], page]:
+        assert "0.0 %" not in text.replace("\u00a0", " ")
+
+
+def test_right_or_wrong_stays_accuracy(run):
+    one = run("run", reward_funcs=lambda completions, **kwargs: [float("1" in text) for text in completions])
+    assert not one.summary["accuracy_after"]["graded"]
+    rows = read_metrics(one.folder)
+    assert None not in {row["answers/right"] for row in rows if "reward" in row}
+    assert None not in {row["eval/accuracy"] for row in rows if "eval/reward" in row}
