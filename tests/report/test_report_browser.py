@@ -214,6 +214,19 @@ def test_labels_neither_overlap_nor_leave_the_page(browser, pages, name, width):
     assert inside
 
 
+@pytest.mark.parametrize("width", [1400, 400])
+def test_what_wraps_in_a_row_of_the_tree_stays_right_of_its_lines(browser, pages, width):
+    browser.size(width)
+    browser.open(pages["one"])
+    starts = browser.run(
+        "return [...document.querySelectorAll('.branch')].map((row) => {"
+        " const left = (each) => each.getBoundingClientRect().left;"
+        " const share = left(row.querySelector('.share'));"
+        " return [...row.querySelectorAll('.marks')].map((mark) => left(mark) - share); })"
+    )
+    assert any(starts) and all(start >= 0 for row in starts for start in row)
+
+
 def test_the_result_needs_no_scrolling_sideways_on_a_telephone(browser, pages):
     browser.size(400)
     for name in ("one", "several"):

@@ -184,9 +184,10 @@ function rowOf(group, segment) {
   const deep = level(group, segment);
   const branch = h("div", { class: "branch", role: "rowheader" },
     h("span", { class: "guides", "aria-hidden": "true" }, Array.from({ length: deep }, () => h("i", {}))),
-    h("span", { class: "share" }, h("b", {}, String(count)), ` of ${group.size}`),
-    h("span", { class: "share mean quiet" }, h("span", { class: "unit" }, "reward "), score(value)),
-    marksOf(group, ends));
+    h("div", { class: "facts" },
+      h("span", { class: "share" }, h("b", {}, String(count)), ` of ${group.size}`),
+      h("span", { class: "share mean quiet" }, h("span", { class: "unit" }, "reward "), score(value)),
+      marksOf(group, ends)));
   const row = h("div", {
     class: "row", role: "row", tabindex: segment === 0 ? 0 : -1, "aria-level": deep + 1,
     "aria-label": describe(group, segment), "data-row": segment,
