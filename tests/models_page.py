@@ -70,9 +70,9 @@ A layer is taken for what it is: what it takes, what it keeps in its cache, and 
 Layers that keep a state read a tree in parts without forks, each from the state in which its parent ended.
 
 {rows}
-If a layer with an adapter takes keys and values from one below all adapters, sampling does not record what
-leaves the frozen layers, and the update runs them once more. `gemma3n_text` also carries several predictions
-of each token from layer to layer, and is refused.
+If a layer above the frozen ones takes keys and values from one of these, sampling records that pair beside
+what leaves the frozen layers, so an update need not run them again. `gemma3n_text` also carries several
+predictions of each token from layer to layer, and is refused.
 
 For types with a state, the check before training also runs a tree of 141 tokens, longer than the pieces in
 which such layers read a text, and compares the gradient of the adapter with that of the model's own forward

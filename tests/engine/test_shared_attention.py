@@ -127,15 +127,17 @@ def test_short_prompts_are_copied(tokens, kind, monkeypatch):
 @torch.no_grad()
 def test_what_all_prompts_begin_with_is_held_once():
     decoder = tiny.build_policy().decoder
-    texts = SharedPrompts(decoder, 2, CASES["alike"], 9, 4)
+    texts = SharedPrompts(decoder, decoder.trunk(2), CASES["alike"], 9, 4)
     assert texts.common == 17
     assert [part[0][0].shape[::2] for part in texts.cache.before] == [(1, 17), (3, 23 - 17)]
-    whole = CopiedPrompts(decoder, 2, CASES["alike"], 9, 4)
+    whole = CopiedPrompts(decoder, decoder.trunk(2), CASES["alike"], 9, 4)
     for row, ids in enumerate(CASES["alike"]):
-        numerics.assert_hidden(texts.trunk[row, : len(ids)], whole.trunk[row, : len(ids)])
+        numerics.assert_hidden(texts.boundary[row, : len(ids)], whole.boundary[row, : len(ids)])
     numerics.assert_hidden(texts.hidden, whole.hidden)
     windowed = tiny.build_policy("mistral").decoder
-    assert SharedPrompts(windowed, 2, CASES["alike"], 9, 4).common == 0, "its window ends there"
+    assert SharedPrompts(windowed, windowed.trunk(2), CASES["alike"], 9, 4).common == 0, (
+        "its window ends there"
+    )
 
 
 def test_a_model_whose_attention_is_not_transformers_copies_prompts(monkeypatch):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 from gradients import engine_gradient, oracle_gradient
 from numerics import assert_same, casts
 from restarts import LONGEST, PROMPTS, SIZE, Watched, ids_of, own_prompt
@@ -30,8 +31,8 @@ class Choosy(Watched):
         return [r if sum(map(ord, p)) % 5 == 0 else 1.0 for r, p in zip(rewards, prompts, strict=True)]
 
 
-def choosy(*overrides):
-    return build_trainer(*WORDS, *overrides, reward=Choosy())
+def choosy(*overrides, policy=None):
+    return build_trainer(*WORDS, *overrides, reward=Choosy(), policy=policy)
 
 
 def one_by_one(trainer, step, taken):
@@ -77,9 +78,11 @@ def test_a_step_is_that_of_prompts_sampled_one_by_one():
     assert redrawn > 5 and refilled > 3, "both kinds of places occur"
 
 
-def test_the_gradient_reads_the_boundary_of_the_groups_that_stay():
+@pytest.mark.parametrize("family", ["qwen2", "gemma4"])
+def test_the_gradient_reads_the_boundary_of_the_groups_that_stay(family):
     """Rows recorded in several rounds, some let go: against the node-by-node loss."""
-    trainer, mixed = choosy(), 0
+    policy = tiny.build_policy(family, layers=[2, 3], target_modules=["q_proj"])
+    trainer, mixed = choosy(policy=policy), 0
     for step in range(1, 5):
         batch = trainer.sample(step)
         trainer.assign_credit(batch, step)

@@ -21,7 +21,7 @@ from twig.tasks.load import load_task
 from twig.training.trainer import Trainer
 
 
-def build_trainer(*overrides: str, reward=None) -> Trainer:
+def build_trainer(*overrides: str, reward=None, policy=None, algorithm=None) -> Trainer:
     """On a tiny float64 model whose 23 tokens are the first of the tokenizer: digits, signs, letters."""
     settings = Settings.from_dict(
         {
@@ -32,13 +32,13 @@ def build_trainer(*overrides: str, reward=None) -> Trainer:
                 "prompts_per_step": PROMPTS,
                 "max_completion_length": LONGEST,
             },
-            "algorithm": {"name": "t-spmo", "replay": {"probability": 1.0}},
+            "algorithm": algorithm or {"name": "t-spmo", "replay": {"probability": 1.0}},
             "train": {"learning_rate": 1e-2, "max_steps": 20},
         },
         overrides,
     )
     task = load_task(settings, reward_funcs=reward or Watched())
-    policy = tiny.build_policy()
+    policy = policy or tiny.build_policy()
     tokenizer = saved.build_tokenizer()
     sampling = SamplingParams.of(settings, tokenizer, ENDS)
     return Trainer(settings, policy, tokenizer, task, sampling, Progress())

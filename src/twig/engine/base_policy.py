@@ -137,9 +137,9 @@ class BasePolicy(ABC):
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
-    def records_boundary(self) -> bool:
-        """Whether sampling can record what leaves the frozen layers, for the update."""
-        return False
+    def boundary_width(self) -> int:
+        """Numbers that sampling can record of a token for the update, from the frozen layers; 0: none."""
+        return 0
 
     def loop(self, stop: Sequence[str]) -> Loop:
         """Returns the loop that samples from this policy."""

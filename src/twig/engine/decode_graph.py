@@ -405,7 +405,7 @@ def _check(policy: Policy, shared: bool) -> int:
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, vocabulary, length) for length in (6, 4)]
     forced = torch.from_numpy(draw.integers(0, vocabulary, (4, 4))).to(device)  # of 2 rows each, 4 tokens
-    done = prefill(decoder, policy.cut, prompts, 6)
+    done = prefill(decoder, policy.trunk, prompts, 6)
     step = DecodeStep(policy, StepShape(2, 2, 6, 4, False, True, shared), forced.new_zeros(1))
     step.replay = step._step
     lengths = torch.tensor([6, 4], device=device)

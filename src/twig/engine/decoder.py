@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from twig.common.errors import UserError
-from twig.engine.kv_cache import KeyValueCache, PrefixKV, StopForward
+from twig.engine.kv_cache import KeyValueCache, PrefixKV, StopForward, Trunk
 from twig.engine.lm_head import Head, has_wide_products, head_product
 from twig.engine.mixers.mixer import Own, mixer_of
 from twig.engine.mixers.runs import Runs
@@ -184,11 +184,57 @@ class Decoder:
         hidden = self.embed(ids)
         return core.project_per_layer_inputs(hidden, core.get_per_layer_inputs(ids, hidden))
 
-    def shares_across(self, cut: int) -> bool:
-        """Tells whether a layer from `cut` on takes its keys and values from one below."""
+    @property
+    def width(self) -> int:
+        """Numbers that a layer hands to the next one, a token."""
+        return self.embedding.weight.shape[1]
+
+    @property
+    def not_captured(self) -> str | None:
+        """Why a decode step cannot be captured, None if it can be tried."""
+        if any(self.mixers) or self.sharing:
+            return "layers that keep a state or share keys are not captured"
+        return None
+
+    def _given(self) -> dict[str, int]:
+        """Returns the layers whose keys and values others take, by the name under which these take them."""
         types = self._layer_types()
         own = {types[i]: i for i in range(self.sharing.start)}  # the last of each type
-        return any(own[types[i]] < cut for i in self.sharing if i >= cut)
+        return {str(types[i]): own[types[i]] for i in self.sharing}
+
+    @torch.no_grad()
+    def trunk(self, cut: int) -> Trunk:
+        """Returns the layers below `cut` and what layers above take from them; raises UserError.
+
+        Two tokens are run through them to see the sizes, and that the layers hand over what they are taken
+        to hand over: `give` does it in their place.
+        """
+        types, given = self._layer_types(), self._given()
+        names = {str(types[i]) for i in self.sharing if i >= cut}
+        names = {name: given[name] for name in sorted(names) if given[name] < cut}
+        if not names:
+            return Trunk(cut, self.width)
+        positions, cache = torch.arange(2, device=self.device)[None], PrefixKV()
+        masks = self.masks(tree_visible(torch.full_like(positions, 2)), positions, positions)
+        runs = self.runs(np.full((1, 2), 2), np.array([2]))
+        inputs = self.inputs(positions)
+        context = Context(masks, self.rotations(positions), positions, cache, runs, inputs)
+        self.run(self.embed(positions), 0, cut, context)
+        pairs, handed = cache.computed, context.shared
+        for name, layer in names.items():
+            both = handed.get(name, ()), pairs.get(layer, ())
+            if not (all(both) and all(map(torch.equal, *both))):
+                self._refuse(f"its layers share keys and values, but not those of layer {layer} as '{name}'")
+        sizes = {layer: [x.shape for x in pairs[layer]] for layer in sorted(names.values())}
+        return Trunk(cut, self.width, {layer: (k[1], k[3], v[3]) for layer, (k, v) in sizes.items()})
+
+    def give(self, pairs: Mapping[int, tuple[Tensor, Tensor]], context: Context) -> None:
+        """Hands recorded keys and values of the trunk to the layers that take them."""
+        names = {layer: name for name, layer in self._given().items()}
+        for layer, pair in pairs.items():
+            if context.cache is not None:
+                pair = context.cache.update(pair[0], pair[1], layer)
+            context.shared[names[layer]] = pair
 
     def rotations(self, positions: Int[Tensor, "B L"]) -> dict[str | None, tuple[Tensor, Tensor]]:
         """Returns rotary embeddings (cos, sin) at `positions`, for each layer type that has its own."""

@@ -1,14 +1,15 @@
-"""Keys, values and states of earlier tokens: a buffer that is written in place, and a fixed prefix.
+"""Keys, values and states of earlier tokens: a buffer written in place, a fixed prefix, rows of a boundary.
 
-Knows nothing of models but that their layers call `update`. Legend: M rows.
+Knows nothing of models but that their layers call `update`. Legend: M rows of a buffer, B x L a table of
+tokens, D hidden, W boundary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from twig.engine.mixers.mixer import Mixer, Own, State
@@ -81,6 +82,11 @@ class KeyValueCache:
         buffer[:count, :, self.filled : stop] = new
         return buffer[:count, :, :stop]
 
+    def newest(self, layer: int, rows: int) -> tuple[Tensor, ...]:
+        """Returns a layer's keys and values of the token that is being written, in the first `rows` rows."""
+        pair = (self.keys[layer], self.values[layer])
+        return tuple(each[:rows, :, self.filled : self.filled + 1] for each in pair if each is not None)
+
     def copy_rows(self, sources: Int[Tensor, " M"], targets: Int[Tensor, " M"]) -> None:
         """Copies rows to others, one buffer after another."""
         if not len(sources):
@@ -141,3 +147,46 @@ class PrefixKV:
         return {
             layer: (*self.computed.get(layer, ()), *self.ended.get(layer, ())) for layer in sorted(layers)
         }
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The layers below `cut`, which have no adapter, and what a row of the boundary holds of a token.
+
+    That is the trunk's output, `hidden` numbers. Behind it are keys and values of the trunk's layers in
+    `taken`, if layers above take these for their own: by layer the heads, and the sizes of a key and a value.
+    """
+
+    cut: int
+    hidden: int
+    taken: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return sum(self._sizes)
+
+    @property
+    def _sizes(self) -> list[int]:
+        pairs = ((heads * key, heads * value) for heads, key, value in self.taken.values())
+        return [self.hidden, *(size for pair in pairs for size in pair)]
+
+    def joined(
+        self, hidden: Float[Tensor, "B L D"], pairs: Mapping[int, tuple[Tensor, ...]]
+    ) -> Float[Tensor, "B L W"]:
+        """Returns the rows of a table of tokens, from the trunk's output and pairs [B, heads, L, size]."""
+        if not self.taken:
+            return hidden
+        taken = (each for layer in self.taken for each in pairs[layer][:2])
+        return torch.cat([hidden, *(each.transpose(1, 2).flatten(2) for each in taken)], -1)
+
+    def split(
+        self, rows: Float[Tensor, "B L W"]
+    ) -> tuple[Float[Tensor, "B L D"], dict[int, tuple[Tensor, Tensor]]]:
+        """Returns the trunk's output, and by layer the keys and values that `joined` put behind it."""
+        if not self.taken:
+            return rows, {}
+        hidden, *parts = rows.split(self._sizes, -1)
+        heads = (count for count, *_ in self.taken.values() for _ in range(2))
+        each = [x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in zip(parts, heads, strict=True)]
+        return hidden, dict(zip(self.taken, zip(each[::2], each[1::2], strict=True), strict=True))

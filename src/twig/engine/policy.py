@@ -68,15 +68,13 @@ class Policy(BasePolicy):
             self.decoder.check()
         self.num_layers = len(self.decoder.layers)
         self.cut = min(adapted_layers(self.decoder.layers))
+        self.trunk = self.decoder.trunk(self.cut)
         self.sharing_refusal = why_not_shared(self.decoder)
         self._refuse_unmoved(self.decoder.tree_logits, PLAIN)
         if any(self.decoder.mixers):
             self._refuse_other_gradients()
-        if self.decode != "plain" and (any(self.decoder.mixers) or self.decoder.sharing):
-            self.decode_refusal, self.decode = (
-                "layers that keep a state or share keys are not captured",
-                "plain",
-            )
+        if self.decode != "plain" and self.decoder.not_captured:
+            self.decode_refusal, self.decode = self.decoder.not_captured, "plain"
 
     def _refuse_other_gradients(self) -> None:
         """Raises UserError if the gradient that passes through a layer's states is not the model's own."""
@@ -108,9 +106,8 @@ class Policy(BasePolicy):
                 )
 
     @property
-    def records_boundary(self) -> bool:
-        # with adapters in the lowest layer there is no trunk; keys and values of a trunk are not recorded
-        return self.cut > 0 and not self.decoder.shares_across(self.cut)
+    def boundary_width(self) -> int:
+        return self.trunk.width if self.cut > 0 else 0
 
     def release(self) -> bool:
         return self.decode_steps is not None and self.decode_steps.clear()
@@ -194,7 +191,7 @@ class Policy(BasePolicy):
         masks = decoder.masks(tree_visible(torch.full_like(positions, tokens)), positions, positions)
         runs = decoder.runs(np.full((1, tokens), tokens), np.array([tokens]), ends_kept=True)
         context = Context(masks, decoder.rotations(positions), positions, runs=runs)
-        hidden = torch.randn(1, tokens, self.embeddings.shape[1], generator=draw)
+        hidden = torch.randn(1, tokens, decoder.width, generator=draw)
         hidden = hidden.to(self.device, self.dtype).requires_grad_()
         try:
             pair = decoder.keys_values(hidden, last, last + 1, context)[last]
@@ -239,17 +236,17 @@ class Policy(BasePolicy):
         return decoder.run_at(hidden, last, context, columns).flatten(0, 1)[place]
 
     def _stem_pairs(self, stem: Stem, boundary: Tensor | None) -> dict[int, tuple[Tensor, ...]]:
-        """Returns what a stem leaves in each layer: the upper ones, and the trunk's if that was run."""
+        """Returns what a stem leaves in each layer: the upper ones, and those of the trunk that are read."""
         ids, cells = self._tensor(stem.ids)[None], None if stem.cells is None else stem.cells[None]
         positions = torch.arange(len(stem), device=self.device)[None]
         masks = self._masks(np.full((1, len(stem)), len(stem)), positions, 0)
-        trunk = PrefixKV()
+        below = PrefixKV()
         runs = self.decoder.runs(np.full((1, len(stem)), len(stem)), np.array([len(stem)]), ends_kept=True)
         rotary, inputs = self.decoder.rotations(positions), self.decoder.inputs(ids)
-        context = Context(masks, rotary, positions, trunk, runs, inputs)
+        context = Context(masks, rotary, positions, below, runs, inputs)
         hidden = self._boundary(ids, cells, boundary, context)
         pairs = self.decoder.keys_values(hidden, self.cut, self.num_layers, context, self._recompute)
-        return trunk.collected() | pairs
+        return below.collected() | pairs
 
     def _masks(self, ends: Int[np.ndarray, "B L"], positions: Tensor, stem: int) -> dict[int | None, Any]:
         """Returns who sees whom behind `stem` tokens, by window: as chains in a long pack, else as masks."""
@@ -304,7 +301,9 @@ class Policy(BasePolicy):
     ) -> Float[Tensor, "B L D"]:
         """Returns what leaves the trunk: as recorded, or run without gradient."""
         if boundary is not None and cells is not None:
-            return boundary[self._tensor(cells)]
+            hidden, pairs = self.trunk.split(boundary[self._tensor(cells)])
+            self.decoder.give(pairs, context)
+            return hidden
         with torch.no_grad():
             return self.decoder.run(self.decoder.embed(ids), 0, self.cut, context)
 

@@ -144,7 +144,7 @@ def sample(
         order = sorted(order, key=lambda r: (-requests[r].expected, -len(requests[r].prompt_ids)))
     rows = [_Row(requests[r], r, c) for r in order for c in range(requests[r].num)]
     completions: list[list[Completion]] = [[] for _ in requests]
-    table = _Table.empty(policy, requests) if params.record and policy.records_boundary else None
+    table = _Table.empty(policy, requests) if params.record and policy.boundary_width else None
     finished = _Finished(on_finished)
     try:
         while finished.rows < len(rows):
@@ -217,8 +217,7 @@ class _Table:
         sizes = [len(request.prompt_ids) + request.num * request.max_tokens for request in requests]
         first = {r.slot: sum(sizes[:i]) for i, r in enumerate(requests)}
         assert len(first) == len(requests), "slots name the requests"
-        embeddings = policy.embeddings
-        return cls(embeddings.new_zeros(sum(sizes), embeddings.shape[1]), first)
+        return cls(policy.embeddings.new_zeros(sum(sizes), policy.boundary_width), first)
 
     def prompt_cells(self, request: Request) -> np.ndarray:
         return self.first[request.slot] + np.arange(len(request.prompt_ids))
@@ -408,9 +407,9 @@ def _sample_layers(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _
     longest = recorder.ids.shape[1]
     short = max(map(len, prompts)) < wave_cache.HELD_FROM
     kind = CopiedPrompts if policy.sharing_refusal or short else SharedPrompts
-    texts = kind(decoder, policy.cut, prompts, len(wave.rows), longest)
+    texts = kind(decoder, policy.trunk, prompts, len(wave.rows), longest)
     logits = policy.next_token_logits(texts.hidden)
-    cells = _record_prompts(wave, texts.trunk)
+    cells = _record_prompts(wave, texts.boundary)
     texts.forget_prompts()
     rows, branch, of_prompt = np.arange(len(wave.rows)), wave.places(), np.arange(len(prompts))
     for t in range(longest):
@@ -427,7 +426,9 @@ def _sample_layers(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _
         with texts.attending():
             hidden = decoder.run(decoder.embed(ids), 0, policy.cut, context)
             if wave.table is not None:
-                wave.table.rows[torch.from_numpy(cells[rows] + t).to(device)] = hidden[branch, 0]
+                taken = {layer: texts.cache.newest(layer, len(ids)) for layer in policy.trunk.taken}
+                recorded = policy.trunk.joined(hidden, taken)[branch, 0]
+                wave.table.rows[torch.from_numpy(cells[rows] + t).to(device)] = recorded
             hidden = decoder.run(hidden, policy.cut, policy.num_layers, context)
         texts.cache.filled += 1
         logits = policy.next_token_logits(hidden[:, 0])
@@ -446,8 +447,8 @@ def _sample_steps(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _F
     assert isinstance(policy.decode_steps, DecodeSteps)
     end_ids = torch.tensor(recorder.ending.end_ids, dtype=torch.long, device=policy.device)
     step = policy.decode_steps.get(shape, end_ids)
-    done = prefill(policy.decoder, policy.cut, prompts, width)
-    cells = _record_prompts(wave, done.trunk)
+    done = prefill(policy.decoder, policy.trunk, prompts, width)
+    cells = _record_prompts(wave, done.boundary)
     noise = None if recorder.noise is None else torch.from_numpy(recorder.noise).to(recorder.logps.dtype)
     step.load(
         done.pairs,
@@ -476,11 +477,11 @@ def _sample_steps(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _F
         wave.table.rows[own] = step.trunk[rows, :longest][there]
 
 
-def _record_prompts(wave: _Wave, trunk: Float[Tensor, "P W D"]) -> Int[np.ndarray, " B"]:
+def _record_prompts(wave: _Wave, boundary: Float[Tensor, "P W D"]) -> Int[np.ndarray, " B"]:
     """Records the prompts' boundary; returns each row's first cell (0 if nothing is recorded)."""
     if wave.table is None:
         return np.zeros(len(wave.rows), np.int64)
-    for request, output in zip(wave.prompts().values(), trunk, strict=True):
+    for request, output in zip(wave.prompts().values(), boundary, strict=True):
         cells = wave.table.prompt_cells(request)
         wave.table.rows[cells[0] : cells[-1] + 1] = output[: len(cells)]
     return np.array([wave.table.first_cell(row) for row in wave.rows])

@@ -5,7 +5,7 @@ branch holds its own tokens only (`SharedPrompts`). Each branch gets a copy of i
 where layers do not call transformers' attention interface, as they read whole rows, and behind short prompts,
 as attention in parts then takes longer than it saves (a sixth of sampling with the embedded model).
 
-Knows nothing of sampling. Legend: N branches, P prompts, W width, D hidden.
+Knows nothing of sampling. Legend: N branches, P prompts, W width, D hidden, C boundary.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twig.engine.decoder import Context, Decoder
-from twig.engine.kv_cache import KeyValueCache, PrefixKV
+from twig.engine.kv_cache import KeyValueCache, PrefixKV, Trunk
 from twig.engine.shared_attention import Groups, KeyPart, attending
 from twig.runtime.memory_use import out_of_memory
 
@@ -34,13 +34,13 @@ class Prefilled:
     """Prompts that were run: output of the last layer at each last token, boundary, keys and values."""
 
     hidden: Float[Tensor, "P D"]
-    trunk: Float[Tensor, "P W D"]
+    boundary: Float[Tensor, "P W C"]
     pairs: Pairs
 
 
 def prefill(
     decoder: Decoder,
-    cut: int,
+    trunk: Trunk,
     prompts: Sequence[np.ndarray],
     width: int,
     before: Pairs | None = None,
@@ -48,7 +48,7 @@ def prefill(
 ) -> Prefilled:
     """Runs each prompt once, padded on the right to `width`; `before` has `start` tokens before all.
 
-    No token of a prompt can see the padding. `cut` is where the trunk ends.
+    No token of a prompt can see the padding.
     """
     device, count = decoder.device, len(prompts)
     ids = np.zeros((count, width), np.int64)
@@ -64,14 +64,15 @@ def prefill(
     masks, rotary = decoder.masks(visible, positions, keys), decoder.rotations(positions)
     tokens = torch.from_numpy(ids).to(device)
     context = Context(masks, rotary, positions, cache, runs, decoder.inputs(tokens))
-    trunk = decoder.run(decoder.embed(tokens), 0, cut, context)
-    hidden = decoder.run(trunk, cut, len(decoder.layers), context)
+    below = decoder.run(decoder.embed(tokens), 0, trunk.cut, context)
+    hidden = decoder.run(below, trunk.cut, len(decoder.layers), context)
     last = torch.from_numpy(lengths - 1).to(device)
     # Values may be views of all that a layer projects.
     left = cache.collected()
     cache.computed.clear()
     pairs = [tuple(x.contiguous() for x in left.pop(i, ())) for i in range(len(decoder.layers))]
-    return Prefilled(hidden[torch.arange(count, device=device), last], trunk, pairs)
+    boundary = trunk.joined(below, dict(enumerate(pairs)))
+    return Prefilled(hidden[torch.arange(count, device=device), last], boundary, pairs)
 
 
 class WaveCache(ABC):
@@ -81,7 +82,7 @@ class WaveCache(ABC):
     """
 
     def __init__(
-        self, decoder: Decoder, cut: int, prompts: Sequence[np.ndarray], rows: int, longest: int
+        self, decoder: Decoder, trunk: Trunk, prompts: Sequence[np.ndarray], rows: int, longest: int
     ) -> None:
         self.decoder, self.longest, device = decoder, longest, decoder.device
         self.lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]
@@ -89,11 +90,11 @@ class WaveCache(ABC):
         self.padded = min(map(len, prompts)) < self.width
         self.positions = self.lengths + torch.arange(longest, device=device)
         self.rotary = decoder.rotations(self.positions)
-        self.hidden, self.trunk, self.cache = self._open(cut, prompts, rows)
+        self.hidden, self.boundary, self.cache = self._open(trunk, prompts, rows)
 
     def forget_prompts(self) -> None:
         """Frees what is needed for the first token only."""
-        del self.hidden, self.trunk
+        del self.hidden, self.boundary
 
     def step(self, t: int, of_prompt: np.ndarray, ids: Int[Tensor, "N 1"]) -> Context:
         """Returns the context of token `t` of every branch; `of_prompt` [N] has the prompt of each."""
@@ -108,7 +109,7 @@ class WaveCache(ABC):
 
     @abstractmethod
     def _open(
-        self, cut: int, prompts: Sequence[np.ndarray], rows: int
+        self, trunk: Trunk, prompts: Sequence[np.ndarray], rows: int
     ) -> tuple[Tensor, Tensor, KeyValueCache]:
         """Runs the prompts; returns their last hidden state and boundary, and the branches' cache."""
 
@@ -121,21 +122,21 @@ class SharedPrompts(WaveCache):
     """Prompts held once, and what they begin with once, if no layer has a window that ends there."""
 
     def _open(
-        self, cut: int, prompts: Sequence[np.ndarray], rows: int
+        self, trunk: Trunk, prompts: Sequence[np.ndarray], rows: int
     ) -> tuple[Tensor, Tensor, KeyValueCache]:
         decoder = self.decoder
-        self.common, parts, trunk = self._common(prompts), [], []
+        self.common, parts, boundary = self._common(prompts), [], []
         before = None
         if self.common:
-            first = prefill(decoder, cut, [prompts[0][: self.common]], self.common)
+            first = prefill(decoder, trunk, [prompts[0][: self.common]], self.common)
             before = first.pairs
-            parts, trunk = [before], [first.trunk.expand(len(prompts), -1, -1)]
+            parts, boundary = [before], [first.boundary.expand(len(prompts), -1, -1)]
         rests, width = [p[self.common :] for p in prompts], self.width - self.common
-        rest = prefill(decoder, cut, rests, width, before, self.common)
+        rest = prefill(decoder, trunk, rests, width, before, self.common)
         parts.append(rest.pairs)
         cache = KeyValueCache(len(decoder.layers), self.longest, rows, parts)
         cache.begin_states(decoder.states(rest.pairs))
-        return rest.hidden, torch.cat([*trunk, rest.trunk], 1), cache
+        return rest.hidden, torch.cat([*boundary, rest.boundary], 1), cache
 
     def _common(self, prompts: Sequence[np.ndarray]) -> int:
         """Returns how many tokens all prompts begin with, 0 if it is not worth while."""
@@ -183,9 +184,9 @@ class CopiedPrompts(WaveCache):
     """Every branch has a copy of its prompt, padded on the right; its own tokens follow the padding."""
 
     def _open(
-        self, cut: int, prompts: Sequence[np.ndarray], rows: int
+        self, trunk: Trunk, prompts: Sequence[np.ndarray], rows: int
     ) -> tuple[Tensor, Tensor, KeyValueCache]:
-        done = prefill(self.decoder, cut, prompts, self.width)
+        done = prefill(self.decoder, trunk, prompts, self.width)
         slots = torch.arange(self.width + self.longest, device=self.lengths.device)
         self.slot_positions = torch.where(slots < self.width, slots, self.lengths + slots - self.width)
         self.filled = (slots < self.lengths) | (slots >= self.width)
@@ -194,7 +195,7 @@ class CopiedPrompts(WaveCache):
         pairs = [pair[: len(pair) - len(states.get(layer, ()))] for layer, pair in enumerate(done.pairs)]
         cache = KeyValueCache.begun(pairs, rows, len(slots))
         cache.begin_states(states)
-        return done.hidden, done.trunk, cache
+        return done.hidden, done.boundary, cache
 
     @contextmanager
     def attending(self) -> Iterator[None]:
@@ -221,7 +222,7 @@ def why_not_shared(decoder: Decoder) -> str | None:
     own = draw.integers(0, vocabulary, (3, 4))  # two branches of the first prompt
     of_prompt = np.array([0, 1, 0])
     try:
-        texts = SharedPrompts(decoder, 0, prompts, 3, 4)
+        texts = SharedPrompts(decoder, Trunk(0, decoder.width), prompts, 3, 4)
         texts.cache.copy_rows(*(torch.tensor([row], device=device) for row in (0, 2)))
         for t in range(4):
             with texts.attending():
