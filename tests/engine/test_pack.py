@@ -2,6 +2,7 @@
 else."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import oracles
@@ -17,19 +18,24 @@ from twig.core.algorithms.registry import algorithm
 from twig.core.credit import assign, assign_one
 from twig.core.trie import PrefixTrie
 from twig.core.types import Completion, Example, Group
-from twig.engine.pack import Pack, Targets, build_packs, head_columns
+from twig.engine.pack import Pack, Targets, build_packs, halves, head_columns
 
 SIZES = [1, 6, 9, 14, 25, 60, 4096]
+ALWAYS, NEVER = 1, 10**9  # cells that a shared stem has to save
+least_saved = st.sampled_from([ALWAYS, 5, NEVER])
 
 
 @st.composite
-def steps(draw):
+def steps(draw, alike=False):
     """(groups, tries, credits): groups of a step with prompts of several lengths and weights on random
-    nodes."""
+    nodes. Prompts begin alike by chance, or never."""
     groups, tries, credits = [], [], []
-    for g in range(draw(st.integers(1, 3))):
+    for g in range(draw(st.integers(1, 4 if alike else 3))):
         completions, rewards = draw(random_groups.groups())
         prompt = range(100 * (g + 1), 100 * (g + 1) + draw(st.integers(1, 4)))  # tokens that name their place
+        if alike:  # or part from another prompt, are its beginning, or the same
+            prompt = [1000 + n for n in range(5)][: draw(st.integers(1, 5))]
+            prompt += [1100 + n for n in draw(st.lists(st.integers(0, 1), max_size=3))]
         group = tiny.make_group(list(prompt), completions, rewards, g)
         trie = PrefixTrie.build(completions, rewards)
         weights = []
@@ -77,43 +83,56 @@ def shifted(step):
     return moved, [PrefixTrie.build([c.ids for c in g.completions], g.rewards) for g in moved], credits
 
 
-def needed_texts(groups, tries, credits) -> set[tuple[int, ...]]:
-    """Every prefix (prompt included) that some weighted node's log-prob depends on."""
-    needed = set()
+def needed_texts(groups, tries, credits) -> list[set[tuple[int, ...]]]:
+    """By group every prefix (prompt included) that some weighted node's log-prob depends on."""
+    every = []
     for group, trie, credit in zip(groups, tries, credits, strict=True):
+        needed = set()
         for node in np.flatnonzero(credit.weighted):
             text = (*group.prompt_ids.tolist(), *oracles.prefix_of(trie, int(node))[:-1])
             needed |= {text[: stop + 1] for stop in range(len(text))}
-    return needed
+        every.append(needed)
+    return every
 
 
-@given(steps().map(shifted), st.sampled_from(SIZES), st.booleans())
+any_steps = (steps() | steps(alike=True)).map(shifted)
+
+
+@given(any_steps, st.sampled_from(SIZES), st.booleans(), least_saved)
 @random_groups.bounded
-def test_each_token_sees_its_own_prefix_and_only_what_is_needed_is_run(step, size, share):
+def test_each_token_sees_its_own_prefix_and_only_what_is_needed_is_run(step, size, share, least):
     groups, tries, credits = step
-    packs = build_packs(scored(groups, tries, credits), size, share)
-    run, stems = Counter(), []
+    packs = build_packs(scored(groups, tries, credits), size, share, least)
+    run, stems, spared = Counter(), [], Counter()
     for pack in packs:
-        if pack.stem and pack.stem.group not in stems:
-            stems.append(pack.stem.group)
-            stem = pack.stem.ids.tolist()
-            assert stem == groups[pack.stem.group].prompt_ids[:-1].tolist()
-            run.update(tuple(stem[: stop + 1]) for stop in range(len(stem)))
-        assert not pack.stem or (stems[-1] == pack.stem.group and share), "one stem's packs follow each other"
+        stem = pack.stem
+        if stem and stem.name not in stems:
+            stems.append(stem.name)
+            beginnings = [tuple(stem.ids[: stop + 1].tolist()) for stop in range(len(stem))]
+            run.update(beginnings)
+            behind = {g for p in packs if p.stem and p.stem.name == stem.name for g in p.targets.group}
+            assert stem.shared == (len(behind) > 1)
+            if not stem.shared:
+                assert behind == {stem.group} and len(stem) == len(groups[stem.group].prompt_ids) - 1
+            assert (len(behind) - 1) * len(stem) >= least or not stem.shared
+            spared.update({text: len(behind) - 1 for text in beginnings})
+        assert not stem or (stems[-1] == stem.name and share), "one stem's packs follow each other"
         texts = texts_of(pack)
         assert len(texts) == pack.num_tokens
         run.update(tuple(text) for text in texts.values())
-    assert set(run) == needed_texts(groups, tries, credits), "all that is needed, nothing else"
+    needed = needed_texts(groups, tries, credits)
+    assert set(run) == set().union(*needed), "all that is needed, nothing else"
     if share and size == 4096:
-        assert set(run.values()) <= {1}, "each once, however many completions share it"
+        every = Counter(text for texts in needed for text in texts)
+        assert run + spared == every, "once in a group, however many completions share it; a stem once"
 
 
-@given(steps().map(shifted), st.sampled_from(SIZES), st.booleans())
+@given(any_steps, st.sampled_from(SIZES), st.booleans(), least_saved)
 @random_groups.bounded
-def test_each_weighted_node_is_computed_once_from_the_right_row(step, size, share):
+def test_each_weighted_node_is_computed_once_from_the_right_row(step, size, share, least):
     groups, tries, credits = step
     seen = Counter()
-    for pack in build_packs(scored(groups, tries, credits), size, share):
+    for pack in build_packs(scored(groups, tries, credits), size, share, least):
         texts = texts_of(pack)
         targets = pack.targets
         assert len(set(pack.rows.tolist())) == len(pack.rows)
@@ -132,11 +151,13 @@ def test_each_weighted_node_is_computed_once_from_the_right_row(step, size, shar
     assert seen == Counter(expected)
 
 
-@given(steps().map(shifted), st.sampled_from(SIZES))
+@given(any_steps, st.sampled_from(SIZES), least_saved)
 @random_groups.bounded
-def test_a_pack_exceeds_its_size_only_where_one_path_does(step, size):
-    for pack in build_packs(scored(*step), size):
-        if pack.ids.size > size:
+def test_a_pack_exceeds_its_size_only_where_one_path_does(step, size, least):
+    for pack in build_packs(scored(*step), size, least_saved=least):
+        rows_with_stem = [len(pack.stem) * pack.stem.shared] * len(pack.ids) if pack.stem else [0]
+        assert pack.size == pack.ids.size + sum(rows_with_stem)
+        if pack.size > size:
             assert pack.ids.shape[0] == 1
             first = len(pack.stem) if pack.stem else 0
             path = list(range(first, first + pack.ids.shape[1]))
@@ -248,9 +269,9 @@ def test_small_tries_share_a_pack_and_nothing_weighted_is_no_pack():
     assert build_packs([], 100) == []
 
 
-@given(steps(), st.sampled_from(SIZES), st.booleans())
+@given(steps() | steps(alike=True), st.sampled_from(SIZES), st.booleans(), least_saved)
 @random_groups.bounded
-def test_cells_name_the_boundary_row_of_a_token_with_the_same_prefix(step, size, share):
+def test_cells_name_the_boundary_row_of_a_token_with_the_same_prefix(step, size, share, least):
     groups, tries, credits = step
     recorded, table = [], []  # `table[cell]` is what had been read when the boundary row was recorded
 
@@ -268,14 +289,19 @@ def test_cells_name_the_boundary_row_of_a_token_with_the_same_prefix(step, size,
                 own[-1] = record(["never recorded: the last token was sampled and not run"])
             completions.append(Completion(c.ids, c.logps, c.entropies, True, "", np.array(own, np.int64)))
         recorded.append(Group(Example(""), g.prompt_index, g.prompt_ids, completions, g.rewards, 0, cells))
-    plain = build_packs(scored(groups, tries, credits), size, share)
-    for pack, other in zip(build_packs(scored(recorded, tries, credits), size, share), plain, strict=True):
+    plain = build_packs(scored(groups, tries, credits), size, share, least)
+    packs = build_packs(scored(recorded, tries, credits), size, share, least)
+    for pack, other in zip(packs, plain, strict=True):
         assert other.cells is None
-        for row in range(len(pack.ids)):
-            for column in range(pack.ids.shape[1]):
-                seen = visible_cells(pack, row, column)
-                if pack.positions[row, column] == len(seen) - 1 and pack.ids[row, seen[0]] >= 100:
-                    assert table[pack.cells[row, column]] == tuple(pack.ids[row, seen].tolist())
+        if pack.stem:
+            assert other.stem.cells is None
+            for place, cell in enumerate(pack.stem.cells):
+                assert table[cell] == tuple(pack.stem.ids[: place + 1].tolist())
+        stem = pack.stem.ids.tolist() if pack.stem else []
+        for row, used in enumerate(pack.used):
+            for column in range(used):
+                text = stem + pack.ids[row, visible_cells(pack, row, column)].tolist()
+                assert table[pack.cells[row, column]] == tuple(text)
 
 
 def test_one_group_without_recorded_cells_leaves_its_pack_without_them():
@@ -300,3 +326,98 @@ def test_packs_do_not_depend_on_the_order_of_the_completions(size):
         np.testing.assert_array_equal(left.ends, right.ends)
         np.testing.assert_array_equal(left.targets.node, right.targets.node)
         np.testing.assert_allclose(left.targets.plus, right.targets.plus, atol=1e-12)
+
+
+# Stems that groups share
+
+
+def in_step(*parts):
+    """Groups, each (prompt, completions), all of whose nodes have weight, as the engine takes them."""
+    groups = [
+        tiny.make_group(prompt, paths, [0.0] * len(paths), i) for i, (prompt, paths) in enumerate(parts)
+    ]
+    tries = [PrefixTrie.build([c.ids for c in g.completions], g.rewards) for g in groups]
+    weights = [np.arange(len(trie)).clip(0, 1) * 1.0 for trie in tries]
+    return scored(groups, tries, [Credit(w, 0 * w, 0 * w) for w in weights])
+
+
+def test_a_shared_stem_by_hand():
+    # Prompts 1 2 3 4, 1 2 3 5 6 and 1 2 3: the last is the beginning of the others, and keeps its last token.
+    step = in_step(([1, 2, 3, 4], [[7, 8]]), ([1, 2, 3, 5, 6], [[7], [8]]), ([1, 2, 3], [[4, 9], [5]]))
+    assert [p.ids.shape for p in build_packs(step, 100, least_saved=5)] == [(3, 5)], "it would save 4 cells"
+    (pack,) = build_packs(step, 100, least_saved=4)
+    assert (pack.stem.ids.tolist(), pack.stem.shared, pack.stem.cells) == ([1, 2], True, None)
+    assert pack.ids.tolist() == [[3, 4, 7], [3, 5, 6], [3, 4, 0]]
+    assert pack.positions.tolist() == [[2, 3, 4], [2, 3, 4], [2, 3, 0]]
+    assert pack.ends.tolist() == [[3, 3, 3], [3, 3, 3], [2, 2, 3]]
+    assert (pack.num_tokens, pack.size) == (8, 15)
+    targets = sorted(zip(pack.rows[pack.targets.row].tolist(), pack.targets.token.tolist(), strict=True))
+    assert targets == [(1, 7), (2, 8), (5, 7), (5, 8), (6, 4), (6, 5), (7, 9)]
+    # Two rows of 2 + 3 cells at most, and a row by itself
+    first, second = build_packs(step, 10, least_saved=4)
+    assert (first.ids.tolist(), second.ids.tolist()) == ([[3, 4, 7], [3, 5, 6]], [[3, 4]])
+    assert first.stem.name == second.stem.name == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "stems"),
+    [
+        # all of them begin with 1; the first two save more with a stem of their own
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 3, 3]], [[1, 2, 3, 4]]),
+        ([[1, 2, 3, 5], [1, 2, 4, 5], [1, 2, 4, 6], [1, 2, 5]], [[1, 2]]),
+        # two kinds of prompts, in any order
+        ([[1, 1, 1, 5], [2, 2, 2, 5], [1, 1, 1, 6], [2, 2, 2, 6]], [[1, 1, 1], [2, 2, 2]]),
+        # the same prompt twice: each group needs its last token
+        ([[1, 2, 3], [1, 2, 3]], [[1, 2]]),
+        ([[1], [1], [1]], []),
+        ([[1, 2], [2, 1]], []),
+    ],
+)
+def test_which_prompts_share_a_stem(prompts, stems):
+    step = in_step(*((prompt, [[8], [9]]) for prompt in prompts))
+    packs = build_packs(step, 100, least_saved=ALWAYS)
+    assert sorted(pack.stem.ids.tolist() for pack in packs if pack.stem) == stems
+
+
+@given(steps().map(shifted), st.sampled_from(SIZES))
+@random_groups.bounded
+def test_prompts_with_nothing_in_common_are_packed_as_ever(step, size):
+    for one, other in zip(
+        *(build_packs(scored(*step), size, least_saved=least) for least in (ALWAYS, NEVER)), strict=True
+    ):
+        assert all(np.array_equal(getattr(one, x), getattr(other, x)) for x in ("ids", "ends", "rows"))
+        assert one.targets.node.tolist() == other.targets.node.tolist()
+
+
+def test_a_trie_that_is_cut_keeps_its_own_stem_beside_a_shared_one():
+    long = [[n, *range(20, 29)] for n in range(10, 14)]
+    step = in_step(([1, 2, 3, 4], [[7], [8]]), ([1, 2, 3, 5], long), ([1, 2, 3, 6], [[7], [8]]))
+    packs = build_packs(step, 20, least_saved=ALWAYS)
+    assert {pack.stem.name: pack.stem.shared for pack in packs} == {(0, 3): True, (1, 3): False}
+
+
+def test_a_group_without_recorded_cells_leaves_all_behind_its_stem_without_them():
+    # a stem that is run from recorded rows has no keys in the layers below
+    first, second, third = in_step(*(([1, 2, 3, n], [[7], [8]]) for n in range(4, 7)))
+    cells = np.arange(4)
+    step = [replace(each, group=replace(each.group, prompt_cells=cells)) for each in (first, second)]
+    packs = build_packs([*step, third], 4, least_saved=ALWAYS)
+    assert len(packs) == 3 and packs[0].stem.shared
+    assert all(pack.cells is None and pack.stem.cells is None for pack in packs)
+
+
+def test_halves_of_a_pack_behind_a_shared_stem_share_it_still():
+    step = in_step(*(([*range(20), n], [[n, 7], [n, 8]]) for n in range(30, 38)))
+    (pack,) = build_packs(step, 4096)
+    assert pack.stem is None, "on a CPU 140 cells are not worth it"
+    (pack,) = build_packs(step, 4096, least_saved=ALWAYS)
+    assert (pack.ids.shape, len(pack.stem), pack.size) == ((8, 2), 20, 8 * 22)
+    while len(pack.ids) > 1:
+        parts = halves(pack, step)
+        assert len(parts) == 2 and all(2 * part.size == pack.size for part in parts)
+        assert sorted(np.concatenate([p.targets.group for p in parts])) == sorted(pack.targets.group)
+        assert all(part.stem.shared and part.stem.name == parts[0].stem.name for part in parts)
+        pack = parts[1]
+    # one group is left: its own prompt becomes its stem
+    (part,) = halves(pack, step)
+    assert (part.stem.shared, len(part.stem), part.ids.shape) == (False, 20, (1, 2))

@@ -3,14 +3,18 @@
 Only the ancestors of nodes with credit are run, each once, however many completions share them. A pack is a
 table of B rows and L columns; a row holds one or more segments, a segment is a prompt followed by part of its
 trie in depth-first order. Token q sees token k of its row when k <= q < end(k), where `end` closes k's
-subtree. A trie that is cut into several packs leaves all of its prompt but the last token out of them: that
-is their stem, whose keys and values are computed once for all.
+subtree.
+
+A pack may have a stem: tokens that come before each of its rows, whose keys and values are computed once for
+all packs behind them. A trie that is cut into several packs has its prompt, but for the last token, as their
+stem. Groups whose prompts begin alike share that beginning.
 
 Numpy only: knows nothing of models. Legend: B rows, L columns, R head rows, N targets (weighted nodes).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,6 +22,10 @@ from twig.core.algorithms.base import Credit
 from twig.core.credit import Scored
 from twig.core.trie import ROOT, PrefixTrie
 from twig.core.types import Group
+
+# Cells that a shared stem has to save, by kind of device. It is run by itself, twice: on a CPU that costs a
+# tiny model as much as some hundred cells and larger ones less, on a GPU it takes launches.
+LEAST_SAVED = {"cpu": 256, "mps": 256, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,23 @@ class Targets:
 
 @dataclass(frozen=True)
 class Stem:
-    """The first S tokens of a group's prompt, seen by all of its packs; `cells` [S] as in `Pack`."""
+    """The first S tokens of a group's prompt, seen by all packs behind it; `cells` [S] as in `Pack`.
+
+    If it is `shared`, the prompts of several groups begin with it, and `group` is one of them.
+    """
 
     group: int
     ids: np.ndarray
     cells: np.ndarray | None
+    shared: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def name(self) -> tuple[int, int]:
+        """What tells the stems of a batch apart."""
+        return self.group, len(self)
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,12 @@ class Pack:
         """Cells in use."""
         return int(self.used.sum())
 
+    @property
+    def size(self) -> int:
+        """Cells, with those that a shared stem saves: a pack in which each row begins with it has so many."""
+        saved = len(self.ids) * len(self.stem) if self.stem and self.stem.shared else 0
+        return self.ids.size + saved
+
 
 @dataclass(frozen=True)
 class _Segment:
@@ -95,28 +118,41 @@ class _Segment:
         return self.prompt + len(self.nodes) - 1
 
 
-def build_packs(scored: Sequence[Scored], size: int, share: bool = True) -> list[Pack]:
+def build_packs(
+    scored: Sequence[Scored], size: int, share: bool = True, least_saved: int = LEAST_SAVED["cpu"]
+) -> list[Pack]:
     """Returns packs of at most `size` cells that compute each weighted node of each group exactly once.
 
-    A pack is never smaller than its longest path, so it may exceed `size` if one path does. The packs of one
-    stem follow each other. With `share=False` every path is a row of its own, prompt included: the plain
-    batch, for models that cannot run a trie. The cut changes the gradient by rounding only. Empty if nothing
-    has credit.
+    A pack is never smaller than its longest path, so it may exceed `size` if one path does. Prompts that
+    begin alike share a stem if that saves `least_saved` cells; the packs of one stem follow each other. With
+    `share=False` every path is a row of its own, prompt included: the plain batch, for models that cannot run
+    a trie. The cut changes the gradient by rounding only. Empty if nothing has credit.
     """
     whole: list[_Segment] = []
-    bins: list[list[list[_Segment]]] = []
+    packs: list[Pack] = []
     for index, each in enumerate(scored):
         prompt = len(each.group.prompt_ids)
         segments = _cut(index, prompt, each.trie, each.credit.weighted, size, share)
         if any(segment.prompt < prompt for segment in segments):
-            bins += _fill(segments, size, share)
+            stem = _stem([index], prompt - 1, scored)
+            packs += [_table(rows, scored, stem) for rows in _fill(segments, size, share)]
         else:
             whole += segments
-    return [_table(rows, scored) for rows in _fill(whole, size, share) + bins]
+    shared: list[Pack] = []
+    for bundle, common in _bundles(whole, scored, least_saved) if share else []:
+        members = [segment.group for segment in bundle]
+        stem = _stem(members, common, scored)
+        behind = [replace(segment, prompt=segment.prompt - common) for segment in bundle]
+        shared += [_table(rows, scored, stem) for rows in _fill(behind, size, share, common)]
+        whole = [segment for segment in whole if segment.group not in members]
+    return [_table(rows, scored) for rows in _fill(whole, size, share)] + shared + packs
 
 
 def halves(pack: Pack, scored: Sequence[Scored], share: bool = True) -> list[Pack]:
-    """Returns the same targets in packs of at most half as many cells; one pack if it is a single path."""
+    """Returns the same targets in packs of at most half its size; one pack if it is a single path.
+
+    Stems are shared whatever that saves: the memory counts.
+    """
     parts = []
     for index, each in enumerate(scored):
         mine = np.zeros(len(each.trie), bool)
@@ -124,7 +160,7 @@ def halves(pack: Pack, scored: Sequence[Scored], share: bool = True) -> list[Pac
         of = each.credit
         plus, minus, kl = (np.where(mine, weight, 0.0) for weight in (of.plus, of.minus, of.kl))
         parts.append(replace(each, credit=Credit(plus, minus, kl)))
-    return build_packs(parts, max(pack.ids.size // 2, 1), share)
+    return build_packs(parts, max(pack.size // 2, 1), share, least_saved=1)
 
 
 def head_columns(pack: Pack) -> tuple[np.ndarray, np.ndarray]:
@@ -194,8 +230,45 @@ def _ancestors(trie: PrefixTrie, node: int) -> np.ndarray:
     return np.array(path[::-1], np.int64)
 
 
-def _fill(segments: list[_Segment], size: int, share: bool) -> list[list[list[_Segment]]]:
-    """Fills packs of rows of segments by first-fit decreasing; rows are as long as the longest segment."""
+def _bundles(
+    whole: Sequence[_Segment], scored: Sequence[Scored], least_saved: int
+) -> list[tuple[list[_Segment], int]]:
+    """Returns segments that share a stem, and its length: the tokens with which their prompts begin.
+
+    Sorted prompts have the longest beginning in common with a neighbour. A bundle is divided where that is
+    shortest if its parts save more cells. Each prompt keeps its last token, the root of its trie.
+    """
+    prompts = {segment.group: scored[segment.group].group.prompt_ids for segment in whole}
+    ordered = sorted(whole, key=lambda segment: prompts[segment.group].tolist())
+    alike = [_in_common(prompts[a.group], prompts[b.group]) for a, b in pairwise(ordered)]
+
+    def best(first: int, last: int) -> tuple[int, list[tuple[list[_Segment], int]]]:
+        """Returns the cells that bundles of some neighbours save, and the bundles."""
+        if first == last:
+            return 0, []
+        common = min(alike[first:last])
+        ends = [place for place in range(first, last) if alike[place] == common] + [last]
+        parts = [best(start, end) for start, end in zip([first, *(e + 1 for e in ends)], ends, strict=False)]
+        apart, together = sum(saved for saved, _ in parts), (last - first) * common
+        if together >= max(apart, least_saved):
+            return together, [(ordered[first : last + 1], common)]
+        return apart, [bundle for _, bundles in parts for bundle in bundles]
+
+    return best(0, len(ordered) - 1)[1] if ordered else []
+
+
+def _in_common(one: np.ndarray, other: np.ndarray) -> int:
+    """Returns how many tokens two prompts begin with, without the last token of either."""
+    most = min(len(one), len(other)) - 1
+    differs = np.flatnonzero(one[:most] != other[:most])
+    return int(differs[0]) if len(differs) else most
+
+
+def _fill(segments: list[_Segment], size: int, share: bool, stem: int = 0) -> list[list[list[_Segment]]]:
+    """Fills packs of rows of segments by first-fit decreasing; rows are as long as the longest segment.
+
+    A row counts as if it began with `stem` tokens: what a layer computes for a row's attention has them.
+    """
     packs: list[list[list[_Segment]]] = []
     free: list[int] = []  # of each row of the last pack
     width = 0
@@ -204,7 +277,7 @@ def _fill(segments: list[_Segment], size: int, share: bool) -> list[list[list[_S
         if room is not None:
             packs[-1][room].append(segment)
             free[room] -= segment.length
-        elif packs and (len(free) + 1) * width <= size:
+        elif packs and (len(free) + 1) * (stem + width) <= size:
             packs[-1].append([segment])
             free.append(width - segment.length)
         else:
@@ -214,10 +287,11 @@ def _fill(segments: list[_Segment], size: int, share: bool) -> list[list[list[_S
     return packs
 
 
-def _table(rows: list[list[_Segment]], scored: Sequence[Scored]) -> Pack:
+def _table(rows: list[list[_Segment]], scored: Sequence[Scored], stem: Stem | None = None) -> Pack:
     width = max(sum(s.length for s in row) for row in rows)
     shape = (len(rows), width)
     recorded = all(len(scored[s.group].group.prompt_cells) for row in rows for s in row)
+    recorded = recorded and (stem is None or stem.cells is not None)
     ids, positions, cells = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     ends = np.broadcast_to(np.arange(1, width + 1), shape).copy()
     head_rows, targets = [], []
@@ -254,16 +328,15 @@ def _table(rows: list[list[_Segment]], scored: Sequence[Scored]) -> Pack:
         np.concatenate(head_rows),
         joined,
         used,
-        _stem(rows[0][0], scored[rows[0][0].group].group, recorded),
+        stem,
     )
 
 
-def _stem(segment: _Segment, group: Group, recorded: bool) -> Stem | None:
-    """Returns what of the prompt is not in the segment."""
-    left = len(group.prompt_ids) - segment.prompt
-    if left == 0:
-        return None
-    return Stem(segment.group, group.prompt_ids[:left], group.prompt_cells[:left] if recorded else None)
+def _stem(groups: Sequence[int], length: int, scored: Sequence[Scored]) -> Stem:
+    """Returns the first tokens of the groups' prompts, with the first group's cells if all have some."""
+    group, recorded = scored[groups[0]].group, all(len(scored[n].group.prompt_cells) for n in groups)
+    cells = group.prompt_cells[:length] if recorded else None
+    return Stem(groups[0], group.prompt_ids[:length], cells, len(groups) > 1)
 
 
 def _node_cells(group: Group, trie: PrefixTrie, nodes: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from twig.core.algorithms.base import Objective
 from twig.core.credit import Scored
 from twig.core.objective import SequenceWeights, sequence_weights
 from twig.engine.base_policy import BasePolicy, OpenStem
-from twig.engine.pack import Pack, build_packs, halves
+from twig.engine.pack import LEAST_SAVED, Pack, build_packs, halves
 from twig.runtime.memory_use import give_back, out_of_memory, trim_freed_memory
 
 _SMALLEST_HEAD_CHUNK = 2**16
@@ -79,12 +79,13 @@ class Passes:
     ) -> None:
         self.policy, self.sizes, self.progress, self.boundary = policy, sizes, progress, boundary
         self.scored = scored
-        self.packs = build_packs(scored, sizes.pack_size, share=policy.shares_prefixes)
+        least_saved = LEAST_SAVED[policy.device.type]
+        self.packs = build_packs(scored, sizes.pack_size, policy.shares_prefixes, least_saved)
 
     @property
     def num_tokens(self) -> int:
         """Tokens run for one gradient; a stem counts once."""
-        stems = {pack.stem.group: len(pack.stem) for pack in self.packs if pack.stem}
+        stems = {pack.stem.name: len(pack.stem) for pack in self.packs if pack.stem}
         return sum(pack.num_tokens for pack in self.packs) + sum(stems.values())
 
     @property
@@ -155,7 +156,7 @@ class Passes:
         waiting, done, opened = self.packs[::-1], [], None
         while waiting:
             pack, result = waiting.pop(), None
-            if opened and (pack.stem is None or pack.stem.group != opened.stem.group):
+            if opened and (pack.stem is None or pack.stem.name != opened.stem.name):
                 self._close(opened, gradient)
                 opened = None
             try:
@@ -203,7 +204,7 @@ class Passes:
         policy, sizes = self.policy, self.sizes
         parts = halves(pack, self.scored, share=policy.shares_prefixes)
         if len(parts) > 1:
-            size = min(sizes.pack_size, max(part.ids.size for part in parts))
+            size = min(sizes.pack_size, max(part.size for part in parts))
             self.sizes = replace(sizes, pack_size=size)
             self._say(f"train.pack_size={size}")
         elif not policy.can_checkpoint:

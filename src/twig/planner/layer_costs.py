@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twig.core.algorithms.base import Load
+from twig.engine.pack import LEAST_SAVED
 from twig.planner.model_shape import Shape
 
 _FEW_ROWS = 0.75  # as in engine/policy.py, which needs torch
@@ -348,17 +349,23 @@ def decode_moment(work: Workload, table: DecodeTable) -> float:
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
-def pack_table(work: Workload, pack_size: int) -> Table:
-    """Returns the largest pack: completions of full length that share nothing but the prompt."""
+def pack_tables(work: Workload, pack_size: int) -> list[Table]:
+    """Returns the largest packs: completions of full length that share nothing but the prompt.
+
+    The second, if any, is that of prompts that differ in their last token only and so share a stem.
+    """
     if work.plain:
         rows = max(min(pack_size // work.path, work.prompts * work.generations), 1)
-        return _table(work, rows, work.path, 0, work.path - work.prompt + 1)
-    behind = work.load.paths * (work.length - 1)
-    if work.prompt + behind <= pack_size:
-        rows = max(min(pack_size // (work.prompt + behind), work.prompts), 1)
-        return _table(work, rows, work.prompt + behind, 0, behind + 1)
-    columns = min(1 + behind, max(pack_size, work.length))
-    return _table(work, 1, columns, work.prompt - 1, columns)
+        return [_table(work, rows, work.path, 0, work.path - work.prompt + 1)]
+    stem, behind = work.prompt - 1, work.load.paths * (work.length - 1)
+    if work.prompt + behind > pack_size:
+        columns = min(1 + behind, max(pack_size, work.length))
+        return [_table(work, 1, columns, stem, columns)]
+    rows = max(min(pack_size // (work.prompt + behind), work.prompts), 1)
+    tables = [_table(work, rows, work.prompt + behind, 0, behind + 1)]
+    if (work.prompts - 1) * stem >= LEAST_SAVED[work.kind]:
+        tables.append(_table(work, rows, behind + 1, stem, behind + 1))
+    return tables
 
 
 def _table(work: Workload, rows: int, columns: int, stem: int, inside: int) -> Table:

@@ -27,7 +27,7 @@ from twig.planner.layer_costs import (
     kept_by_layer,
     last_queries,
     layer_moment,
-    pack_table,
+    pack_tables,
     shared_moment,
     waves_of,
 )
@@ -311,13 +311,16 @@ class Footprint:
 
     def update(self) -> Phase:
         """Predicts an update: the packs of one batch, forward and backward, and the optimizer's step."""
+        phases = [self._update(table) for table in pack_tables(self.work, self.sizes.pack_size)]
+        return max(phases, key=lambda phase: phase.peak)
+
+    def _update(self, table: Table) -> Phase:
         work, shape = self.work, self.work.shape
         ledger = self._trained()
         self._boundary(ledger)
         if work.static_decode:
             self._keep_steps(ledger, self._decode_tables())
         ledger.take("sampled tokens", work.prompts * work.generations * work.length * (36 + 4 * _INT))
-        table = pack_table(work, self.sizes.pack_size)
         if work.plain:
             self._plain_pack(ledger, table)
         else:
