@@ -22,7 +22,6 @@ from twig.engine.pack import Pack, Targets, build_packs, halves, head_columns
 
 SIZES = [1, 6, 9, 14, 25, 60, 4096]
 ALWAYS, NEVER = 1, 10**9  # cells that a shared stem has to save
-least_saved = st.sampled_from([ALWAYS, 5, NEVER])
 
 
 @st.composite
@@ -30,12 +29,12 @@ def steps(draw, alike=False):
     """(groups, tries, credits): groups of a step with prompts of several lengths and weights on random
     nodes. Prompts begin alike by chance, or never."""
     groups, tries, credits = [], [], []
-    for g in range(draw(st.integers(1, 4 if alike else 3))):
+    for g in range(draw(st.integers(2, 4) if alike else st.integers(1, 3))):
         completions, rewards = draw(random_groups.groups())
         prompt = range(100 * (g + 1), 100 * (g + 1) + draw(st.integers(1, 4)))  # tokens that name their place
         if alike:  # or part from another prompt, are its beginning, or the same
-            prompt = [1000 + n for n in range(5)][: draw(st.integers(1, 5))]
-            prompt += [1100 + n for n in draw(st.lists(st.integers(0, 1), max_size=3))]
+            prompt = [1000 + n for n in range(6)][: draw(st.integers(1, 6))]
+            prompt += [1100 + n for n in draw(st.lists(st.integers(0, 1), max_size=2))]
         group = tiny.make_group(list(prompt), completions, rewards, g)
         trie = PrefixTrie.build(completions, rewards)
         weights = []
@@ -95,13 +94,17 @@ def needed_texts(groups, tries, credits) -> list[set[tuple[int, ...]]]:
     return every
 
 
-any_steps = (steps() | steps(alike=True)).map(shifted)
+def cases(change=lambda step: step):
+    """(step, size, share, cells that a shared stem has to save): half of them share stems."""
+    apart = st.tuples(steps().map(change), st.sampled_from(SIZES), st.booleans(), st.just(ALWAYS))
+    sizes, least = st.sampled_from([9, 14, 25, 60, 4096]), st.sampled_from([ALWAYS, ALWAYS, 5, NEVER])
+    return apart | st.tuples(steps(alike=True).map(change), sizes, st.just(True), least)
 
 
-@given(any_steps, st.sampled_from(SIZES), st.booleans(), least_saved)
+@given(cases(shifted))
 @random_groups.bounded
-def test_each_token_sees_its_own_prefix_and_only_what_is_needed_is_run(step, size, share, least):
-    groups, tries, credits = step
+def test_each_token_sees_its_own_prefix_and_only_what_is_needed_is_run(case):
+    (groups, tries, credits), size, share, least = case
     packs = build_packs(scored(groups, tries, credits), size, share, least)
     run, stems, spared = Counter(), [], Counter()
     for pack in packs:
@@ -127,10 +130,10 @@ def test_each_token_sees_its_own_prefix_and_only_what_is_needed_is_run(step, siz
         assert run + spared == every, "once in a group, however many completions share it; a stem once"
 
 
-@given(any_steps, st.sampled_from(SIZES), st.booleans(), least_saved)
+@given(cases(shifted))
 @random_groups.bounded
-def test_each_weighted_node_is_computed_once_from_the_right_row(step, size, share, least):
-    groups, tries, credits = step
+def test_each_weighted_node_is_computed_once_from_the_right_row(case):
+    (groups, tries, credits), size, share, least = case
     seen = Counter()
     for pack in build_packs(scored(groups, tries, credits), size, share, least):
         texts = texts_of(pack)
@@ -151,13 +154,15 @@ def test_each_weighted_node_is_computed_once_from_the_right_row(step, size, shar
     assert seen == Counter(expected)
 
 
-@given(any_steps, st.sampled_from(SIZES), least_saved)
+@given(cases(shifted))
 @random_groups.bounded
-def test_a_pack_exceeds_its_size_only_where_one_path_does(step, size, least):
+def test_a_pack_exceeds_its_size_only_where_one_path_does(case):
+    step, size, _, least = case
     for pack in build_packs(scored(*step), size, least_saved=least):
-        rows_with_stem = [len(pack.stem) * pack.stem.shared] * len(pack.ids) if pack.stem else [0]
-        assert pack.size == pack.ids.size + sum(rows_with_stem)
-        if pack.size > size:
+        if pack.stem and pack.stem.shared:
+            rows, columns = pack.ids.shape
+            assert columns <= size and (rows == 1 or rows * (len(pack.stem) + columns) == pack.size <= size)
+        elif pack.ids.size > size:
             assert pack.ids.shape[0] == 1
             first = len(pack.stem) if pack.stem else 0
             path = list(range(first, first + pack.ids.shape[1]))
@@ -269,10 +274,10 @@ def test_small_tries_share_a_pack_and_nothing_weighted_is_no_pack():
     assert build_packs([], 100) == []
 
 
-@given(steps() | steps(alike=True), st.sampled_from(SIZES), st.booleans(), least_saved)
+@given(cases())
 @random_groups.bounded
-def test_cells_name_the_boundary_row_of_a_token_with_the_same_prefix(step, size, share, least):
-    groups, tries, credits = step
+def test_cells_name_the_boundary_row_of_a_token_with_the_same_prefix(case):
+    (groups, tries, credits), size, share, least = case
     recorded, table = [], []  # `table[cell]` is what had been read when the boundary row was recorded
 
     def record(text):
@@ -356,7 +361,7 @@ def test_a_shared_stem_by_hand():
     # Two rows of 2 + 3 cells at most, and a row by itself
     first, second = build_packs(step, 10, least_saved=4)
     assert (first.ids.tolist(), second.ids.tolist()) == ([[3, 4, 7], [3, 5, 6]], [[3, 4]])
-    assert first.stem.name == second.stem.name == (2, 2)
+    assert first.stem.name == second.stem.name == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -418,6 +423,14 @@ def test_halves_of_a_pack_behind_a_shared_stem_share_it_still():
         assert sorted(np.concatenate([p.targets.group for p in parts])) == sorted(pack.targets.group)
         assert all(part.stem.shared and part.stem.name == parts[0].stem.name for part in parts)
         pack = parts[1]
-    # one group is left: its own prompt becomes its stem
+    # one group is left, the path from 7 to 8: its own prompt becomes its stem
     (part,) = halves(pack, step)
     assert (part.stem.shared, len(part.stem), part.ids.shape) == (False, 20, (1, 2))
+
+
+def test_prompts_longer_than_a_pack_share_a_stem_if_what_is_behind_it_fits():
+    step = in_step(*(([*range(20), 30 + n, 40], [[n, 7], [n, 8]]) for n in range(3)))
+    packs = build_packs(step, 10, least_saved=ALWAYS)
+    assert [(pack.ids.shape, pack.stem.name) for pack in packs] == [((1, 3), (0, 20))] * 3
+    packs = build_packs(step, 2, least_saved=ALWAYS)
+    assert [(pack.ids.shape, len(pack.stem), pack.stem.shared) for pack in packs] == [((1, 2), 21, False)] * 3

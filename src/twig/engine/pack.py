@@ -12,6 +12,7 @@ stem. Groups whose prompts begin alike share that beginning.
 Numpy only: knows nothing of models. Legend: B rows, L columns, R head rows, N targets (weighted nodes).
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -124,35 +125,37 @@ def build_packs(
     """Returns packs of at most `size` cells that compute each weighted node of each group exactly once.
 
     A pack is never smaller than its longest path, so it may exceed `size` if one path does. Prompts that
-    begin alike share a stem if that saves `least_saved` cells; the packs of one stem follow each other. With
-    `share=False` every path is a row of its own, prompt included: the plain batch, for models that cannot run
-    a trie. The cut changes the gradient by rounding only. Empty if nothing has credit.
+    begin alike share a stem if that saves `least_saved` cells; if a pack has several rows, it counts in each.
+    The packs of one stem follow each other. With `share=False` every path is a row of its own, prompt
+    included: the plain batch, for models that cannot run a trie. The cut changes the gradient by rounding
+    only. Empty if nothing has credit.
     """
+    shared = _share_stems(scored, size, least_saved) if share else []
+    taken = {segment.group for _, segments in shared for segment in segments}
     whole: list[_Segment] = []
-    packs: list[Pack] = []
+    cut: list[Pack] = []
     for index, each in enumerate(scored):
+        if index in taken:
+            continue
         prompt = len(each.group.prompt_ids)
         segments = _cut(index, prompt, each.trie, each.credit.weighted, size, share)
         if any(segment.prompt < prompt for segment in segments):
             stem = _stem([index], prompt - 1, scored)
-            packs += [_table(rows, scored, stem) for rows in _fill(segments, size, share)]
+            cut += [_table(rows, scored, stem) for rows in _fill(segments, size, share)]
         else:
             whole += segments
-    shared: list[Pack] = []
-    for bundle, common in _bundles(whole, scored, least_saved) if share else []:
-        members = [segment.group for segment in bundle]
-        stem = _stem(members, common, scored)
-        behind = [replace(segment, prompt=segment.prompt - common) for segment in bundle]
-        shared += [_table(rows, scored, stem) for rows in _fill(behind, size, share, common)]
-        whole = [segment for segment in whole if segment.group not in members]
-    return [_table(rows, scored) for rows in _fill(whole, size, share)] + shared + packs
+    packs = [_table(rows, scored) for rows in _fill(whole, size, share)]
+    for stem, segments in shared:
+        packs += [_table(rows, scored, stem) for rows in _fill(segments, size, share, len(stem))]
+    return packs + cut
 
 
 def halves(pack: Pack, scored: Sequence[Scored], share: bool = True) -> list[Pack]:
     """Returns the same targets in packs of at most half its size; one pack if it is a single path.
 
-    Stems are shared whatever that saves: the memory counts.
+    Stems are shared whatever that saves: the memory counts. A row behind one is cut.
     """
+    size = pack.size if len(pack.ids) > 1 else pack.ids.size
     parts = []
     for index, each in enumerate(scored):
         mine = np.zeros(len(each.trie), bool)
@@ -160,7 +163,7 @@ def halves(pack: Pack, scored: Sequence[Scored], share: bool = True) -> list[Pac
         of = each.credit
         plus, minus, kl = (np.where(mine, weight, 0.0) for weight in (of.plus, of.minus, of.kl))
         parts.append(replace(each, credit=Credit(plus, minus, kl)))
-    return build_packs(parts, max(pack.size // 2, 1), share, least_saved=1)
+    return build_packs(parts, max(size // 2, 1), share, least_saved=1)
 
 
 def head_columns(pack: Pack) -> tuple[np.ndarray, np.ndarray]:
@@ -230,21 +233,32 @@ def _ancestors(trie: PrefixTrie, node: int) -> np.ndarray:
     return np.array(path[::-1], np.int64)
 
 
-def _bundles(
-    whole: Sequence[_Segment], scored: Sequence[Scored], least_saved: int
-) -> list[tuple[list[_Segment], int]]:
-    """Returns segments that share a stem, and its length: the tokens with which their prompts begin.
+def _share_stems(scored: Sequence[Scored], size: int, least_saved: int) -> list[tuple[Stem, list[_Segment]]]:
+    """Returns stems that save `least_saved` cells, each with what of its groups comes behind it."""
+    whole: list[_Segment] = []
+    for index, each in enumerate(scored):
+        whole += _cut(index, len(each.group.prompt_ids), each.trie, each.credit.weighted, sys.maxsize, True)
+    shared = []
+    for groups, length in _bundles({s.group: scored[s.group].group.prompt_ids for s in whole}, least_saved):
+        behind = [replace(s, prompt=s.prompt - length) for s in whole if s.group in groups]
+        behind = [segment for segment in behind if segment.length <= size]  # others are cut
+        if (len(behind) - 1) * length >= least_saved:
+            shared.append((_stem([segment.group for segment in behind], length, scored), behind))
+    return shared
+
+
+def _bundles(prompts: dict[int, np.ndarray], least_saved: int) -> list[tuple[list[int], int]]:
+    """Returns groups that may share a stem, and its length: the tokens with which their prompts begin.
 
     Sorted prompts have the longest beginning in common with a neighbour. A bundle is divided where that is
     shortest if its parts save more cells. Each prompt keeps its last token, the root of its trie.
     """
-    prompts = {segment.group: scored[segment.group].group.prompt_ids for segment in whole}
-    ordered = sorted(whole, key=lambda segment: prompts[segment.group].tolist())
-    alike = [_in_common(prompts[a.group], prompts[b.group]) for a, b in pairwise(ordered)]
+    ordered = sorted(prompts, key=lambda group: prompts[group].tolist())
+    alike = [_in_common(prompts[a], prompts[b]) for a, b in pairwise(ordered)]
 
-    def best(first: int, last: int) -> tuple[int, list[tuple[list[_Segment], int]]]:
+    def best(first: int, last: int) -> tuple[int, list[tuple[list[int], int]]]:
         """Returns the cells that bundles of some neighbours save, and the bundles."""
-        if first == last:
+        if first >= last:
             return 0, []
         common = min(alike[first:last])
         ends = [place for place in range(first, last) if alike[place] == common] + [last]
@@ -254,7 +268,7 @@ def _bundles(
             return together, [(ordered[first : last + 1], common)]
         return apart, [bundle for _, bundles in parts for bundle in bundles]
 
-    return best(0, len(ordered) - 1)[1] if ordered else []
+    return best(0, len(ordered) - 1)[1]
 
 
 def _in_common(one: np.ndarray, other: np.ndarray) -> int:

@@ -352,18 +352,23 @@ def decode_moment(work: Workload, table: DecodeTable) -> float:
 def pack_tables(work: Workload, pack_size: int) -> list[Table]:
     """Returns the largest packs: completions of full length that share nothing but the prompt.
 
-    The second, if any, is that of prompts that differ in their last token only and so share a stem.
+    The second, if any, is that of prompts that begin alike and so share a stem. It has the most cells if
+    they differ in their last token only, or, if a trie fits behind a stem only, if the stem is short.
     """
     if work.plain:
         rows = max(min(pack_size // work.path, work.prompts * work.generations), 1)
         return [_table(work, rows, work.path, 0, work.path - work.prompt + 1)]
     stem, behind = work.prompt - 1, work.load.paths * (work.length - 1)
-    if work.prompt + behind > pack_size:
+    whole, shares = work.prompt + behind, (work.prompts - 1) * stem >= LEAST_SAVED[work.kind]
+    if whole > pack_size:
         columns = min(1 + behind, max(pack_size, work.length))
-        return [_table(work, 1, columns, stem, columns)]
-    rows = max(min(pack_size // (work.prompt + behind), work.prompts), 1)
-    tables = [_table(work, rows, work.prompt + behind, 0, behind + 1)]
-    if (work.prompts - 1) * stem >= LEAST_SAVED[work.kind]:
+        tables = [_table(work, 1, columns, stem, columns)]
+        if shares and 1 + behind <= pack_size:
+            tables.append(_table(work, 1, pack_size, whole - pack_size, behind + 1))
+        return tables
+    rows = max(min(pack_size // whole, work.prompts), 1)
+    tables = [_table(work, rows, whole, 0, behind + 1)]
+    if shares:
         tables.append(_table(work, rows, behind + 1, stem, behind + 1))
     return tables
 
