@@ -349,6 +349,14 @@ def test_what_a_chat_template_cannot_do_is_one_line() -> None:
     assert "System role not supported" in line and "task.system_prompt" in line
 
 
+def test_an_empty_prompt_in_the_data_is_refused_before_training(tmp_path) -> None:
+    rows = [{"prompt": text, "answer": "1"} for text in [*"abcd", "", *"efgh"]]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = str(tmp_path / "data.jsonl")
+    assert "data row" in one_line(lambda: load_task(settings("custom", path=path)))
+    assert load_task(settings("custom", path=path, prompt_template="Say {prompt}!")).train
+
+
 def test_an_empty_prompt_is_refused() -> None:
     class Bare(Letters):
         def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:

@@ -23,12 +23,17 @@ def halves(completions, **kwargs):
         ([-1, 1], False),
         ([0, 0], False),
         ([0, 0.5], True),
+        ([0.5, 0.5], True),
+        ([-1, 0], True),
+        ([-1, 0, 1], True),
+        ([0, 0.1 + 0.2 + 0.7], False),
+        ([0, 2], True),
         ([0, 0.5, 1], True),
         ([0, np.nan, 1], False),
         ([np.nan], False),
     ],
 )
-def test_rewards_of_two_values_up_to_1_are_right_or_wrong(rewards, graded):
+def test_rewards_of_1_and_the_lowest_are_right_or_wrong(rewards, graded):
     totals = np.array(rewards, np.float64)
     task = Task("custom", (), (), ())
     assert is_graded(task, totals) is graded

@@ -45,6 +45,8 @@ def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> 
     rows = read_rows(settings.task, None, None, train_dataset, eval_dataset)
     column = _prompt_column(settings.task.prompt_column, [*rows.train, *rows.eval])
     train, evaluation = _examples(rows.train, column), _examples(rows.eval, column)
+    if settings.task.prompt_template is None:
+        _refuse_empty(train, evaluation, column)
     if settings.task.reward_file is None and _have_answers([*train, *evaluation]):
         return Task(
             "custom", train, evaluation, (accuracy,), score=score_number, score_lenient=score_last_number
@@ -88,6 +90,15 @@ def _examples(rows: list[Row], prompt_column: str) -> list[Example]:
         columns = {name: value for name, value in row.items() if name not in (prompt_column, "completion")}
         examples.append(Example(prompt, columns))
     return examples
+
+
+def _refuse_empty(train: list[Example], evaluation: list[Example], column: str) -> None:
+    """Raises UserError for a prompt without text: a model with a begin token would answer it all the same."""
+    for split, examples in (("train", train), ("evaluation", evaluation)):
+        number = next((n for n, example in enumerate(examples) if example.prompt == ""), None)
+        if number is not None:
+            fix = "Remove the row, or write text in task.prompt_template"
+            raise UserError(f"{split} data row {number}", f"its {column} is empty", fix)
 
 
 def _refuse_unreadable(prompt: Any, where: str, column: str) -> None:

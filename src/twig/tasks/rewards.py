@@ -244,13 +244,14 @@ def judge(task: Task, examples: Sequence[Example], texts: Sequence[str], totals:
 def is_graded(task: Task, totals: np.ndarray) -> bool:
     """Tells whether the rewards of completions say more than which are right, so that their mean is shown.
 
-    They do if the task cannot tell by itself, `task.correct_at` is left at 1, and they have more than two
-    values, or two below 1.
+    They do if the task cannot tell by itself, `task.correct_at` is left at 1, and some reward is neither 1
+    nor the lowest: 0, or the smallest if that is negative.
     """
     if task.score is not None or task.correct_at != 1.0:
         return False
-    values = np.unique(totals[~np.isnan(totals)])
-    return len(values) > 2 or (len(values) == 2 and bool(values[-1] < task.correct_at))
+    values = totals[~np.isnan(totals)]
+    lowest = min(0.0, *values) if len(values) else 0.0
+    return not all(np.isclose(value, lowest) or np.isclose(value, 1.0) for value in np.unique(values))
 
 
 def read_leniently(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray | None:
