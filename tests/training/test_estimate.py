@@ -1,6 +1,7 @@
 """How long a run takes, from its first steps: against the whole run, by its own clock."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from small_runs import small_settings
 
 from twig.cli.app import main
 from twig.common.progress import Progress
+from twig.runtime.machine import waited_for_a_core
 from twig.training import estimate
 from twig.training.estimate import Estimate, _estimate, _Watch, measure_run
 
@@ -45,6 +47,21 @@ def test_a_measurement_is_the_run_itself_and_leaves_nothing(tmp_path, monkeypatc
     assert os.listdir(tmp_path) == []
 
 
+def test_waiting_for_a_core_is_a_share_of_what_was_measured(base, monkeypatch) -> None:
+    clock, waits = iter([0.0, 0.0, 10.0, 20.0]), iter([1.0, 4.0, 9.0])
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(estimate, "waited_for_a_core", lambda: next(waits))
+    watch = _Watch(Progress())
+    watch.phase("sampling")
+    for step in (1, 2):
+        watch.step(step, 9, rows([1.0])[0])
+    assert watch.waiting == pytest.approx(8 / 20)
+    monkeypatch.undo()
+    assert _estimate(small_settings(base), watch, 0).waiting == pytest.approx(8 / 20)
+    unknown = Path("/nowhere")
+    assert waited_for_a_core(unknown) is None and (waited_for_a_core() or 0.0) >= 0.0
+
+
 def test_the_command_says_time_and_tokens(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     taken = Estimate(9, 36.0, 1000.0, 20.0, 1000, 3, 500, 0.1)
@@ -53,6 +70,12 @@ def test_the_command_says_time_and_tokens(monkeypatch, tmp_path, capsys) -> None
     out = capsys.readouterr().out
     for part in ("10.0 h", "1,000,000 tokens", "36 s a step", "32.0 h"):
         assert part in out
+    assert "other work" not in out
+    busy = replace(taken, waiting=0.5)
+    monkeypatch.setattr(estimate, "measure_run", lambda settings, progress: busy)
+    assert main(["plan", "quickstart", "--measure"]) == 0
+    assert "50 % of the time other work had the processor" in (out := capsys.readouterr().out)
+    assert "it takes 5.0 h" in out and "10.0 h" in out
     assert main(["train", "quickstart", "--dry-run", "--measure"]) == 0
     assert "# Time" in capsys.readouterr().out and not list(Path().iterdir())
     assert main(["plan", "quickstart", "--measure", "--for", "4GiB"]) == 2

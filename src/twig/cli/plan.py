@@ -29,6 +29,7 @@ from twig.tasks.load import load_task
 from twig.tasks.prompts import render_prompt
 
 _DEVICES = {"cpu": "a CPU", "cuda": "a CUDA GPU", "mps": "an Apple GPU"}
+_WAITING = 0.05  # the share of the measured time from which it is said that the machine had other work
 _GIB = 2**30
 _SMALL = 0.005  # of the peak: smaller items share a row
 _PROBLEMS = 2000  # the most problems whose prompts are counted
@@ -117,6 +118,10 @@ def show_time(console: Console, settings: Settings, measure: bool) -> None:
     both = taken.training + taken.evaluating
     _say(console, "", f"Time, measured here over {taken.measured} steps: {duration(both)}.")
     _say(console, *(f"  {line}" for line in lines))
+    if taken.waiting >= _WAITING:
+        alone = duration(both * (1 - taken.waiting))
+        share = f"{100 * taken.waiting:.0f} % of the time other work had the processor"
+        _say(console, f"  {share}; if the machine does nothing else, it takes {alone}")
     if taken.mean_length < longest:
         most = duration(taken.training * longest / max(taken.mean_length, 1))
         length = f"{taken.mean_length:.0f} of at most {longest:,} tokens"

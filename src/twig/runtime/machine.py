@@ -93,6 +93,14 @@ def free_memory(device: str, torch: Any = None) -> int:
     return min(psutil.virtual_memory().available, _left_in_container())
 
 
+def waited_for_a_core(place: Path = Path("/proc/thread-self/schedstat")) -> float | None:
+    """Returns the seconds that this thread was ready but other work had its core; None if unknown."""
+    try:
+        return int(place.read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None  # not Linux, or a kernel without these figures
+
+
 def _left_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
     """Returns the bytes that a container's control group leaves; a huge number without a limit."""
     for folder, limit, used in (

@@ -13,6 +13,7 @@ from typing import Any
 from twig.common.progress import Progress
 from twig.config.load import Settings
 from twig.config.sizes import with_values
+from twig.runtime.machine import waited_for_a_core
 from twig.tasks.load import load_task
 from twig.training.train import train
 
@@ -28,6 +29,8 @@ class Estimate:
     The `measured` steps count as they were, the others as the later half of these: completions grow while a
     model learns. `mean_length` is that of the later half's completions. `steps` are all of the run's,
     `evaluations` its evaluations of `problems` each, `seconds_per_problem` long a problem (0 without one).
+    `waiting` is the share of the measured time in which other work had the core (0 if that is unknown): the
+    whole run takes so much less if the machine does nothing else.
     """
 
     measured: int
@@ -38,6 +41,7 @@ class Estimate:
     evaluations: int
     problems: int
     seconds_per_problem: float
+    waiting: float = 0.0
 
     @property
     def training(self) -> float:
@@ -63,9 +67,13 @@ class _Watch(Progress):
         self.evaluated: list[tuple[float, int]] = []  # seconds and problems of each
         self.began = time.perf_counter()
         self.over = False  # enough is measured
+        self.first: tuple[float, float] | None = None  # the clock, and the waiting for a core until then
+        self.waiting = 0.0
 
     def phase(self, name: str, total: int | None = None) -> None:
         self.began = time.perf_counter()
+        if self.first is None and name in ("evaluating", "sampling"):
+            self.first = self.began, waited_for_a_core() or 0.0
         self.shown.phase(name, total)
 
     def ready(self, model: Any, tokenizer: Any, total: int) -> None:
@@ -73,6 +81,10 @@ class _Watch(Progress):
 
     def step(self, step: int, total: int, metrics: dict[str, Any]) -> None:
         self.rows.append(metrics)
+        if self.first is not None:
+            began, before = self.first
+            waited = (waited_for_a_core() or 0.0) - before
+            self.waiting = max(0.0, waited / max(time.perf_counter() - began, 1e-9))
         self.shown.step(step, total, metrics)
 
     def evaluation(self, when: str, result: dict[str, Any]) -> None:
@@ -130,4 +142,5 @@ def _estimate(settings: Settings, watch: _Watch, problems: int) -> Estimate:
         evaluations=(between + 1 + settings.eval.before) if problems else 0,
         problems=problems,
         seconds_per_problem=sum(spent for spent, _ in watch.evaluated) / asked if asked else 0.0,
+        waiting=watch.waiting,
     )
