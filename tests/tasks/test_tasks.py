@@ -349,11 +349,20 @@ def test_what_a_chat_template_cannot_do_is_one_line() -> None:
     assert "System role not supported" in line and "task.system_prompt" in line
 
 
+@pytest.mark.parametrize("size", [1, 15])
+def test_a_row_is_named_by_its_number_in_the_file(tmp_path, size) -> None:
+    """However many of the rows before it are held out."""
+    rows: list[dict] = [{"prompt": str(n)} for n in range(18)] + [{"answer": "1"}, {"prompt": "x"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = one_line(lambda: load_task(settings("custom", path=str(tmp_path / "data.jsonl"), eval_size=size)))
+    assert line.startswith("data row 18: ")
+
+
 def test_an_empty_prompt_in_the_data_is_refused_before_training(tmp_path) -> None:
     rows = [{"prompt": text, "answer": "1"} for text in [*"abcd", "", *"efgh"]]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = str(tmp_path / "data.jsonl")
-    assert "data row" in one_line(lambda: load_task(settings("custom", path=path)))
+    assert "data row 4: " in one_line(lambda: load_task(settings("custom", path=path)))
     assert load_task(settings("custom", path=path, prompt_template="Say {prompt}!")).train
 
 

@@ -25,7 +25,7 @@ from twig.common.user_code import repr_of
 from twig.core.types import Example
 from twig.tasks.answers import readable
 from twig.tasks.base import Task
-from twig.tasks.data import Row, read_rows, require_columns
+from twig.tasks.data import Row, read_rows, require_columns, row_name
 from twig.tasks.prompts import text_of
 from twig.tasks.rewards import accuracy, score_last_number, score_number
 
@@ -44,9 +44,8 @@ def load(settings: Any, train_dataset: Any = None, eval_dataset: Any = None) -> 
     """Loads the data; `load_task` adds the rewards. Raises UserError if the data is unusable."""
     rows = read_rows(settings.task, None, None, train_dataset, eval_dataset)
     column = _prompt_column(settings.task.prompt_column, [*rows.train, *rows.eval])
-    train, evaluation = _examples(rows.train, column), _examples(rows.eval, column)
-    if settings.task.prompt_template is None:
-        _refuse_empty(train, evaluation, column)
+    refuse_empty = settings.task.prompt_template is None
+    train, evaluation = (_examples(each, column, refuse_empty) for each in (rows.train, rows.eval))
     if settings.task.reward_file is None and _have_answers([*train, *evaluation]):
         return Task(
             "custom", train, evaluation, (accuracy,), score=score_number, score_lenient=score_last_number
@@ -66,20 +65,23 @@ def _have_answers(examples: list[Example]) -> bool:
     return bool(examples) and all(readable(str(example.columns.get("answer", ""))) for example in examples)
 
 
-def _examples(rows: list[Row], prompt_column: str) -> list[Example]:
+def _examples(rows: list[Row], prompt_column: str, refuse_empty: bool) -> list[Example]:
     fix = "Set task.prompt_column to the column that holds the prompt, or rename that column"
     if any(_CONVERSATIONS in row for row in rows):
         fix = f"Set task.prompt_column={_CONVERSATIONS}, and let each conversation end before the answer"
     require_columns(rows, (prompt_column,), fix)
     examples = []
-    for number, row in enumerate(rows):
-        prompt = row[prompt_column]
+    for place, row in enumerate(rows):
+        prompt, where = row[prompt_column], row_name(row, place)
         if not isinstance(prompt, str):
-            _refuse_unreadable(prompt, f"data row {number}", prompt_column)
+            _refuse_unreadable(prompt, where, prompt_column)
+        if prompt == "" and refuse_empty:  # a model with a begin token would answer it all the same
+            unusable = "Remove the row, or write text in task.prompt_template"
+            raise UserError(where, f"its {prompt_column} is empty", unusable)
         shown = next((column for column in _SHOWN if row.get(column) not in (None, [])), None)
         if shown is not None:
             problem = f"the column {shown!r}, which TRL shows to the model; Twig's models read only text"
-            raise UserError(f"data row {number}", problem, "Rename it if it is for the rewards, or remove it")
+            raise UserError(where, problem, "Rename it if it is for the rewards, or remove it")
         reserved = next((column for column in row if column in _RESERVED), None)
         if reserved is not None:
             raise UserError(
@@ -90,15 +92,6 @@ def _examples(rows: list[Row], prompt_column: str) -> list[Example]:
         columns = {name: value for name, value in row.items() if name not in (prompt_column, "completion")}
         examples.append(Example(prompt, columns))
     return examples
-
-
-def _refuse_empty(train: list[Example], evaluation: list[Example], column: str) -> None:
-    """Raises UserError for a prompt without text: a model with a begin token would answer it all the same."""
-    for split, examples in (("train", train), ("evaluation", evaluation)):
-        number = next((n for n, example in enumerate(examples) if example.prompt == ""), None)
-        if number is not None:
-            fix = "Remove the row, or write text in task.prompt_template"
-            raise UserError(f"{split} data row {number}", f"its {column} is empty", fix)
 
 
 def _refuse_unreadable(prompt: Any, where: str, column: str) -> None:

@@ -34,6 +34,19 @@ _HELD_OUT = 500
 _ONE_OBJECT = "Write {...} on each line"
 
 
+class _Numbered(dict[str, Any]):
+    """A row of data that is divided, with its number in all of it."""
+
+    def __init__(self, row: Row, number: int) -> None:
+        super().__init__(row)
+        self.number = number
+
+
+def row_name(row: Row, place: int) -> str:
+    """Returns what a message calls a row: by its number in the data, which may differ from its place here."""
+    return f"data row {row.number if isinstance(row, _Numbered) else place}"
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows to train on, and those to evaluate on."""
@@ -69,15 +82,16 @@ def read_rows(
 
 def require_columns(rows: Sequence[Row], columns: Sequence[str], fix: str, texts: Sequence[str] = ()) -> None:
     """Raises UserError for the first row without one of the columns, or if one of `texts` is not text."""
-    for number, row in enumerate(rows):
+    for place, row in enumerate(rows):
+        where = row_name(row, place)
         for column in columns:
             value = row.get(column)
             if value is None:
                 instead = "null there" if column in row else ", ".join(row) or "none"
-                raise UserError(f"data row {number}", f"no column {column!r} (it has {instead})", fix)
+                raise UserError(where, f"no column {column!r} (it has {instead})", fix)
             if column in texts and not isinstance(value, str):
                 kind = type(value).__name__
-                raise UserError(f"data row {number}", f"{column} is a {kind}, not text", fix)
+                raise UserError(where, f"{column} is a {kind}, not text", fix)
 
 
 # ---- where the rows are ------------------------------------------------------------------------------------
@@ -337,8 +351,9 @@ def _hold_out(rows: list[Row], size: int | None, name: str) -> Rows:
         )
     held_out = set(random.Random(0).sample(range(len(rows)), size))
     logger.info("%s has no split for evaluation: %d of %d rows are held out for it", name, size, len(rows))
-    train = [row for number, row in enumerate(rows) if number not in held_out]
-    return Rows(train, [rows[number] for number in sorted(held_out)])
+    numbered: list[Row] = [_Numbered(row, number) for number, row in enumerate(rows)]
+    train = [row for number, row in enumerate(numbered) if number not in held_out]
+    return Rows(train, [numbered[number] for number in sorted(held_out)])
 
 
 def _passed(name: str, data: Any, size_name: str, size: int | None) -> list[Row]:

@@ -17,7 +17,7 @@ from twig.common.errors import UserError
 from twig.core.types import Example
 from twig.tasks.answers import read_number
 from twig.tasks.base import Task
-from twig.tasks.data import Row, read_rows, require_columns
+from twig.tasks.data import Row, read_rows, require_columns, row_name
 from twig.tasks.rewards import accuracy, score_last_number, score_number
 
 HUB_NAME = "openai/gsm8k"
@@ -51,7 +51,7 @@ def _examples(rows: list[Row]) -> list[Example]:
         solution = str(row["answer"])
         answer = solution.rpartition("####")[2].strip().replace(",", "")
         if read_number(answer, strict=False) is None:
-            raise UserError(f"data row {number}", f"no number after #### in {solution[-60:]!r}", fix)
+            raise UserError(row_name(row, number), f"no number after #### in {solution[-60:]!r}", fix)
         columns = {**row, "answer": answer, "solution": solution}
         examples.append(Example(row["question"], columns))
     return examples

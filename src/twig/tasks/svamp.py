@@ -17,7 +17,7 @@ from twig.common.errors import UserError
 from twig.core.types import Example
 from twig.tasks.answers import read_number
 from twig.tasks.base import Task
-from twig.tasks.data import Row, read_rows, require_columns
+from twig.tasks.data import Row, read_rows, require_columns, row_name
 from twig.tasks.rewards import accuracy, score_last_number, score_number
 
 HUB_NAME = "ChilleD/SVAMP"
@@ -49,7 +49,7 @@ def _examples(rows: list[Row]) -> list[Example]:
     for number, row in enumerate(rows):
         gold = read_number(str(row["Answer"]), strict=False)
         if not isinstance(gold, Fraction):
-            raise UserError(f"data row {number}", f"the Answer {row['Answer']!r} is not a number", fix)
+            raise UserError(row_name(row, number), f"the Answer {row['Answer']!r} is not a number", fix)
         question = f"{row['Body'].strip()} {row['Question'].strip()}"
         answer = str(gold) if gold.denominator == 1 else str(row["Answer"])
         examples.append(Example(question, {**row, "question": question, "answer": answer}))
