@@ -245,6 +245,10 @@ def test_a_run_with_half_a_config_resumes_as_it_began(base, tmp_path, monkeypatc
     assert (read_summary(Path("run")) or {})["steps"] == 4
     assert load("run").with_overrides(["train.max_steps=2"]) == load_to_resume("run", ["train.max_steps=2"])
     assert "run/config.yaml: damaged" in caplog.text
+    after = config.read_bytes()
+    config.write_bytes(b"")  # of a run with nothing left to do
+    assert main(["train", "run", "--resume"]) == 0
+    assert config.read_bytes() == after
 
 
 # ---- accuracies

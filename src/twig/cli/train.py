@@ -23,7 +23,7 @@ from twig.report.diagnosis import findings
 from twig.report.history import read_run
 from twig.report.page import report_if_missing
 from twig.report.progress import showing
-from twig.runs.contents import load_to_resume
+from twig.runs.contents import config_damage, load_to_resume
 from twig.runs.folder import RunLog, new_folder, newest_folder
 from twig.runs.reader import ADAPTER, BEST, answers_of, damage, is_finished, is_run, read_summary
 from twig.runtime.failures import Ended, exit_status
@@ -162,10 +162,16 @@ def _folder_to_resume(source: str, output: Path | None) -> Path:
 def _summary_if_done(folder: Path, settings: Settings) -> dict[str, Any] | None:
     """Returns the summary of a run that is finished with these settings, else None."""
     log = RunLog.open(folder)
-    log.close()
-    as_it_began = as_begun(settings, log.settings)  # with the sizes that the run chose
-    done = log.settings == as_it_began and is_finished(log.summary())
-    return read_summary(folder) if done else None
+    try:
+        as_it_began = as_begun(settings, log.settings)  # with the sizes that the run chose
+        done = log.settings == as_it_began and is_finished(log.summary())
+        if done and config_damage(folder) is not None:
+            log.save_settings(
+                log.settings
+            )  # those of the newest checkpoint; a run that goes on writes them too
+        return read_summary(folder) if done else None
+    finally:
+        log.close()
 
 
 def _complete(folder: Path, summary: dict[str, Any]) -> None:

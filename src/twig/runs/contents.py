@@ -64,13 +64,20 @@ def load_to_resume(source: str, overrides: Sequence[str] = ()) -> Settings:
     """
     folder = Path(source)
     begun = settings_of(folder) if is_run(folder) else None
-    if begun is not None:
-        try:
-            load(source)
-        except UserError as error:
-            logger.warning(f"{error.key}: {error.problem}; the settings of the newest checkpoint are used")
-            return Settings.from_dict(begun.model_dump(), overrides, str(folder / RUN_CONFIG))
+    error = None if begun is None else config_damage(folder)
+    if begun is not None and error is not None:
+        logger.warning(f"{error.key}: {error.problem}; the settings of the newest checkpoint are used")
+        return Settings.from_dict(begun.model_dump(), overrides, str(folder / RUN_CONFIG))
     return load(source, overrides)
+
+
+def config_damage(folder: Path) -> UserError | None:
+    """Returns what is wrong with the config.yaml of a run folder; None if nothing is."""
+    try:
+        load(str(folder))
+    except UserError as error:
+        return error
+    return None
 
 
 def contents_of(state: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, str]:
