@@ -68,7 +68,7 @@ def test_the_command_says_time_and_tokens(monkeypatch, tmp_path, capsys) -> None
     monkeypatch.setattr(estimate, "measure_run", lambda settings, progress: taken)
     assert main(["plan", "quickstart", "--measure"]) == 0
     out = capsys.readouterr().out
-    for part in ("10.0 h", "1,000,000 tokens", "36 s a step", "32.0 h"):
+    for part in ("10.0 h", "1,000,000 tokens", "36 s a step", "32.0 h", "sample 3,200,000 tokens"):
         assert part in out
     assert "other work" not in out
     busy = replace(taken, waiting=0.5)

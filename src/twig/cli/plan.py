@@ -123,9 +123,11 @@ def show_time(console: Console, settings: Settings, measure: bool) -> None:
         share = f"{100 * taken.waiting:.0f} % of the time other work had the processor"
         _say(console, f"  {share}; if the machine does nothing else, it takes {alone}")
     if taken.mean_length < longest:
-        most = duration(taken.training * longest / max(taken.mean_length, 1))
+        growth = longest / max(taken.mean_length, 1)
+        most, tokens = duration(taken.training * growth), f"{taken.tokens * growth:,.0f} tokens"
         length = f"{taken.mean_length:.0f} of at most {longest:,} tokens"
-        _say(console, f"  completions had {length}; if they grow to that, the steps take up to {most}")
+        then = f"the steps take up to {most} and sample {tokens}; less if they get shorter"
+        _say(console, f"  completions had {length}; if they grow to that, {then}")
 
 
 def duration(seconds: float) -> str:
