@@ -8,14 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}
 GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
-GEMMA3N = {
-    "num_kv_shared_layers": 2,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": tiny.VOCAB,
-}
-GEMMA3N |= {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
 
 
 @dataclass(frozen=True)
@@ -54,12 +47,6 @@ FAMILIES = {
         ("q_proj", "v_proj"),
         {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
     ),
-    "gemma3n": Family(
-        "Gemma3nTextConfig",
-        "its layers share keys and values",
-        ("q_proj",),
-        {"head_dim": 8, "intermediate_size": [48] * 4} | ALTERNATING | GEMMA3N,
-    ),
     "llama with dynamic rope": Family(
         "LlamaConfig",
         "its rotary embedding ('dynamic') depends on the length of the text",
@@ -82,4 +69,5 @@ FAMILIES = {
     ),
 }
 
-MODULES = {"gemma4": ["q_proj"], "phi3": ["qkv_proj", "down_proj"], "phi3-window": ["qkv_proj", "o_proj"]}
+MODULES = {"phi3": ["qkv_proj", "down_proj"], "phi3-window": ["qkv_proj", "o_proj"]}
+MODULES |= {"gemma4": ["q_proj"], "gemma3n": ["q_proj", "linear_left", "prediction_coefs"]}

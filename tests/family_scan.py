@@ -18,7 +18,6 @@ import numerics
 import oracles
 import tiny
 import torch
-from family_cases import FAMILIES
 from gradients import credit_of, engine_gradient, groups_of, requests_of, texts_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -69,8 +68,7 @@ _ALL_HEADS = ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dot
 _ALL_HEADS += ("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu")
 EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_ALL_HEADS, {"num_key_value_heads": 4}),
-    "gemma3n_text": FAMILIES["gemma3n"].extra | {"sliding_window": _WINDOW},
-    "gemma4_text": tiny.SHARING["gemma4"][1],
+    **{f"{family}_text": extra for family, (_, extra) in tiny.SHARING.items()},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "xmod": {"default_language": "en_XX"},

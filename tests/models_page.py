@@ -33,6 +33,7 @@ NAMES = {
     "starcoder2": "StarCoder2",
     "stablelm": "StableLM",
     "glm4": "GLM-4-0414",
+    "gemma3n_text": "Gemma 3n (E2B and E4B, text)",
     "gemma4_text": "Gemma 4 (E2B and E4B, text)",
     "lfm2": "LFM2, LFM2.5",
     "qwen3_5_text": "Qwen3.5 (dense)",
@@ -59,7 +60,7 @@ LAYERS = [
         "attention with keys and values of another layer",
         "by its mask, with the pair of that layer",
         "`q_proj`",
-        "`gemma4_text`",
+        "`gemma3n_text`, `gemma4_text`",
     ),
 ]
 MIXERS = """\
@@ -71,8 +72,8 @@ Layers that keep a state read a tree in parts without forks, each from the state
 
 {rows}
 If a layer above the frozen ones takes keys and values from one of these, sampling records that pair beside
-what leaves the frozen layers, so an update need not run them again. `gemma3n_text` also carries several
-predictions of each token from layer to layer, and is refused.
+what leaves the frozen layers, so an update need not run them again. `gemma3n_text` carries several hidden
+states of each token from layer to layer (`altup_num_inputs`), and its boundary is as many times as wide.
 
 For types with a state, the check before training also runs a tree of 141 tokens, longer than the pieces in
 which such layers read a text, and compares the gradient of the adapter with that of the model's own forward

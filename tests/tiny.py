@@ -106,6 +106,22 @@ SHARING: dict[str, tuple[str, dict]] = {
             "vocab_size_per_layer_input": VOCAB,
         },
     ),
+    # and with several hidden states a token, of which each layer reads one
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {
+            "head_dim": 8,
+            "intermediate_size": [48] * 4,
+            "layer_types": _MIXED,
+            "sliding_window": _WINDOW,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "laurel_rank": 4,
+            "altup_num_inputs": 3,
+            "activation_sparsity_pattern": [0.95, 0.5, 0.0, 0.0],
+        },
+    ),
 }
 
 

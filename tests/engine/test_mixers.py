@@ -117,13 +117,14 @@ def groups_of_drawn(requests, drawn):
     ]
 
 
-RECORDED = [(family, [2, 3]) for family in tiny.HYBRIDS] + [("gemma4", n) for n in ([2, 3], [1, 3], [3])]
+RECORDED = [(family, [2, 3]) for family in tiny.HYBRIDS]
+RECORDED += [(family, layers) for family in tiny.SHARING for layers in ([2, 3], [1, 3], [3])]
 
 
 @pytest.mark.parametrize(
     ("family", "layers"),
     [
-        pytest.param(*case, marks=() if case[0] in ("qwen3_5", "gemma4") else pytest.mark.slow)
+        pytest.param(*case, marks=() if case[0] in ("qwen3_5", *tiny.SHARING) else pytest.mark.slow)
         for case in RECORDED
     ],
 )
@@ -215,10 +216,11 @@ def test_states_move_with_their_branches():
                 assert_values(completion.logps, own.tolist())
 
 
+@pytest.mark.parametrize("family", tiny.SHARING)
 @pytest.mark.parametrize("layers", [[3], [1, 3], "all"])
-def test_layers_get_the_keys_of_the_layer_that_they_share_with(layers):
+def test_layers_get_the_keys_of_the_layer_that_they_share_with(family, layers):
     """One below the lowest adapter, or an adapted one; behind a stem too."""
-    policy = tiny.build_policy("gemma4", layers=layers, target_modules=["q_proj"])
+    policy = tiny.build_policy(family, layers=layers, target_modules=["q_proj"])
     groups = [forked_group(3)]
     tries, credits = credit_of(groups)
     with numerics.casts():

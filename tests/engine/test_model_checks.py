@@ -9,6 +9,7 @@ import oracles
 import pytest
 import tiny
 import torch
+import transformers
 from family_cases import Family
 from gradients import texts_of
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from twig.common.errors import UserError
 from twig.config.schema import Model
 from twig.core.types import Example
 from twig.engine import load
-from twig.engine.decoder import Decoder
+from twig.engine.decoder import Decoder, logit_tolerance
 from twig.engine.load import end_ids, load_model, pick_device, suppressed_ids
 from twig.engine.lora import attach
 from twig.engine.plain_policy import PlainPolicy
@@ -255,3 +256,30 @@ def test_a_device_that_cannot_be_used_is_one_line(name):
 def test_quantised_models_are_not_told_to_quantise():
     line = str(load._no_room(Model(name="x", quantization="nf4", dtype="bfloat16")))
     assert line == "memory: x does not fit while it is loaded. Choose a smaller model."
+
+
+# Rounding
+
+
+@pytest.mark.slow
+def test_a_model_that_makes_much_of_a_last_bit_may_differ_more_from_itself(monkeypatch):
+    """In float32, thirty layers of several streams move logits further than is usual; other logits do not
+    pass for theirs."""
+    config = transformers.Gemma3nTextConfig(
+        **tiny.SHAPE
+        | tiny.SHARING["gemma3n"][1]
+        | {"hidden_size": 256, "num_hidden_layers": 30, "num_kv_shared_layers": 15, "head_dim": 64}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 15, "intermediate_size": [1024] * 30}
+        | {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20, "altup_num_inputs": 4}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        decoder = Decoder(model)
+        gap = decoder._gap(decoder._own_logits())
+    assert logit_tolerance(model) < gap <= decoder.tolerance <= 1e-3
+    decoder.check()
+    monkeypatch.setattr("twig.engine.decoder._as_large", lambda new, like: new)
+    with pytest.raises(UserError, match="'gemma3n_text' cannot be served: layer by layer its logits differ"):
+        decoder.check()

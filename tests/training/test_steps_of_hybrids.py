@@ -15,7 +15,7 @@ from test_trainer import build_trainer
 from twig.core.algorithms.base import Objective
 from twig.core.rng import uniforms
 
-KINDS = ["qwen3_5", "lfm2", "gemma4"]
+KINDS = ["qwen3_5", "lfm2", *tiny.SHARING]
 RATE = 3e-2  # moves log-probs far enough that ratios are clipped
 TWICE = {"name": "grpo", "num_iterations": 3, "epsilon": 0.02, "beta": 0.1}
 FEW = ("rollout.prompts_per_step=2", "rollout.num_generations=4", "rollout.max_completion_length=6")
@@ -61,7 +61,7 @@ def clipped(batch, old, now, epsilon):
     return count
 
 
-@pytest.mark.parametrize("kind", [pytest.param("qwen3_5", marks=pytest.mark.slow), "lfm2", "gemma4"])
+@pytest.mark.parametrize("kind", [pytest.param("qwen3_5", marks=pytest.mark.slow), *KINDS[1:]])
 def test_iterations_on_one_batch_are_those_of_the_slow_twin(kind):
     trainer, twin = (trainer_of(kind, *FEW, algorithm=TWICE) for _ in range(2))
     batch = trainer.sample(1)

@@ -7,8 +7,8 @@ before anything relies on it. What a family adds is read from its config (window
 from its name, and only from keys that the config's class declares: transformers keeps every other key of a
 config.json too, and the model does not read it.
 
-Knows nothing of adapters, tries or algorithms. Legend: B rows, L columns (queries), S keys, D hidden, V
-vocabulary.
+Knows nothing of adapters, tries or algorithms. Legend: B rows, L columns (queries), S keys, D what layers
+hand on, H hidden, V vocabulary.
 """
 
 import copy
@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -39,9 +39,11 @@ PLAIN = "Set model.engine=plain to train it with the plain batched forward"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # The longest path of the check's tree, and what lengths are set to that no path of it would reach.
 _LONGEST_PATH, _SHORT = 10, 3
+_USUAL = 1e-4  # how far logits in float32 may differ, as a share
 _SIZES = 6, 4, 4  # tokens of the check's stem and of its two branches
 LONG = 70, 66, 5  # where layers keep a state: longer than the chunks in which these read a text
 _SHARED, _INPUT = "shared_kv_states", "per_layer_input"  # what layers may take besides
+_STREAMS = "altup_num_inputs"  # of hidden states from layer to layer; the first is made of the embedding
 _NORMS = "norm", "final_layernorm", "embedding_norm"
 _IS_LENGTH = re.compile("window|chunk|top_?k|span|local")
 _IS_NO_LENGTH = re.compile("_ids?$|position|vocab")
@@ -111,7 +113,8 @@ class Decoder:
         if missing := [name for name, part in parts.items() if part is None]:
             self._refuse(f"it has no {missing[0]}")
         self.layers = cast(nn.ModuleList, parts["layers"])
-        self.norm, self.rotary = cast(nn.Module, parts["norm"]), parts.get("rotary_emb")
+        self.last_norm, self.rotary = cast(nn.Module, parts["norm"]), parts.get("rotary_emb")
+        self.streams = self._value(_STREAMS)
         self.head = cast(nn.Linear, parts["lm_head"])  # checked below
         self.embedding = cast(nn.Embedding, self.model.get_input_embeddings())
         self._refuse_unservable()
@@ -167,12 +170,29 @@ class Decoder:
                 self._refuse(f"its layers take no {name}")
         self.takes = set(parameters)
         count = self._value("num_kv_shared_layers") or 0
-        if count and (_SHARED not in self.takes or self._value("altup_num_inputs")):
+        if count and _SHARED not in self.takes:
             self._refuse("its layers share keys and values")
         self.sharing = range(len(self.layers) - count, len(self.layers))
 
     def embed(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """Returns the input of the first layer, the family's embedding scale applied."""
+        """Returns the input of the first layer: the scaled embedding, and the streams made of it, if any."""
+        hidden = self._embedded(ids)
+        if self.streams is None:
+            return hidden
+        core: Any = self.model.get_decoder()
+        others = (_as_large(make(hidden), hidden) for make in core.altup_projections)
+        return torch.cat([hidden, *others], -1)
+
+    def norm(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R H"]:
+        """Returns what the head reads of the last layer's output: its streams, if any, as one, normed."""
+        if self.streams is not None:
+            core: Any = self.model.get_decoder()
+            first, *others = hidden.unflatten(-1, (self.streams, -1)).unbind(-2)
+            made = zip(core.altup_unembed_projections, others, strict=True)
+            hidden = torch.stack([first, *(_as_large(make(x), first) for make, x in made)]).mean(0)
+        return self.last_norm(hidden)
+
+    def _embedded(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
         hidden = self.embedding(ids)
         return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
@@ -181,19 +201,18 @@ class Decoder:
         core: Any = self.model.get_decoder()
         if _INPUT not in self.takes or not self._value("hidden_size_per_layer_input"):
             return None
-        hidden = self.embed(ids)
-        return core.project_per_layer_inputs(hidden, core.get_per_layer_inputs(ids, hidden))
+        return core.project_per_layer_inputs(self._embedded(ids), core.get_per_layer_inputs(ids))
 
     @property
     def width(self) -> int:
         """Numbers that a layer hands to the next one, a token."""
-        return self.embedding.weight.shape[1]
+        return self.embedding.weight.shape[1] * (self.streams or 1)
 
     @property
     def not_captured(self) -> str | None:
         """Why a decode step cannot be captured, None if it can be tried."""
-        if any(self.mixers) or self.sharing:
-            return "layers that keep a state or share keys are not captured"
+        if any(self.mixers) or self.sharing or self.streams:
+            return "layers that keep a state, share keys or carry several streams are not captured"
         return None
 
     def _given(self) -> dict[str, int]:
@@ -333,6 +352,8 @@ class Decoder:
             options[_SHARED] = context.shared
         if _INPUT in self.takes and context.inputs is not None:
             options[_INPUT] = context.inputs[:, :, number]
+        if self.streams is not None:  # such layers take one behind the other
+            hidden = hidden.unflatten(-1, (self.streams, -1)).movedim(-2, 0)
         with self._in_parts_if_mixed(number, context):
             output = self.layers[number](
                 hidden,
@@ -343,7 +364,8 @@ class Decoder:
                 use_cache=context.cache is not None,
                 **options,
             )
-        return output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, tuple) else output
+        return output if self.streams is None else output.movedim(0, -2).flatten(-2)
 
     def _in_parts_if_mixed(self, number: int, context: Context) -> AbstractContextManager[None]:
         """Inside, the layer's mixer, if it has one, runs as the context says."""
@@ -396,10 +418,32 @@ class Decoder:
             onednn,
         )
 
-    @property
+    @cached_property
     def tolerance(self) -> float:
-        """How far logits may differ from the model's own forward, relative to the largest."""
-        return logit_tolerance(self.model)
+        """How far logits may differ from the model's own forward, relative to the largest.
+
+        In float32 up to ten times as far as usual, if the model makes so much of a last bit: ten times as far
+        as its own logits move if the embeddings are rounded otherwise.
+        """
+        usual = logit_tolerance(self.model)
+        if usual > _USUAL:
+            return usual
+        return min(max(usual, 10 * self._moved_by_rounding()), 10 * usual)
+
+    @torch.no_grad()
+    def _moved_by_rounding(self) -> float:
+        own, draw = self._own_logits(), torch.Generator().manual_seed(0)
+
+        def round_otherwise(module: nn.Module, args: object, hidden: Tensor) -> Tensor:
+            step = torch.finfo(hidden.dtype).eps * torch.randn(hidden.shape, generator=draw)
+            return hidden * (1 + step.to(hidden))
+
+        hook = self.embedding.register_forward_hook(round_otherwise)
+        try:
+            moved = self._own_logits()
+        finally:
+            hook.remove()
+        return float((moved - own).abs().max() / own.abs().max().clamp(min=1e-6))
 
     @torch.no_grad()
     def check(self) -> None:
@@ -569,6 +613,12 @@ class Decoder:
         return self.run_at(hidden, last - 1, context, torch.arange(ids.shape[1], device=self.device)[None])
 
 
+def _as_large(new: Tensor, like: Tensor) -> Tensor:
+    """Returns hidden states scaled to the root mean square of others."""
+    size = new.square().mean(-1, keepdim=True).clamp(min=1e-5).sqrt()
+    return new * like.square().mean(-1, keepdim=True).sqrt() / size
+
+
 def _maybe_again(layer: Callable[[Tensor], Tensor], hidden: Tensor, recompute: bool) -> Tensor:
     if recompute:
         return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False)
@@ -581,7 +631,7 @@ def logit_tolerance(model: PreTrainedModel) -> float:
         # int8 layers round what goes in, so a last bit may become a step of 1/127; which columns they do
         # not round depends on the largest values of the whole batch
         return 0.2
-    return 0.05 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    return 0.05 if model.dtype in (torch.bfloat16, torch.float16) else _USUAL
 
 
 def head_terms(config: Any) -> tuple[float, float | None]:
