@@ -64,6 +64,44 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
+# Layers of other kinds: recurrences beside attention, short convolutions beside attention, and layers that
+# take keys and values from others and have inputs of their own.
+TWELVE = {
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+QWEN3_5 = TWELVE | {
+    "config": "Qwen3_5TextConfig",
+    "head_dim": 64,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+LFM2 = TWELVE | {
+    "config": "Lfm2Config",
+    "block_auto_adjust_ff_dim": False,
+    "layer_types": ["conv", "conv", "full_attention"] * 4,
+}
+GEMMA4 = TWELVE | {
+    "config": "Gemma4TextConfig",
+    "head_dim": 64,
+    "global_head_dim": 128,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 4,
+    "num_kv_shared_layers": 6,
+    "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": 32000,
+}
+OTHER_LAYERS = (
+    "rollout.num_generations=8 rollout.prompts_per_step=4 rollout.wave_size=32 "
+    "rollout.max_completion_length=48 train.pack_size=1024"
+)
 ALL_MODULES = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 # case: (model, prompt tokens, dtype on disk, settings)
 CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
@@ -164,6 +202,21 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         f"rollout.max_completion_length=48 train.pack_size=1024 lora.layers=all {ALL_MODULES} "
         "model.kernels=onednn rollout.packed_weights=true",
     ),
+    "grpo, recurrences": (QWEN3_5, 96, "float32", f"algorithm.name=grpo {OTHER_LAYERS}"),
+    "t-spmo, recurrences, checkpointed": (
+        QWEN3_5,
+        96,
+        "float32",
+        f"algorithm.name=t-spmo {OTHER_LAYERS} lora.layers=all train.checkpoint_layers=true",
+    ),
+    "grpo, short convolutions": (LFM2, 96, "float32", f"algorithm.name=grpo {OTHER_LAYERS}"),
+    "grpo, short convolutions, all layers": (
+        LFM2,
+        96,
+        "float32",
+        f"algorithm.name=grpo {OTHER_LAYERS} lora.layers=all",
+    ),
+    "grpo, shared keys": (GEMMA4, 96, "float32", f"algorithm.name=grpo {OTHER_LAYERS}"),
 }
 # Tokens of the shortest prompt where lengths differ: as in a real task, so there are masks in every step.
 SHORTEST = {"grpo, SmolLM2-135M's shape, 256 at once": 48}

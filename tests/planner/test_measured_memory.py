@@ -20,6 +20,7 @@ from twig.common.errors import UserError
 from twig.common.progress import Progress
 from twig.config.load import Settings
 from twig.config.sizes import DEFAULT_SIZES
+from twig.engine.decoder import Decoder
 from twig.engine.load import load_model, load_tokenizer
 from twig.engine.pack import build_packs
 from twig.engine.sampler import Request, SamplingParams, sample
@@ -64,6 +65,19 @@ def test_weights_are_those_of_the_model(family):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(shape_of(config).parameters().values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", tiny.SHARING)
+def test_layers_that_share_keys_are_counted_as_the_engine_records_them(family):
+    """What is recorded of a token, wherever the trunk ends; and the weights, but for a norm a layer."""
+    name, extra = tiny.SHARING[family]
+    shape = shape_of(getattr(transformers, name)(**tiny.SHAPE | extra))
+    model = tiny.build_model(family)
+    decoder = Decoder(model)
+    cuts = range(1, shape.layers)
+    assert [shape.boundary(cut) for cut in cuts] == [decoder.trunk(cut).width for cut in cuts]
+    weights = sum(p.numel() for p in model.parameters())
+    assert 0.96 * weights <= sum(shape.parameters().values()) <= weights
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2", "Gemma3Text", "Granite"])

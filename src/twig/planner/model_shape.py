@@ -89,7 +89,9 @@ class Shape:
 
     Widths are counts; `windows` has the sliding window of each layer or None. `norms` counts the norms of a
     layer that are as wide as the hidden state; with `qk_norm` queries and keys also have one of a head's
-    width each. `stored` is the dtype of the weights on disk, if the config has it.
+    width each. `stored` is the dtype of the weights on disk, if the config has it. The last `sharing` layers
+    take keys and values from others; `streams` hidden states go from layer to layer; each layer gets `inputs`
+    numbers of a token, beside the layer below. `more_weights` are those that only such layers have.
     """
 
     family: str
@@ -114,6 +116,10 @@ class Shape:
     per_type_rotary: bool
     stored: str | None
     mixing: Mixing | None = None
+    sharing: int = 0
+    streams: int = 1
+    inputs: int = 0
+    more_weights: int = 0
 
     @property
     def is_measured(self) -> bool:
@@ -124,8 +130,27 @@ class Shape:
     def attending(self) -> int:
         """How many layers have keys and values."""
         if self.mixing is None or self.mixing.attends:
-            return self.layers
+            return self.layers - self.sharing
         return self.layers - sum(self.mixing.layers)
+
+    def keyed(self, first: int) -> int:
+        """Counts the layers from `first` on whose keys and values an update computes."""
+        return max(self.layers - self.sharing - first, 0)
+
+    def boundary(self, cut: int) -> int:
+        """Counts the numbers that sampling records of a token: what leaves the layers below `cut`.
+
+        That is their output, and keys and values that layers above take: those of the last layer of a kind
+        that has its own.
+        """
+        return self.streams * self.hidden + 2 * self.key * self.taken(cut)
+
+    def taken(self, cut: int) -> int:
+        """Counts the layers below `cut` whose keys and values layers above take."""
+        own = self.layers - self.sharing
+        last = {self.windows[i]: i for i in range(own)}
+        taken = {last.get(self.windows[i], cut) for i in range(max(own, cut), self.layers)}
+        return sum(layer < cut for layer in taken)
 
     @property
     def states(self) -> int:
@@ -161,7 +186,8 @@ class Shape:
         biases.
         """
         linear = self.linear()
-        attention = sum(linear[f"{name}_proj"].weights for name in "qkvo")
+        attention = sum(linear[f"{name}_proj"].weights for name in "qo")
+        keys = sum(linear[f"{name}_proj"].weights for name in "kv")
         mlp = sum(linear[f"{name}_proj"].weights for name in ("gate", "up", "down"))
         mixers = sum(self.mixing.layers) * self.mixing.weights if self.mixing else 0
         other = self.norms * self.hidden
@@ -171,10 +197,13 @@ class Shape:
         other += 2 * self.intermediate + self.hidden if self.mlp_bias else 0
         embedding = self.vocabulary * self.hidden
         return {
-            "linear": self.layers * mlp + self.attending * attention + mixers,
+            "linear": self.layers * mlp
+            + (self.attending + self.sharing) * attention
+            + self.attending * keys
+            + mixers,
             "embedding": embedding,
             "head": 0 if self.tied else embedding,
-            "other": self.layers * other + self.hidden,
+            "other": self.layers * other + self.hidden + self.more_weights,
         }
 
     def weight_bytes(self, element: int, quantised: str | None = None) -> int:
@@ -196,14 +225,15 @@ class Shape:
 
     def layer_of(self) -> dict[str, int]:
         """Returns the layer of each linear module by its whole name."""
-        attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+        asking, attention = ([f"self_attn.{name}_proj" for name in names] for names in ("qo", "qkvo"))
         mlp = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
         mixer = [f"mixer.{name}" for name, _ in self.mixing.linear] if self.mixing else []
         result = {}
         for i in range(self.layers):
             mixes = self.mixing is not None and self.mixing.layers[i]
             attends = not mixes or (self.mixing is not None and self.mixing.attends)
-            parts = attention * attends + mixer * mixes + mlp
+            own = attention if i < self.layers - self.sharing else asking
+            parts = own * attends + mixer * mixes + mlp
             result |= {f"model.layers.{i}.{part}": i for part in parts}
         return result
 
@@ -221,6 +251,8 @@ class Shape:
         config, family = read.config, read.family
         hidden, layers, heads, vocabulary = map(read.count, _DENSE)
         intermediate = read.count("intermediate_size", config.get("block_ff_dim"))
+        if config.get("use_double_wide_mlp"):  # of the layers that share keys: about what is trained
+            intermediate *= 2
         if config.get("block_auto_adjust_ff_dim"):
             multiple = read.count("block_multiple_of", 256)
             intermediate = -(-int(2 * intermediate / 3) // multiple) * multiple
@@ -243,7 +275,7 @@ class Shape:
             layers=layers,
             heads=heads,
             kv_heads=read.count("num_key_value_heads", kv_heads),
-            head_dim=read.count("head_dim", traits.get("head_dim", hidden // heads)),
+            head_dim=_head_dim(read, layers, traits.get("head_dim", hidden // heads)),
             vocabulary=vocabulary,
             tied=bool(config.get("tie_word_embeddings", traits.get("tied", False))),
             norms=traits.get("norms", 2),
@@ -259,6 +291,7 @@ class Shape:
             per_type_rotary=family == "gemma3_text",
             stored=stored if isinstance(stored, str) else None,
             mixing=_mixing(read, hidden, layers),
+            **_sharing(read, hidden, layers),
         )
 
 
@@ -275,10 +308,39 @@ class _Reader:
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
         """Returns a whole number of at least `least`; raises Unplannable for anything else."""
         value = self.config.get(key)
+        if isinstance(value, list) and value and all(type(each) is int for each in value):
+            value = max(value)  # one for each layer
         value = default if value is None else value
         if type(value) is not int or value < least:
             raise _unplannable(self.family, f"its config has no {key} of at least {least}")
         return value
+
+
+def _head_dim(read: _Reader, layers: int, default: int) -> int:
+    """Returns the width of a head, the mean over the layers if some have their own."""
+    width, own = read.count("head_dim", default), read.config.get("per_layer_config")
+    if not isinstance(own, Mapping):
+        return width
+    widths = [each.get("head_dim", width) if isinstance(each, Mapping) else width for each in own.values()]
+    if not all(type(each) is int and each > 0 for each in widths) or len(widths) > layers:
+        raise _unplannable(read.family, "its config has a per_layer_config with other heads")
+    return -(-(sum(widths) + (layers - len(widths)) * width) // layers)
+
+
+def _sharing(read: _Reader, hidden: int, layers: int) -> dict[str, int]:
+    """Returns what a shape has of layers with inputs of their own, from the keys of their configs."""
+    config = read.config
+    if "hidden_size_per_layer_input" not in config:
+        return {}
+    sharing = min(read.count("num_kv_shared_layers", 0, least=0), layers - 1)
+    inputs = read.count("hidden_size_per_layer_input", 0, least=0)
+    streams = read.count("altup_num_inputs", 1)
+    rows = read.count("vocab_size_per_layer_input", read.count("vocab_size"))
+    more = inputs * layers * (rows + 3 * hidden)  # the table, and matrices from and to the hidden state
+    if streams > 1:
+        rank = read.count("laurel_rank", 64)
+        more += 2 * (streams - 1) * hidden**2 + layers * hidden * (2 * rank + streams)
+    return {"sharing": sharing, "inputs": inputs, "streams": streams, "more_weights": more}
 
 
 def _mixing(read: _Reader, hidden: int, layers: int) -> Mixing | None:

@@ -132,7 +132,7 @@ class Footprint:
         work = self.work
         tokens = work.prompts * (work.prompt + work.generations * work.length)
         if work.recorded:
-            ledger.take("trunk's output, recorded", tokens * work.shape.hidden * work.element)
+            ledger.take("trunk's output, recorded", tokens * work.shape.boundary(work.cut) * work.element)
 
     def _packed(self, ledger: Ledger) -> None:
         if self.sizes.packed_weights:
@@ -246,10 +246,12 @@ class Footprint:
         ledger.take("sampled tokens", rows * work.length * (2 * wide + on_host))
 
         masks = self._masks(ledger, prompts, width, set(shape.windows))
+        self._inputs(ledger, prompt_tokens)
         ledger.take("key-value cache", prompt_tokens * row)
         ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and the top's
         ledger.moment("activations", layer_moment(work, prompts, width))
         ledger.drop("masks", masks)
+        ledger.drop("inputs of layers")
         self._logits(ledger, prompts)
         ledger.drop("activations")
         self._states(ledger, rows, prompts)
@@ -266,6 +268,12 @@ class Footprint:
         self._logits(ledger, rows)
         inner = max(layer_moment(work, rows, 1, 0), shared_moment(work, rows, prompts, width))
         ledger.moment("activations", rows * hidden + inner)
+
+    def _inputs(self, ledger: Ledger, tokens: int) -> None:
+        """Takes what each layer gets of the tokens; for a moment its two parts are beside it."""
+        size = tokens * self.work.shape.layers * self.work.shape.inputs * self.work.element
+        ledger.take("inputs of layers", size)
+        ledger.moment("inputs of layers", 2 * size)
 
     def _states(self, ledger: Ledger, rows: int, prompts: int) -> None:
         """Takes the states of a wave: those of its completions, and its prompts'."""
@@ -325,9 +333,10 @@ class Footprint:
             self._plain_pack(ledger, table)
         else:
             stem = 2 * table.stem * shape.key * work.element  # keys and values of a layer
-            ledger.take("prompt's keys and values", (shape.layers - work.cut * work.recorded) * stem)
+            layers = shape.keyed(work.cut) + shape.taken(work.cut) if work.recorded else shape.keyed(0)
+            ledger.take("prompt's keys and values", layers * stem)
             self._pack(ledger, table)
-            ledger.take("prompt's keys and values", (shape.layers - work.cut) * stem)  # their gradients
+            ledger.take("prompt's keys and values", shape.keyed(work.cut) * stem)  # their gradients
             if table.stem:
                 self._stem(ledger, Table(1, table.stem, 0, 0, 0))
         ledger.take("gradients", work.adapter_bytes)  # the pack's, before they are added to the batch's
@@ -342,7 +351,8 @@ class Footprint:
         ledger.take("masks", (1 + (table.stem == 0)) * cells * _BOOL + square)
         ledger.drop("masks", (table.stem == 0) * cells * _BOOL + square)
         masks = self._masks(ledger, rows, columns, set(shape.windows), table.keys)
-        ledger.take("activations", tokens * hidden)  # the trunk's output
+        ledger.take("activations", tokens * hidden * shape.streams)  # the trunk's output
+        self._inputs(ledger, tokens)
         if not work.recorded and work.cut > 0:
             ledger.moment("activations", layer_moment(work, rows, columns, table.keys))
 
@@ -376,7 +386,7 @@ class Footprint:
             again = self.sizes.checkpoint_layers and i < top
             self._layer_backward(ledger, table, kept[i], queries if i == top else None, padded, again)
         ledger.drop("states")
-        for name in ("activations", "masks", "kept for backward"):
+        for name in ("activations", "masks", "kept for backward", "inputs of layers"):
             ledger.drop(name)
 
     def _layer_backward(
