@@ -412,20 +412,20 @@ def test_a_group_without_recorded_cells_leaves_all_behind_its_stem_without_them(
 
 
 def test_halves_of_a_pack_behind_a_shared_stem_share_it_still():
-    step = in_step(*(([*range(20), n], [[n, 7], [n, 8]]) for n in range(30, 38)))
+    step = in_step(*(([*range(20), n], [[n, 7], [39, 8]]) for n in range(30, 38)))
     (pack,) = build_packs(step, 4096)
     assert pack.stem is None, "on a CPU 140 cells are not worth it"
     (pack,) = build_packs(step, 4096, least_saved=ALWAYS)
-    assert (pack.ids.shape, len(pack.stem), pack.size) == ((8, 2), 20, 8 * 22)
+    assert (pack.ids.shape, len(pack.stem), pack.size) == ((8, 3), 20, 8 * 23)
     while len(pack.ids) > 1:
         parts = halves(pack, step)
         assert len(parts) == 2 and all(2 * part.size == pack.size for part in parts)
         assert sorted(np.concatenate([p.targets.group for p in parts])) == sorted(pack.targets.group)
         assert all(part.stem.shared and part.stem.name == parts[0].stem.name for part in parts)
         pack = parts[1]
-    # one group is left, the path from 7 to 8: its own prompt becomes its stem
-    (part,) = halves(pack, step)
-    assert (part.stem.shared, len(part.stem), part.ids.shape) == (False, 20, (1, 2))
+    # one group of two paths is left: its own prompt becomes its stem
+    parts = halves(pack, step)
+    assert [(part.stem.shared, len(part.stem), part.ids.shape) for part in parts] == [(False, 20, (1, 2))] * 2
 
 
 def test_prompts_longer_than_a_pack_share_a_stem_if_what_is_behind_it_fits():

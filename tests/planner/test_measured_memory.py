@@ -94,7 +94,7 @@ def test_what_a_config_leaves_out_is_what_its_class_has(name):
 # What autograd keeps
 
 
-def saved_bytes(policy, pack):
+def saved_bytes(policy, pack, opened=None):
     """Bytes of the different storages that the backward pass of a pack keeps, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in policy.peft_model.parameters()}
     saved = {}
@@ -106,7 +106,7 @@ def saved_bytes(policy, pack):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy._target_logps(pack, None, None)
+        policy._target_logps(pack, None, opened)
     return sum(size for size, _ in saved.values())
 
 
@@ -158,6 +158,24 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(family, atten
     table = Table(*pack.ids.shape, 0, len(pack.rows), len(pack.targets), int(widest))
     predicted = kept_by_pack(work, table)
     assert predicted == pytest.approx(saved_bytes(policy, pack), rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3"])
+def test_what_is_kept_behind_a_stem_that_groups_share_is_what_autograd_saves(family):
+    attention = "sdpa" if tiny.has_sdpa(family) else "eager"
+    policy = tiny.build_policy(family, attention, torch.float32, layers=[1, 2, 3])
+    draw = np.random.default_rng(0)
+    text = draw.integers(3, tiny.VOCAB, 12)
+    groups = [tiny.random_group(draw, size=8, longest=16, index=n) for n in range(3)]
+    groups = [replace(group, prompt_ids=np.append(text, 3 + n)) for n, group in enumerate(groups)]
+    (pack,) = build_packs(scored(groups, *credit_of(groups)), 4096, least_saved=1)
+    assert len(pack.ids) > 1 and pack.stem.shared
+    opened = policy.open_stem(pack.stem, None, gradient=True)
+    settings = settings_of("lora.layers=[1,2,3]", "lora.r=4", f"model.attn_implementation={attention}")
+    work = workload_of(shape_of(policy.model.config), settings, "cpu", 8)
+    widest = np.bincount(pack.rows // pack.ids.shape[1]).max()
+    table = Table(*pack.ids.shape, len(pack.stem), len(pack.rows), len(pack.targets), int(widest))
+    assert kept_by_pack(work, table) == pytest.approx(saved_bytes(policy, pack, opened), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -16,8 +17,13 @@ from twig.cli.plan import assumed_prompt, longest_prompt_at_hand
 from twig.common.errors import UserError
 from twig.config.load import Settings, load, recipe_names, recipe_text
 from twig.config.sizes import DEFAULT_SIZES, SIZE_KEYS, Sizes, open_sizes, with_sizes
+from twig.core.algorithms.base import Credit
+from twig.core.credit import Scored
+from twig.core.trie import PrefixTrie
+from twig.core.types import Completion, Example, Group
+from twig.engine.pack import build_packs
 from twig.planner.choose import choose_sizes
-from twig.planner.layer_costs import Wave, filled_slots, waves_of
+from twig.planner.layer_costs import Wave, filled_slots, pack_tables, waves_of
 from twig.planner.ledger import Ledger
 from twig.planner.model_shape import Shape, Unplannable
 from twig.planner.phases import CUDA_GRAPH, LIBRARIES, OUTSIDE, Footprint
@@ -181,6 +187,49 @@ def test_more_of_anything_never_takes_less(asked, prompt, data):
         assert peak(asked, prompt + 16) >= peak(asked, prompt)
     else:
         assert peak(asked | {key: asked[key] + 16}, prompt) >= peak(asked, prompt)
+
+
+@examples(max_examples=25, deadline=None)
+@example(9, 200, 5, 2, 5, 1024)  # packs with and without a stem fit
+@example(9, 100, 30, 2, 5, 64)  # behind a stem only
+@example(9, 100, 30, 4, 20, 64)  # tries are cut
+@given(
+    *(st.integers(2, 9), st.integers(1, 200), st.integers(0, 30), st.integers(2, 4), st.integers(1, 20)),
+    st.sampled_from([0, 64, 200, 500, 1024]),
+)
+def test_packs_of_prompts_that_begin_alike_are_as_large_as_planned_at_most(
+    prompts, alike, rest, paths, length, size
+):
+    """Completions of full length share nothing; prompts begin with the same `alike` tokens."""
+    size = max(size, length)
+    scored = []
+    for number in range(prompts):
+        ids = np.array([*range(alike), *[1000 + number] * (rest + 1)])
+        completions = [
+            Completion(np.full(length, n), np.zeros(length), np.zeros(length), True, "") for n in range(paths)
+        ]
+        trie = PrefixTrie.build([c.ids for c in completions], np.zeros(paths))
+        credit = Credit(np.ones(len(trie)) * (np.arange(len(trie)) > 0), *np.zeros((2, len(trie))))
+        group = Group(Example(""), number, ids, completions, np.zeros(paths))
+        scored.append(Scored(group, trie, credit, number))
+    settings = settings_of(
+        "algorithm.name=grpo",
+        f"rollout.num_generations={paths}",
+        f"rollout.prompts_per_step={prompts}",
+        f"rollout.max_completion_length={length}",
+    )
+    work = workload_of(Shape.from_config(SMALL), settings, "cpu", alike + rest + 1)
+    tables = pack_tables(work, size)
+    for pack in build_packs(scored, size):
+        (rows, columns), stem = pack.ids.shape, len(pack.stem or ())
+        assert stem <= max(table.stem for table in tables)
+        assert any(
+            table.rows >= rows
+            and table.columns >= columns
+            and table.keys >= stem + columns
+            and table.head >= len(pack.rows)
+            for table in tables
+        ), (pack.ids.shape, stem, tables)
 
 
 def test_what_the_settings_say_is_not_chosen():
