@@ -10,11 +10,12 @@ import pytest
 import random_groups
 import tiny
 import torch
-from gradients import credit_of, oracle_gradient, scored
+from gradients import credit_of, oracle_gradient, scored, texts_of
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_same
 from test_engine import recorded_by_hand
+from test_mixers import MODULES, groups_of_drawn
 from test_out_of_memory import Heard, break_at
 
 from twig.common.progress import Progress
@@ -23,6 +24,7 @@ from twig.core.algorithms.base import Objective
 from twig.core.algorithms.registry import algorithm
 from twig.engine import pack
 from twig.engine.decoder import Decoder
+from twig.engine.sampler import Request, SamplingParams, sample
 from twig.engine.update import LogProbs, Passes
 
 
@@ -126,6 +128,22 @@ def test_a_shared_stem_gives_the_gradient_of_plain_forwards(family, way):
         groups, boundary = recorded_by_hand(policy, groups)
     passes = passes_of(policy, (groups, tries, credits), 64, boundary=boundary)
     assert shares(passes) and len(passes.packs) > 1
+    assert max(len(each.ids) for each in passes.packs) > 1, "rows start from one stem"
+    ours = update(policy, passes, objective)[2]
+    assert_same(ours, oracle_gradient(policy, groups, tries, credits, objective))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma4", pytest.param("qwen3_5", marks=pytest.mark.slow)])
+def test_what_sampling_recorded_of_prompts_that_begin_alike_serves_their_stem(family):
+    """Which holds a long beginning once; of layers with others' keys it records those beside the boundary."""
+    policy = tiny.build_policy(family, layers=[3], target_modules=MODULES.get(family, ["q_proj", "v_proj"]))
+    text = np.random.default_rng(0).integers(3, tiny.VOCAB, 21)
+    requests = [Request(np.concatenate([text[: 21 - n], np.full(n, 3 + n)]), 4, 9, n) for n in range(3)]
+    drawn = sample(policy, requests, SamplingParams([5, 6], texts_of, seed=3))
+    groups, objective = groups_of_drawn(requests, drawn), Objective(beta=numerics.now().beta)
+    tries, credits = credit_of(groups, beta=objective.beta)
+    passes = passes_of(policy, (groups, tries, credits), 100, boundary=drawn.boundary)
+    assert shares(passes) and all(each.cells is not None for each in passes.packs)
     assert max(len(each.ids) for each in passes.packs) > 1, "rows start from one stem"
     ours = update(policy, passes, objective)[2]
     assert_same(ours, oracle_gradient(policy, groups, tries, credits, objective))
