@@ -481,7 +481,9 @@ class Decoder:
 
     def _of_tree(self, own: Float[Tensor, "2 L V"], sizes: tuple[int, int, int]) -> Float[Tensor, "R V"]:
         stem, left, right = sizes
-        return torch.cat([own[0, 2 : stem + left], own[1, stem : stem + right]])
+        second = own.shape[1] + stem
+        # as one table: backwards, two parts would take two more of them
+        return own.flatten(0, 1)[[*range(2, stem + left), *range(second, second + right)]]
 
     def _paths(self, sizes: tuple[int, int, int] = _SIZES) -> Int[Tensor, "2 L"]:
         """Returns the two paths of the check's tree; behind a shorter one are other tokens."""

@@ -8,7 +8,7 @@ Knows nothing of tries, rewards or algorithms. Legend: B rows, L columns, R head
 hidden, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Protocol, cast, runtime_checkable
@@ -78,13 +78,17 @@ class Policy(BasePolicy):
 
     def _refuse_other_gradients(self) -> None:
         """Raises UserError if the gradient that passes through a layer's states is not the model's own."""
-        draw = torch.Generator().manual_seed(0)
-        parameters, gradients = list(self.parameters.values()), []
-        with torch.enable_grad():
-            for logits in (self.decoder.path_logits(LONG), self.decoder.tree_logits(LONG)):
-                pull = torch.randn(logits.shape, generator=draw.manual_seed(0)).to(logits)
-                gradients.append(torch.autograd.grad(logits, parameters, pull, allow_unused=True))
-        pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
+        parameters = list(self.parameters.values())
+
+        @torch.enable_grad()
+        def gradients_of(compute: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+            logits = compute(LONG)
+            pull = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+            return torch.autograd.grad(logits, parameters, pull, allow_unused=True)
+
+        # one after the other: texts this long take memory
+        both = zip(*map(gradients_of, (self.decoder.path_logits, self.decoder.tree_logits)), strict=True)
+        pairs = [(a, b) for a, b in both if a is not None and b is not None]
         largest = max(float(own.abs().max()) for own, _ in pairs)
         gap = max(float((own - ours).abs().max()) for own, ours in pairs) / max(largest, 1e-30)
         if not gap <= 10 * self.decoder.tolerance:

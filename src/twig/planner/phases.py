@@ -51,6 +51,10 @@ CUDA_OUTSIDE = CUDA_CONTEXT + CUDA_GRAPH
 OUTSIDE = ("context", "captured graph", "allocator's reserve")
 # Rows of logits alive at once while a model's layers are checked at loading (`Decoder.check`).
 _CHECK_ROWS = 94
+# Of what the backward pass needs of a mixer, the share that is alive while it reads a prompt.
+_READING = 0.8
+# If gradients are compared there: both paths of `decoder.LONG`, their gradient, and a random one of its tree.
+_GRADIENT_ROWS, _LONG_PATH = 2 * 2 * 136 + 139, 136
 _INT, _BOOL = 8, 1
 
 
@@ -111,8 +115,17 @@ class Footprint:
         copied = work.stored != work.element if work.kind == "cpu" else work.kind == "mps"
         if copied:
             ledger.moment("weights as stored", work.shape.weight_bytes(work.stored))
-        ledger.moment("check of the layers", _CHECK_ROWS * work.shape.vocabulary * work.element)
+        ledger.moment("check of the layers", self._check())
         return self._phase(ledger, "loading")
+
+    def _check(self) -> float:
+        """Counts the bytes of the check of the layers; gradients are compared if any keeps a state."""
+        work, shape = self.work, self.work.shape
+        if shape.mixing is None or work.plain:
+            return _CHECK_ROWS * shape.vocabulary * work.element
+        table = Table(2, _LONG_PATH, 0, 0, 0)
+        kept = sum(self._kept(table, i).both for i in range(work.cut, shape.layers))
+        return _GRADIENT_ROWS * shape.vocabulary * work.wide + kept + self._mixer_bytes(table, True)
 
     def _trained(self) -> Ledger:
         """Returns the memory that is alive from the first step on."""
@@ -249,9 +262,11 @@ class Footprint:
         self._inputs(ledger, prompt_tokens)
         ledger.take("key-value cache", prompt_tokens * row)
         ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and the top's
-        ledger.moment("activations", layer_moment(work, prompts, width))
+        ledger.take("states", prompts * shape.states * wide)
+        ledger.moment("activations", self._reading(prompts, width))
+        for name in ("inputs of layers", "states"):
+            ledger.drop(name)
         ledger.drop("masks", masks)
-        ledger.drop("inputs of layers")
         self._logits(ledger, prompts)
         ledger.drop("activations")
         self._states(ledger, rows, prompts)
@@ -269,6 +284,12 @@ class Footprint:
         inner = max(layer_moment(work, rows, 1, 0), shared_moment(work, rows, prompts, width))
         ledger.moment("activations", rows * hidden + inner)
 
+    def _reading(self, prompts: int, width: int) -> float:
+        """Counts the bytes alive within a layer that reads prompts: one that attends, or a mixer."""
+        work, mixing = self.work, self.work.shape.mixing
+        mixed = 0 if mixing is None else _READING * prompts * width * mixing.kept * work.wide
+        return max(layer_moment(work, prompts, width), mixed)
+
     def _inputs(self, ledger: Ledger, tokens: int) -> None:
         """Takes what each layer gets of the tokens; for a moment its two parts are beside it."""
         size = tokens * self.work.shape.layers * self.work.shape.inputs * self.work.element
@@ -282,15 +303,26 @@ class Footprint:
             ledger.take("states", (rows + prompts) * size)
             ledger.moment("states", rows * size / self.work.shape.layers)
 
+    def _kept(self, table: Table, layer: int, queries: int | None = None) -> Halves:
+        """Counts what the backward pass needs of a layer, without what `_mixed` takes for its mixer."""
+        work, mixing = self.work, self.work.shape.mixing
+        halves = kept_by_layer(work, table, layer > work.cut, queries)
+        if mixing is None or mixing.attends or not mixing.layers[layer]:
+            return halves
+        hidden = work.shape.hidden  # the norm's input, and what the mixer reads
+        return Halves(table.tokens * (4 * (hidden + 1) + work.wide * hidden), halves.mlp)
+
     def _mixed(self, ledger: Ledger, table: Table, together: bool) -> None:
         """Takes what the backward pass needs of adapted mixers, `together` or one by one."""
+        ledger.take("states", self._mixer_bytes(table, together))
+
+    def _mixer_bytes(self, table: Table, together: bool) -> float:
         work, mixing = self.work, self.work.shape.mixing
         if mixing is None:
-            return
+            return 0
         adapted = sum(mixing.layers[work.cut :])
         size = work.wide * (table.tokens * mixing.kept + 3 * table.rows * mixing.state)
-        size *= adapted if together else min(adapted, 1)
-        ledger.take("states", size)
+        return size * (adapted if together else min(adapted, 1))
 
     def _logits(self, ledger: Ledger, rows: int) -> None:
         """Takes logits of `rows` rows, and what is alive while tokens are drawn from them."""
@@ -356,10 +388,7 @@ class Footprint:
         if not work.recorded and work.cut > 0:
             ledger.moment("activations", layer_moment(work, rows, columns, table.keys))
 
-        kept = {
-            i: kept_by_layer(work, table, i > work.cut, queries if i == top else None)
-            for i in range(work.cut, shape.layers)
-        }
+        kept = {i: self._kept(table, i, queries if i == top else None) for i in range(work.cut, shape.layers)}
         padded = cells * e if work.kind == "cuda" and not work.eager and table.keys % 8 else 0
         own = 2 * tokens * shape.key * e * (table.stem > 0)  # keys and values before joining the stem's
         for i, halves in kept.items():
@@ -412,7 +441,7 @@ class Footprint:
         inputs, below = table.tokens * shape.hidden * e, range(work.cut, shape.layers - 1)
         self._masks(ledger, table.rows, table.columns, set(shape.windows))
         ledger.take("activations", inputs)
-        kept = {i: kept_by_layer(work, table, i > work.cut) for i in below}
+        kept = {i: self._kept(table, i) for i in below}
         for i, halves in kept.items():
             size = inputs * (i > work.cut) if self.sizes.checkpoint_layers else halves.both
             ledger.take("kept for backward", size)
@@ -457,7 +486,7 @@ class Footprint:
         row = shape.attending * 2 * shape.key * e
         ledger.take("key-value cache", prompts * width * row)
         ledger.take("activations", prompts * width * shape.hidden * e)
-        ledger.moment("activations", layer_moment(work, prompts, width))
+        ledger.moment("activations", self._reading(prompts, width))
         ledger.moment("logits", prompts * shape.vocabulary * (4 * wide + e))
         ledger.drop("activations")
         self._states(ledger, rows, prompts)
@@ -472,7 +501,7 @@ class Footprint:
         ledger.take("masks", tokens * table.columns * _BOOL)
         ledger.take("activations", tokens * shape.hidden * e)
         for i in range(work.cut, shape.layers):
-            ledger.take("kept for backward", kept_by_layer(work, table, i > work.cut).both)
+            ledger.take("kept for backward", self._kept(table, i).both)
         self._mixed(ledger, table, True)
         self._head(ledger, table.head, table.targets)
         ledger.take("activations", tokens * shape.hidden * e)  # the gradient that comes down
