@@ -15,7 +15,7 @@ from twig.common.progress import Progress
 from twig.common.text import either
 from twig.config.load import Settings
 from twig.evaluation.record import read_evaluation, refuse_other_content, write_evaluation
-from twig.report.figures import is_graded
+from twig.report.figures import any_graded
 from twig.report.progress import showing
 from twig.tasks.load import TASKS
 
@@ -73,7 +73,7 @@ def eval_command(
     if other is not None:
         record["against"] = str(against)
         record["comparison"] = comparison = measured.compare(other).as_dict()
-        if not is_graded([*rows.values()]):
+        if not any_graded([*rows.values()]):
             console.print(Text(comparison_words(comparison)), soft_wrap=True)
     if output is not None:
         write_evaluation(output, record, measured.rows)

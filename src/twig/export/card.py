@@ -18,7 +18,7 @@ from twig.common.redact import code, fenced, last_part, public, shown
 from twig.common.text import percent, shortened
 from twig.config.load import Settings
 from twig.core.algorithms.base import PAPER, Algorithm
-from twig.report.figures import figure_of, is_graded
+from twig.report.figures import any_graded, figure_of
 from twig.runs.reader import KINDS, answers_of, missing_kinds
 from twig.tasks.load import TASKS
 
@@ -143,7 +143,7 @@ def model_card(subject: Subject) -> str:
         "example": "..." if len(prompt) > _LONGEST_PROMPT else prompt,
         "stop": public(settings.rollout.stop),
         "results": _results(subject),
-        "graded": is_graded([subject.measured]),
+        "graded": any_graded([subject.measured]),
         "figure_of": figure_of,
         "measured": subject.measured,
         "answers": [_answer_texts(row) for row in subject.answers],
@@ -209,7 +209,7 @@ def _metadata(subject: Subject) -> str:
     data, measured = _data(subject), subject.measured
     results = None
     if measured is not None:
-        graded = is_graded([measured])
+        graded = any_graded([measured])
         name = "mean reward" if graded else "accuracy"
         value = measured["reward"] if graded else measured["value"]
         results = [
@@ -289,7 +289,7 @@ def _answer_texts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _may_be_chance(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> bool:
-    if is_graded([before, after]):
+    if any_graded([before, after]):
         return False
     return bool(before and after and before["low"] <= after["high"] and after["low"] <= before["high"])
 

@@ -57,13 +57,13 @@ def accuracy_words(result: dict[str, Any]) -> str:
     >>> accuracy_words({"value": 0.5, "low": 0.404, "high": 0.596, "n": 100})
     '50.0 % right of 100 (95 % interval 40.4 to 59.6 %)'
     """
-    if is_graded([result]):
+    if any_graded([result]):
         return f"{figure_of(result, True)}, the mean of {result['n']}"
     interval = f"95 % interval {100 * result['low']:.1f} to {percent(result['high'])}"
     return f"{percent(result['value'])} right of {result['n']} ({interval})"
 
 
-def is_graded(results: Sequence[Mapping[str, Any] | None]) -> bool:
+def any_graded(results: Sequence[Mapping[str, Any] | None]) -> bool:
     """Tells whether rewards are more than right or wrong: the results are then shown as mean rewards."""
     return any(result is not None and result.get("graded") for result in results)
 
@@ -81,14 +81,14 @@ def figure_of(result: Mapping[str, Any], graded: bool) -> str:
 
 def change_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Returns the difference of two results."""
-    if not is_graded([before, after]):
+    if not any_graded([before, after]):
         return f"{100 * (after['value'] - before['value']):+.1f} points"
     return f"reward {(after['reward'] or 0.0) - (before['reward'] or 0.0):+.3f}"
 
 
 def accuracy_rows(results: Mapping[str, Mapping[str, Any] | None]) -> list[list[str]]:
     """Returns a table of evaluations by name, its titles first; one that was not done has dashes."""
-    graded = is_graded([*results.values()])
+    graded = any_graded([*results.values()])
     rows = [["", "reward", "problems"] if graded else ["", "right", "95 % interval", "problems"]]
     for name, result in results.items():
         if result is None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from twig.common.errors import UserError
 from twig.config.load import RUN_CONFIG, Settings, load
-from twig.report.figures import is_graded
+from twig.report.figures import any_graded
 from twig.runs.listing import state_of
 from twig.runs.reader import (
     ENVIRONMENT,
@@ -126,7 +126,7 @@ class RunData:
     def graded(self) -> bool:
         """Whether rewards are more than right or wrong: results are then mean rewards, not accuracies."""
         results = [self.summary.get(f"accuracy_{when}") for when in ("before", "after")]
-        return is_graded([*results, *({"graded": row["eval/accuracy"] is None} for row in self.evals)])
+        return any_graded([*results, *({"graded": row["eval/accuracy"] is None} for row in self.evals)])
 
     @property
     def steps(self) -> int | None:

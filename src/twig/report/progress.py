@@ -17,7 +17,7 @@ from rich.text import Text
 
 from twig.common.progress import Progress
 from twig.common.text import one_line
-from twig.report.figures import Figures, accuracy_words, figure_of, is_graded
+from twig.report.figures import Figures, accuracy_words, any_graded, figure_of
 from twig.report.notebook import NotebookProgress, in_notebook
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -137,7 +137,7 @@ class LiveProgress(Progress):
         self.line.plain = "\n".join(lines)
 
     def evaluation(self, when: str, result: dict[str, Any]) -> None:
-        self.figures.evaluation = f"last evaluation {figure_of(result, is_graded([result]))}"
+        self.figures.evaluation = f"last evaluation {figure_of(result, any_graded([result]))}"
         self.message(f"{when}: {accuracy_words(result)}")
 
     def message(self, text: str) -> None:
