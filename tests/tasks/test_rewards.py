@@ -482,7 +482,7 @@ def test_both_readings_are_reported() -> None:
     assert rewards.metrics["answers/found_lenient"] == 0.75
     assert rewards.metrics["answers/right_lenient"] == 0.5
     made = [Completion(np.array([1]), np.zeros(1), np.zeros(1), True, text) for text in texts]
-    result = _summarise(examples, [_judged(task, examples, made)])
+    result = _summarise(task, examples, [_judged(task, examples, made)])
     assert (result.value, result.found, result.right_lenient) == (0.25, 0.25, 0.5)
 
 
@@ -492,4 +492,4 @@ def test_a_task_without_a_lenient_reading_reports_none() -> None:
     assert not [name for name in rewards.metrics if name.startswith("answers/")]
     made = [Completion(np.array([1]), np.zeros(1), np.zeros(1), True, "#### 12")]
     examples = [Example("p", {"answer": "12"})]
-    assert _summarise(examples, [_judged(task, examples, made)]).right_lenient is None
+    assert _summarise(task, examples, [_judged(task, examples, made)]).right_lenient is None

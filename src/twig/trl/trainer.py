@@ -82,7 +82,7 @@ class GRPOTrainer:
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        reward_funcs: Callable | Sequence[Callable] | None = None,
+        reward_funcs: Callable | Sequence[Callable | str] | str | None = None,
         args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
