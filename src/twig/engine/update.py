@@ -79,7 +79,7 @@ class Passes:
     ) -> None:
         self.policy, self.sizes, self.progress, self.boundary = policy, sizes, progress, boundary
         self.scored = scored
-        least_saved = LEAST_SAVED[policy.device.type]
+        least_saved = LEAST_SAVED.get(policy.device.type, LEAST_SAVED["cuda"])
         self.packs = build_packs(scored, sizes.pack_size, policy.shares_prefixes, least_saved)
 
     @property
