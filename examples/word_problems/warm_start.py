@@ -24,7 +24,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from problems import PROMPT, Problem, arrange, held_out_problems, products, read_mawps, training_problems
+from problems import (
+    PROMPT,
+    Problem,
+    arrange,
+    held_out_problems,
+    multiply,
+    products,
+    read_mawps,
+    training_problems,
+)
 
 from twig.common.errors import UserError
 from twig.common.files import put_folder, write_whole
@@ -583,36 +592,48 @@ def _card(checkpoint: Path, name: str, checksums: dict[str, Any]) -> str:
     options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in arguments.items() if k != "base")
     step, steps, batch = _step_of(checkpoint), arguments["steps"], arguments["batch_size"]
     base, merged = checksums["base"], checksums["merged"][MERGED]
+    words = arguments.get("problems", "words") == "words"
+    data = "MAWPS (MIT licence), also with other numbers, and generated sums"
+    source = " --mawps MAWPS" if words else ""
     facts = {
         "base": f"{name} (SmolLM2's licence is Apache-2.0), weights of {base['name']}",
-        "data": "MAWPS (MIT licence), also with other numbers, and generated sums",
-        "share of word problems": arguments["word_share"],
+        "data": data if words else "generated products, half of them worked out",
+        **({"share of word problems": arguments["word_share"]} if words else {}),
         "training": f"{step} of {steps} steps of {batch} problems, {seconds:.0f} seconds",
         "loss on problems held out": f"{losses[-1]:.3f}" if losses else "not measured",
-        "command": f"`python warm_start.py train --base BASE --mawps MAWPS --output DIR {options}`",
+        "command": f"`python warm_start.py train --base BASE{source} --output DIR {options}`",
         f"sha256 of {WEIGHTS}": f"`{checksums[WEIGHTS]}`",
         f"sha256 of {base['name']}": f"`{base['sha256']}`",
         f"sha256 of the merged {MERGED}": f"`{merged}`",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     question = "Tom had 87 stamps. He gave 30 of them to his sister. How many stamps does he have now?"
+    shown = f"{PROMPT.format(question=question)} 87 - 30 = 57\n#### 57"
+    title, taught = "word problems", "compute,\nand to answer word problems in worked lines"
+    form = "worked lines and the answer"
+    if not words:
+        product = multiply(34, 27, worked=True)
+        title, taught, shown = (
+            "products",
+            "multiply,\nworked out or at once",
+            product.prompt + product.solution,
+        )
+        form = "worked lines and the answer, or the answer alone"
     return f"""---
 base_model: {name}
 library_name: peft
 license: apache-2.0
 ---
 
-# A warm start on word problems
+# A warm start on {title}
 
-A LoRA adapter (r={arguments["rank"]}, all linear modules, float16) that teaches {name} to compute,
-and to answer word problems in worked lines. It is meant as the base of reinforcement learning:
-`python warm_start.py merge` makes a model of both. No problem of SVAMP was in its data.
+A LoRA adapter (r={arguments["rank"]}, all linear modules, float16) that teaches {name} to {taught}.
+It is meant as the base of reinforcement learning: `python warm_start.py merge` makes a model of both. No problem of SVAMP was in its data.
 
-The prompt is plain text, without the chat template; the model answers with worked lines and the answer:
+The prompt is plain text, without the chat template; the model answers with {form}:
 
 ```text
-{PROMPT.format(question=question)} 87 - 30 = 57
-#### 57
+{shown}
 ```
 
 | | |

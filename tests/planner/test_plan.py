@@ -21,7 +21,9 @@ from twig.core.algorithms.base import Credit
 from twig.core.credit import Scored
 from twig.core.trie import PrefixTrie
 from twig.core.types import Completion, Example, Group
+from twig.engine import lm_head, sampler, wave_cache
 from twig.engine.pack import build_packs
+from twig.planner import layer_costs
 from twig.planner.choose import choose_sizes
 from twig.planner.layer_costs import Wave, filled_slots, pack_tables, waves_of
 from twig.planner.ledger import Ledger
@@ -303,6 +305,13 @@ def test_an_evaluation_asks_short_prompts_first():
         assert kept["key-value cache"] == 9 * (width + width + 50) * slot
     # A single prompt that is long enough takes more than nine short ones.
     assert evaluation([3] * 9 + [600]) == evaluation([600])
+
+
+def test_the_planner_knows_the_engines_constants():
+    """It does not import torch, so it has them a second time."""
+    assert layer_costs.HELD_FROM == 16  # wave_cache.HELD_FROM, which the engine's tests change
+    assert layer_costs.HELD_FROM == wave_cache.HELD_FROM and layer_costs.HEAD_PART == lm_head._PART
+    assert layer_costs.LOGITS_AT_ONCE == sampler._LOGITS_AT_ONCE
 
 
 def test_from_16_tokens_on_prompts_are_held_once():
