@@ -628,7 +628,8 @@ license: apache-2.0
 # A warm start on {title}
 
 A LoRA adapter (r={arguments["rank"]}, all linear modules, float16) that teaches {name} to {taught}.
-It is meant as the base of reinforcement learning: `python warm_start.py merge` makes a model of both. No problem of SVAMP was in its data.
+It is meant as the base of reinforcement learning: `python warm_start.py merge` makes a model of both.
+No problem of SVAMP was in its data.
 
 The prompt is plain text, without the chat template; the model answers with {form}:
 
