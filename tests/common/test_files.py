@@ -70,6 +70,27 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
+    """Whichever call fails: the old folder or the new one is there, and nothing beside it but the draft."""
+    target, draft = tmp_path / "adapter", tmp_path / ".adapter.tmp"
+    seen = []
+    for call in range(5):
+        for folder, content in ((target, "old"), (draft, "new")):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / "content").write_text(content)
+        with Failing(call, errno.EIO) as failing:
+            try:
+                put_folder(draft, target)
+                assert not failing.failed
+            except OSError:
+                assert failing.failed
+        seen.append((target / "content").read_text())
+        beside = {".adapter.tmp"} if seen[-1] == "old" else set()
+        assert {path.name for path in tmp_path.iterdir()} == {"adapter"} | beside
+    assert seen == ["old", "old", "old", "new", "new"]
+
+
 # Checkpoints
 
 

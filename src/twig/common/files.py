@@ -60,13 +60,20 @@ def append_whole(path: Path, text: str) -> None:
 def put_folder(draft: Path, target: Path) -> None:
     """Renames the finished folder `draft` to `target`, and removes an older `target`.
 
-    A crash leaves the old one, the new one or, between the two renames, neither; never a mixture.
+    A crash leaves the old one, the new one or, between the two renames, neither; never a mixture. If `draft`
+    cannot be renamed, the older one returns to its place. Raises OSError.
     """
     flush_folder(draft)
     gone = _set_aside(target)
-    os.replace(draft, target)
-    flush_folder(target.parent)
-    shutil.rmtree(gone, ignore_errors=True)
+    try:
+        os.replace(draft, target)
+        flush_folder(target.parent)
+    finally:
+        if target.exists():
+            shutil.rmtree(gone, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                os.replace(gone, target)
 
 
 def remove_folder(folder: Path) -> None:
