@@ -6,7 +6,7 @@ Each argument is a recipe or file with settings. `alone` leaves out what this pr
 Linux: it compares the estimates on a machine that has other work too.
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -16,13 +16,15 @@ from twig.training.estimate import _Watch, measure_run
 from twig.training.train import train
 
 
-def main(sources: list[str]) -> int:
+def main() -> None:
     """Prints a row for each source."""
+    parser = argparse.ArgumentParser(description="Estimates of time and tokens against what runs take.")
+    parser.add_argument("sources", nargs="+", metavar="'RECIPE KEY=VALUE ...'")
     heads = ["run", "steps measured"]
     for what in ("seconds", "alone", "tokens"):
         heads += [f"{what}, said", "true", "error"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for source in sources:
+    for source in parser.parse_args().sources:
         name, *overrides = source.split()
         settings = load(name, overrides)
         said = measure_run(settings, Progress())
@@ -36,8 +38,7 @@ def main(sources: list[str]) -> int:
         for one, other in ((expected, taken), alone, (said.tokens, sampled)):
             row += [f"{one:,.0f}", f"{other:,.0f}", f"{one / other - 1:+.0%}"]
         print(f"| {' | '.join(row)} |", flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

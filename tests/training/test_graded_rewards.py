@@ -6,7 +6,10 @@ from rich.console import Console
 
 from twig.cli.display import accuracy_table, show_run
 from twig.cli.runs import runs_command
+from twig.cli.show import show_command
+from twig.runs.listing import list_runs
 from twig.runs.reader import read_metrics
+from twig.study.tables import Result, compare_runs, markdown
 from twig.tasks.base import Task
 from twig.tasks.rewards import is_graded
 
@@ -56,6 +59,7 @@ def test_their_mean_is_shown_everywhere_and_decides_what_is_best(run, capsys):
     show_run(console, done.folder, summary)
     console.print(accuracy_table({"run": after}))
     runs_command(done.folder.parent)
+    show_command(done.folder)
     texts = [console.export_text(), capsys.readouterr().out, repr(done), done._repr_html_()]
     page = (done.folder / "report.html").read_text(encoding="utf-8")
     for text in texts:
@@ -64,6 +68,38 @@ def test_their_mean_is_shown_everywhere_and_decides_what_is_best(run, capsys):
     assert f"Reward from {before:.3f} to {after['reward']:.3f}" in page
     for text in [*texts[:3], page]:
         assert "0.0 %" not in text.replace("\u00a0", " ")
+
+
+def test_a_run_without_a_result_is_listed_with_them(run):
+    done = run("run", "eval.steps=1", reward_funcs=halves)
+    (listed,) = list_runs(done.folder)
+    done.folder.joinpath("summary.json").unlink()
+    (failed,) = list_runs(done.folder)
+    assert listed.graded and failed.graded
+    assert failed.accuracy_before == pytest.approx(listed.accuracy_before, rel=1e-5)
+    assert failed.accuracy_after == pytest.approx(listed.accuracy_after, rel=1e-5)
+
+
+def test_a_study_compares_mean_rewards(run):
+    runs = {
+        (name, seed): run(f"{name}-{seed}", "eval.steps=1", f"train.seed={seed}", reward_funcs=halves)
+        for name in ("a", "b")
+        for seed in (1, 2)
+    }
+    results = [Result(name, seed, done.folder) for (name, seed), done in runs.items()]
+    tokens = min(done.summary["tokens_sampled"] for done in runs.values())
+    comparison = compare_runs(results, tokens, target=0.1)
+    for name in ("a", "b"):
+        after = [runs[name, seed].summary["accuracy_after"]["reward"] for seed in (1, 2)]
+        assert comparison["variants"][name]["accuracy"]["value"] == pytest.approx(np.mean(after), rel=1e-5)
+    (pair,) = comparison["pairs"]
+    assert pair["difference"] == pytest.approx(0, abs=1e-6), "the same seeds"
+    assert not pair["mcnemar"]
+    text = markdown(comparison)
+    assert "tokens to reward 0.1" in text and "mean rewards" in text
+    value = comparison["variants"]["a"]["accuracy"]["value"]
+    assert f"| {value:.3f} (" in text and f"{100 * value:.1f} %" not in text
+    assert comparison["variants"]["a"]["area"] is not None
 
 
 def test_right_or_wrong_stays_accuracy(run):

@@ -15,8 +15,8 @@ from twig.common.progress import Progress
 from twig.common.text import either
 from twig.config.load import Settings
 from twig.evaluation.record import read_evaluation, refuse_other_content, write_evaluation
-from twig.report.figures import any_graded
 from twig.report.progress import showing
+from twig.runs.reader import any_graded
 from twig.tasks.load import TASKS
 
 

@@ -19,7 +19,7 @@ from twig.common.text import either, one_line, percent
 from twig.config.load import load
 from twig.report.credit_map import saved_steps
 from twig.runs.completions import read_completions
-from twig.runs.reader import is_run
+from twig.runs.reader import is_graded_run, is_run, read_metrics, read_summary
 
 _STYLES = {"+": "bold bright_blue", "-": "bold yellow", "~": "bold magenta", "": ""}
 _MEANING = {"+": "more likely", "-": "less likely", "~": "both, which cancel"}
@@ -56,13 +56,14 @@ def show_command(
     limit = limit or (4 if problem is None else max(map(len, shown)))
     rows = [row for group in problems for row in group]
     console = result_console()
-    _say(console, _title(step, rows, len(problems)))
+    graded = is_graded_run(read_summary(run), read_metrics(run))
+    _say(console, _title(step, rows, len(problems), graded))
     if any(row["weights"] is not None for row in rows):
         _say(console, _legend(_signs(console)))
     else:
         _say(console, Text("which tokens were trained is not in this file"))
     for group in shown:
-        _show_problem(console, group, right, limit)
+        _show_problem(console, group, right, limit, graded)
 
 
 def _file_of(run: Path, step: int | None) -> tuple[int, Path]:
@@ -93,9 +94,12 @@ def _nearest(numbers: Sequence[int], number: int) -> str:
     return either([str(each) for each in near])
 
 
-def _title(step: int, rows: Sequence[dict[str, Any]], num_problems: int) -> Text:
-    share = percent(sum(bool(row["right"]) for row in rows) / max(len(rows), 1))
-    return Text(f"step {step}: {num_problems} problems, {len(rows)} completions, {share} right")
+def _title(step: int, rows: Sequence[dict[str, Any]], num_problems: int, graded: bool) -> Text:
+    result = f"{percent(sum(bool(row['right']) for row in rows) / max(len(rows), 1))} right"
+    if graded:
+        rewards = [row["reward"] for row in rows if row["reward"] is not None]
+        result = f"mean reward {sum(rewards) / len(rewards):.3f}" if rewards else "no reward"
+    return Text(f"step {step}: {num_problems} problems, {len(rows)} completions, {result}")
 
 
 def _signs(console: Console) -> bool:
@@ -111,7 +115,9 @@ def _legend(signs: bool) -> Text:
     return text.append("; the rest is not trained")
 
 
-def _show_problem(console: Console, rows: Sequence[dict[str, Any]], right: bool | None, limit: int) -> None:
+def _show_problem(
+    console: Console, rows: Sequence[dict[str, Any]], right: bool | None, limit: int, graded: bool
+) -> None:
     first = rows[0]
     _say(console, Text(f"\nproblem {_number(rows)}", style="bold"))
     _say(console, Text(clean(first["prompt"])), _INDENT)
@@ -121,7 +127,7 @@ def _show_problem(console: Console, rows: Sequence[dict[str, Any]], right: bool 
         _say(console, Text(f"right answer: {one_line(first['answer'])}"))
     chosen = [row for row in rows if right is None or bool(row["right"]) == right]
     for row in chosen[:limit]:
-        _say(console, Text(f"\n{_about(row)}"))
+        _say(console, Text(f"\n{_about(row, graded)}"))
         _say(console, _completion(row, _signs(console)), _INDENT)
     if not chosen:
         _say(console, Text(f"\nnone of {len(rows)} completions is {'right' if right else 'wrong'}"))
@@ -129,10 +135,14 @@ def _show_problem(console: Console, rows: Sequence[dict[str, Any]], right: bool 
         _say(console, Text(f"\nand {len(chosen) - limit} more: --limit {len(chosen)}"))
 
 
-def _about(row: dict[str, Any]) -> str:
-    """Returns a line about a completion: its number, whether it is right, its reward and length."""
+def _about(row: dict[str, Any], graded: bool) -> str:
+    """Returns a line about a completion: its number, its reward and length, and whether it is right.
+
+    The last is left out if the rewards say more than that (`graded`).
+    """
     reward = "no reward" if row["reward"] is None else f"reward {row['reward']:.3f}"
-    parts = [f"completion {row['completion_index'] + 1}", "right" if row["right"] else "wrong", reward]
+    right = [] if graded else ["right" if row["right"] else "wrong"]
+    parts = [f"completion {row['completion_index'] + 1}", *right, reward]
     functions = _rewards(row["rewards"])
     if len(functions) > 1:
         parts[-1] += f" ({', '.join(functions)})"

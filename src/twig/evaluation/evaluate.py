@@ -44,7 +44,9 @@ class Evaluation:
     of the rewards given (None if there is none), `mean_length` in tokens, `truncated` the share cut off by
     the length limit. `graded` says that the rewards are more than right or wrong: then their mean is the
     result, not `value`. `right` and `answered` [problems] say for each problem whether its answer is right
-    and whether there is one (None if the task cannot tell); `problems` is the checksum of them all.
+    and whether there is one (None if the task cannot tell); `rewards` [problems] are what the answers got,
+    NaN where there is none (None if the task itself tells right from wrong); `problems` is the checksum of
+    them all.
     """
 
     value: float
@@ -59,16 +61,20 @@ class Evaluation:
     graded: bool = False
     right: np.ndarray | None = field(default=None, repr=False, compare=False)
     answered: np.ndarray | None = field(default=None, repr=False, compare=False)
+    rewards: np.ndarray | None = field(default=None, repr=False, compare=False)
     problems: str | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the figures, without what they are computed from."""
-        return {k: v for k, v in asdict(self).items() if k not in ("right", "answered", "problems")}
+        each = ("right", "answered", "rewards", "problems")
+        return {k: v for k, v in asdict(self).items() if k not in each}
 
     def each(self) -> dict[str, Any]:
         """Returns what the figures are computed from, as a row of evaluations.jsonl."""
         right, answered = (None if a is None else _digits(a) for a in (self.right, self.answered))
-        return {"problems": self.problems, "right": right, "answered": answered}
+        given = [] if self.rewards is None else self.rewards.tolist()
+        rewards = [None if reward != reward else float(f"{reward:.6g}") for reward in given] or None
+        return {"problems": self.problems, "right": right, "answered": answered, "rewards": rewards}
 
 
 def _digits(flags: np.ndarray) -> str:
@@ -254,6 +260,7 @@ def _summarise(task: Task, examples: list[Example], parts: list[_Judged]) -> Eva
         graded=is_graded(task, rewards.total),
         right=right,
         answered=answered,
+        rewards=rewards.total if task.score is None else None,
         problems=problems_checksum(examples),
     )
 

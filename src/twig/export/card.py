@@ -18,8 +18,8 @@ from twig.common.redact import code, fenced, last_part, public, shown
 from twig.common.text import percent, shortened
 from twig.config.load import Settings
 from twig.core.algorithms.base import PAPER, Algorithm
-from twig.report.figures import any_graded, figure_of
-from twig.runs.reader import KINDS, answers_of, missing_kinds
+from twig.report.figures import figure_of
+from twig.runs.reader import KINDS, answers_of, any_graded, missing_kinds
 from twig.tasks.load import TASKS
 
 SOFTWARE = """@software{twig,

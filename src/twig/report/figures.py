@@ -3,10 +3,11 @@
 Knows the names of metrics, nothing of terminals and notebooks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from twig.common.text import percent
+from twig.runs.reader import any_graded
 
 _SMOOTHING = 0.1
 
@@ -61,11 +62,6 @@ def accuracy_words(result: dict[str, Any]) -> str:
         return f"{figure_of(result, True)}, the mean of {result['n']}"
     interval = f"95 % interval {100 * result['low']:.1f} to {percent(result['high'])}"
     return f"{percent(result['value'])} right of {result['n']} ({interval})"
-
-
-def any_graded(results: Sequence[Mapping[str, Any] | None]) -> bool:
-    """Tells whether rewards are more than right or wrong: the results are then shown as mean rewards."""
-    return any(result is not None and result.get("graded") for result in results)
 
 
 def figure_of(result: Mapping[str, Any], graded: bool) -> str:

@@ -9,11 +9,11 @@ import numpy as np
 
 from twig.common.errors import UserError
 from twig.config.load import RUN_CONFIG, Settings, load
-from twig.report.figures import any_graded
 from twig.runs.listing import state_of
 from twig.runs.reader import (
     ENVIRONMENT,
     METRICS,
+    is_graded_run,
     is_run,
     read_evaluations,
     read_json,
@@ -125,8 +125,7 @@ class RunData:
     @property
     def graded(self) -> bool:
         """Whether rewards are more than right or wrong: results are then mean rewards, not accuracies."""
-        results = [self.summary.get(f"accuracy_{when}") for when in ("before", "after")]
-        return any_graded([*results, *({"graded": row["eval/accuracy"] is None} for row in self.evals)])
+        return is_graded_run(self.summary, self.evals)
 
     @property
     def steps(self) -> int | None:

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from twig.common.progress import Progress
 from twig.common.text import one_line
-from twig.report.figures import Figures, accuracy_words, any_graded, figure_of
+from twig.report.figures import Figures, accuracy_words, figure_of
 from twig.report.notebook import NotebookProgress, in_notebook
+from twig.runs.reader import any_graded
 
 _SECONDS_BETWEEN_LINES = 5.0
 

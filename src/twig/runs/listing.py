@@ -19,10 +19,12 @@ from twig.runs.reader import (
     SUMMARY,
     TRACEBACK,
     is_finished,
+    is_graded_run,
     is_run,
     read_evaluations,
     read_metrics,
     read_summary,
+    results_of,
 )
 
 STATES = ("running", "finished", "stopped", "failed", "not begun")
@@ -102,7 +104,8 @@ def _listed(name: str, folder: Path) -> Listed:
     current = summary is not None and _is_current(folder, summary, last)
     state, reason = state_of(folder, summary, last)
     step = last if summary is None or not current else int(summary["steps"])
-    before, after, at = _accuracies(folder, summary if current else None)
+    graded = is_graded_run(summary, rows)
+    before, after, at = _accuracies(folder, summary if current else None, graded)
     return Listed(
         name=name,
         folder=folder,
@@ -117,7 +120,7 @@ def _listed(name: str, folder: Path) -> Listed:
         seconds=summary["seconds"] if summary and current else _seconds(rows),
         changed=max(_changed(folder / file) for file in _WRITTEN),
         reason=reason,
-        graded=_is_graded(summary),
+        graded=graded,
     )
 
 
@@ -147,18 +150,15 @@ def _is_current(folder: Path, summary: dict[str, Any], last: int) -> bool:
     return last <= summary["steps"] and not (folder / TRACEBACK).exists()
 
 
-def _is_graded(summary: dict[str, Any] | None) -> bool:
-    results = [(summary or {}).get(f"accuracy_{when}") for when in ("before", "after")]
-    return any(result is not None and result.get("graded") for result in results)
-
-
 def _accuracies(
-    folder: Path, summary: dict[str, Any] | None
+    folder: Path, summary: dict[str, Any] | None, graded: bool
 ) -> tuple[float | None, float | None, int | None]:
-    """Returns the accuracy before training, that of the newest evaluation, and the step of that."""
-    results = [(summary or {}).get(f"accuracy_{when}") for when in ("before", "after")]
-    key = "reward" if _is_graded(summary) else "value"
-    before, after = (None if result is None else result[key] for result in results)
+    """Returns the accuracy before training, that of the newest evaluation, and the step of that.
+
+    They are mean rewards if the run is `graded`.
+    """
+    key = "reward" if graded else "value"
+    before, after = (None if result is None else result[key] for result in results_of(summary))
     if summary is not None and after is not None:
         return before, after, int(summary["steps"])
     rows = []
@@ -167,9 +167,17 @@ def _accuracies(
         rows = [row for row in rows if row["problems"] == rows[-1]["problems"]]
     if not rows:
         return before, None, None
-    first, newest = (row["right"].count("1") / len(row["right"]) for row in (rows[0], rows[-1]))
+    first, newest = (_result(row, graded) for row in (rows[0], rows[-1]))
     before = first if rows[0]["step"] == 0 else None
     return (before, newest, rows[-1]["step"]) if rows[-1]["step"] else (before, None, None)
+
+
+def _result(row: dict[str, Any], graded: bool) -> float | None:
+    """Returns the result of a row of evaluations.jsonl."""
+    if not graded:
+        return row["right"].count("1") / len(row["right"])
+    given = [reward for reward in row.get("rewards") or () if reward is not None]
+    return sum(given) / len(given) if given else None
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

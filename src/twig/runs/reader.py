@@ -38,6 +38,22 @@ def answers_of(summary: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return rows if whole and rows else None
 
 
+def results_of(summary: Mapping[str, Any] | None) -> list[dict[str, Any] | None]:
+    """Returns the evaluations of a summary, before and after training; None for one that was not made."""
+    return [(summary or {}).get(f"accuracy_{when}") for when in ("before", "after")]
+
+
+def any_graded(results: Iterable[Mapping[str, Any] | None]) -> bool:
+    """Tells whether rewards are more than right or wrong: the results are then shown as mean rewards."""
+    return any(result is not None and result.get("graded") for result in results)
+
+
+def is_graded_run(summary: Mapping[str, Any] | None, rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Tells the same of a run, from its summary and its metrics, of which evaluations are rows too."""
+    told = [{"graded": row["eval/accuracy"] is None} for row in rows if "eval/accuracy" in row]
+    return any_graded([*results_of(summary), *told])
+
+
 def missing_kinds(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Returns a line for each kind of KINDS that no problem is of; `rows` are those of `answers_of`."""
     kinds = {row["kind"] for row in rows}
@@ -107,7 +123,8 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """Returns the rows of a run folder's evaluations.jsonl by step; none if it is missing.
 
     A row has the checksum of the `problems`, and which of them were `right` and `answered`: a text with a 1
-    or 0 per problem, null if the task cannot tell.
+    or 0 per problem, null if the task cannot tell. `rewards` is a list with a number or null per problem,
+    null if the task itself tells right from wrong; older rows do not have it.
     """
     path = folder / EVALUATIONS
     if not path.exists():

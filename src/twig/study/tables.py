@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from twig.common.errors import UserError
 from twig.common.text import percent
 from twig.evaluation.statistics import bootstrap_gap, bootstrap_runs, mcnemar, permutation
-from twig.runs.reader import ENVIRONMENT, read_evaluations, read_metrics, read_summary
+from twig.runs.reader import ENVIRONMENT, is_graded_run, read_evaluations, read_metrics, read_summary
 
 SCHEMA_VERSION = 1
 _FEWEST = 3  # evaluations of a curve: before training, after it, and one between
@@ -27,8 +27,8 @@ _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the budget, at which accuracy is sho
 _MOST_PAIRS = 7  # variants of which all pairs are compared; of more, only those with the first
 
 _ABOUT_SPEED = (
-    "*Area*: the mean accuracy over the tokens of the budget, with straight lines between evaluations. "
-    "*Tokens to {target} %*: after how many this accuracy was first reached on these lines; the median over "
+    "*Area*: the mean {measure} over the tokens of the budget, with straight lines between evaluations. "
+    "*Tokens to {target}*: after how many this {measure} was first reached on these lines; the median over "
     "the seeds, an interval by resampling seeds, and how many of the seeds reached it."
 )
 
@@ -37,7 +37,7 @@ _ABOUT_SPEED = (
 class Point:
     """An evaluation of a run.
 
-    Which problems were `right`, float [problems], and the tokens sampled and seconds trained before it.
+    How `right` each answer was, float [problems], and the tokens sampled and seconds trained before it.
     """
 
     right: np.ndarray
@@ -47,11 +47,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run, read from its folder."""
+    """One finished run, read from its folder.
+
+    How right an answer is, is 0 or 1, or in a comparison of `graded` runs its reward (0 without one).
+    """
 
     variant: str
     seed: int
     folder: Path
+    graded: bool = False
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -74,8 +78,8 @@ class Result:
 
     @property
     def right(self) -> np.ndarray:
-        """Which problems were right in the end, float [problems]."""
-        return _flags(self.evaluations[-1])
+        """How right each answer was in the end, float [problems]."""
+        return self._right(self.evaluations[-1])
 
     def at(self, tokens: float) -> Point | None:
         """Returns the last evaluation after at most `tokens` sampled tokens, None if there was none yet."""
@@ -85,7 +89,7 @@ class Result:
         if not usable:
             return None
         row = usable[-1]
-        return Point(_flags(row), int(sampled[row["step"]]), float(seconds[row["step"]]))
+        return Point(self._right(row), int(sampled[row["step"]]), float(seconds[row["step"]]))
 
     def curve(self, max_tokens: int) -> "Curve | None":
         """Returns the run's evaluations up to `max_tokens`; None without one before and one while training.
@@ -98,7 +102,7 @@ class Result:
             return None
         sampled = np.cumsum([0, *(row["tokens/sampled"] for row in self.steps)])
         tokens = sampled[[row["step"] for row in rows]].astype(float)
-        right = np.stack([_flags(row) for row in rows])
+        right = np.stack([self._right(row) for row in rows])
         inside = int(np.searchsorted(tokens, max_tokens))
         last = right[-1]
         if inside < len(tokens):
@@ -106,10 +110,18 @@ class Result:
             last = right[inside - 1] + part * (right[inside] - right[inside - 1])
         return Curve(np.append(tokens[:inside], max_tokens), np.vstack([right[:inside], last]))
 
+    def _right(self, row: dict[str, Any]) -> np.ndarray:
+        if not self.graded:
+            return np.array([float(digit) for digit in row["right"]])
+        if row.get("rewards") is None:
+            problem = "its evaluations do not have the reward of each answer, as those of an older Twig"
+            raise UserError(str(self.folder), problem, "Train it again")
+        return np.array([reward or 0.0 for reward in row["rewards"]])
+
 
 @dataclass(frozen=True)
 class Curve:
-    """Which problems are right over the tokens sampled, with straight lines between evaluations.
+    """How right each answer is over the tokens sampled, with straight lines between evaluations.
 
     `tokens` [E] go from 0 to the budget; `right` is float [E, problems].
     """
@@ -135,14 +147,11 @@ class Curve:
         return float(self.tokens[i - 1] + part * (self.tokens[i] - self.tokens[i - 1]))
 
 
-def _flags(row: dict[str, Any]) -> np.ndarray:
-    return np.array([float(digit) for digit in row["right"]])
-
-
 def compare_runs(results: Sequence[Result], max_tokens: int, target: float = 0.9) -> dict[str, Any]:
     """Returns everything the tables say, as comparison.json has it; runs of one variant share its name.
 
-    `target` is the accuracy of which the tables say after how many tokens it was reached.
+    `target` is the accuracy of which the tables say after how many tokens it was reached. If the rewards of
+    any run are more than right or wrong (`graded`), all accuracies are mean rewards.
 
     Raises UserError if runs answered different problems.
     """
@@ -153,9 +162,10 @@ def compare_runs(results: Sequence[Result], max_tokens: int, target: float = 0.9
             "runs that answered different problems cannot be compared",
             "Give all the same task and eval",
         )
+    graded = any(is_graded_run(result.summary, read_metrics(result.folder)) for result in results)
     by_variant: dict[str, list[Result]] = {}
     for result in results:
-        by_variant.setdefault(result.variant, []).append(result)
+        by_variant.setdefault(result.variant, []).append(replace(result, graded=graded))
     names = list(by_variant)
     pairs = itertools.combinations(names, 2)
     if len(names) > _MOST_PAIRS:
@@ -165,6 +175,7 @@ def compare_runs(results: Sequence[Result], max_tokens: int, target: float = 0.9
         "schema_version": SCHEMA_VERSION,
         "max_tokens": max_tokens,
         "target": target,
+        "graded": graded,
         "problems": len(results[0].right) if results else 0,
         "commits": sorted(commit or "unknown" for commit in commits),
         "seconds": sum(result.summary["seconds"] for result in results),
@@ -186,6 +197,7 @@ def _variant(runs: list[Result], max_tokens: int, target: float) -> dict[str, An
     summaries = [run.summary for run in runs]
     after = [summary["accuracy_after"] for summary in summaries]
     before = [summary["accuracy_before"] for summary in summaries if summary["accuracy_before"]]
+    result = "reward" if runs[0].graded else "value"
     sampled, selected = _sum(summaries, "tokens_sampled"), _sum(summaries, "tokens_selected")
     flops = [summary["update_flops"] for summary in summaries]
     return {
@@ -193,7 +205,7 @@ def _variant(runs: list[Result], max_tokens: int, target: float) -> dict[str, An
         "accuracy": _figure([run.right for run in runs]),
         "by_seed": [float(run.right.mean()) for run in runs],
         **_speed(runs, max_tokens, target),
-        "before": _mean(before, "value") if before else None,
+        "before": _mean(before, result) if before else None,
         "answers": None if after[0]["found"] is None else _answers(before, after),
         "mean_length": _mean(after, "mean_length"),
         "entropy": float(np.mean([_last(run.steps, "entropy") for run in runs])),
@@ -284,7 +296,7 @@ def _pair(ours: list[Result], theirs: list[Result], max_tokens: int, target: flo
     by_seed = {
         str(run.seed): mcnemar(run.right.astype(bool), of_seed[run.seed].right.astype(bool)).as_dict()
         for run in ours
-        if run.seed in of_seed
+        if run.seed in of_seed and not run.graded
     }
     return {
         "first": ours[0].variant,
@@ -336,46 +348,56 @@ def markdown(comparison: dict[str, Any], differences: bool = True, seeds: int = 
 
     Of a variant with fewer than `seeds` seeds the table says how many of them are there.
     """
-    target = f"{100 * comparison['target']:.0f}"
+    graded = comparison["graded"]
+    target = f"reward {comparison['target']:g}" if graded else f"{100 * comparison['target']:.0f} %"
+    measure = "reward" if graded else "accuracy"
     lines = [
         f"Every run sampled {comparison['max_tokens']:,} tokens and answered the same "
         f"{comparison['problems']:,} problems greedily. An interval is 95 %, by resampling runs and "
-        "problems.",
+        f"problems.{' Before and after are mean rewards.' if graded else ''}",
         "",
-        f"| | seeds | before | after | area | tokens to {target} % | answer found | "
+        f"| | seeds | before | after | area | tokens to {target} | answer found | "
         "right when found | tokens trained | update FLOPs | seconds | entropy at the end | answer, tokens |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     variants = comparison["variants"]
-    lines += [_row(name, variant, comparison["max_tokens"], seeds) for name, variant in variants.items()]
+    lines += [
+        _row(name, variant, comparison["max_tokens"], seeds, graded) for name, variant in variants.items()
+    ]
     if any(variant["area"] for variant in variants.values()):
-        lines += ["", _ABOUT_SPEED.format(target=target)]
+        lines += ["", _ABOUT_SPEED.format(target=target, measure=measure)]
     else:
         needed = "need evaluations before and while training: set eval.steps."
-        lines += ["", f"Area and tokens to {target} % {needed}"]
-    curves = {name: [_point_text(p) for p in variant["curve"]] for name, variant in variants.items()}
+        lines += ["", f"Area and tokens to {target} {needed}"]
+    curves = {name: [_point_text(p, graded) for p in variant["curve"]] for name, variant in variants.items()}
     if any(set(cells[:-1]) != {"-"} for cells in curves.values()):
         shares = [f"{100 * share:.0f} %" for share in _SHARES]
-        lines += ["", "Accuracy after a share of the tokens (seconds of training until then):", ""]
+        lines += [
+            "",
+            f"{measure.capitalize()} after a share of the tokens (seconds of training until then):",
+            "",
+        ]
         lines += [f"| | {' | '.join(shares)} |", "|---|" + "---|" * len(shares)]
         lines += [f"| {_cell(name)} | {' | '.join(cells)} |" for name, cells in curves.items()]
     num_seeds = {name: len(variant["seeds"]) for name, variant in variants.items()}
     if differences and comparison["pairs"]:
-        lines += ["", *_differences(comparison["pairs"], target, num_seeds)]
+        lines += ["", *_differences(comparison["pairs"], target, num_seeds, graded)]
     under = [run for variant in variants.values() for run in variant["under_budget"]]
     if under:
         lines += ["", f"Ended before the budget: {', '.join(under)}."]
     return "\n".join(lines) + "\n"
 
 
-def _differences(pairs: list[dict[str, Any]], target: str, num_seeds: dict[str, int]) -> list[str]:
+def _differences(
+    pairs: list[dict[str, Any]], target: str, num_seeds: dict[str, int], graded: bool
+) -> list[str]:
     return [
-        "Differences, in points: first minus second.",
+        f"Differences, in {'reward' if graded else 'points'}: first minus second.",
         "",
-        f"| first | second | difference | in area | tokens to {target} %, ratio | "
+        f"| first | second | difference | in area | tokens to {target}, ratio | "
         "p, runs exchanged | McNemar p below 0.05 |",
         "|---|---|---|---|---|---|---|",
-        *map(_pair_row, pairs),
+        *(_pair_row(pair, graded) for pair in pairs),
         "",
         "*Ratio*: of the medians, first divided by second, if all runs reached it. "
         "*p, runs exchanged*: the share of all ways to deal the runs to the two variants that give so large "
@@ -394,15 +416,15 @@ def _too_few_seeds(pairs: list[dict[str, Any]], num_seeds: dict[str, int]) -> li
     return ["", f"So few seeds can give no p, runs exchanged, below {least:.3f}: it says nothing here."]
 
 
-def _row(name: str, variant: dict[str, Any], max_tokens: int, seeds: int) -> str:
+def _row(name: str, variant: dict[str, Any], max_tokens: int, seeds: int, graded: bool) -> str:
     answers, flops, before = variant["answers"], variant["update_flops"], variant["before"]
     area, tokens = variant["area"], variant["tokens_to_target"]
     cells = [
         _cell(name),
         seeds_text(len(variant["seeds"]), seeds),
-        "-" if before is None else percent(before),
-        figure_text(variant["accuracy"]),
-        "-" if area is None else figure_text(area),
+        "-" if before is None else f"{before:.3f}" if graded else percent(before),
+        figure_text(variant["accuracy"], graded),
+        "-" if area is None else figure_text(area, graded),
         "-" if tokens is None else _tokens_text(tokens, max_tokens),
         "-" if answers is None else percent(answers["found"]),
         "-"
@@ -417,14 +439,14 @@ def _row(name: str, variant: dict[str, Any], max_tokens: int, seeds: int) -> str
     return f"| {' | '.join(cells)} |"
 
 
-def _pair_row(pair: dict[str, Any]) -> str:
+def _pair_row(pair: dict[str, Any], graded: bool) -> str:
     area, ratio = pair["area"], pair["tokens_ratio"]
     below = sum(each["p_value"] < 0.05 for each in pair["mcnemar"].values())
     cells = [
         _cell(pair["first"]),
         _cell(pair["second"]),
-        gap_text(pair),
-        "-" if area is None else gap_text(area),
+        gap_text(pair, graded),
+        "-" if area is None else gap_text(area, graded),
         "-" if ratio is None else f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
         f"{pair['p_runs']:.3f}",
         f"{below} of {len(pair['mcnemar'])} seeds" if pair["mcnemar"] else "-",
@@ -441,20 +463,24 @@ def seeds_text(there: int, planned: int) -> str:
     return str(there) if there >= planned else f"{there} of {planned}"
 
 
-def gap_text(gap: dict[str, Any]) -> str:
-    """Returns a difference in points with its interval."""
-    return f"{100 * gap['difference']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
+def gap_text(gap: dict[str, Any], graded: bool = False) -> str:
+    """Returns a difference in points, or in reward, with its interval."""
+    parts = [gap[key] for key in ("difference", "low", "high")]
+    value, low, high = (f"{part:+.3f}" if graded else f"{100 * part:+.1f}" for part in parts)
+    return f"{value} ({low} to {high})"
 
 
-def _point_text(point: dict[str, Any]) -> str:
+def _point_text(point: dict[str, Any], graded: bool) -> str:
     """Returns a point of the curve; a dash if there was no evaluation yet, or none since the beginning."""
     if point["value"] is None or (point["share"] > 0 and point["tokens"] == 0):
         return "-"
-    return f"{figure_text(point)} ({point['seconds']:.0f} s)"
+    return f"{figure_text(point, graded)} ({point['seconds']:.0f} s)"
 
 
-def figure_text(figure: dict[str, Any]) -> str:
-    """Returns a share in percent with its interval."""
+def figure_text(figure: dict[str, Any], graded: bool = False) -> str:
+    """Returns a share in percent, or a mean reward, with its interval."""
+    if graded:
+        return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
     return f"{percent(figure['value'])} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
 
 
