@@ -137,7 +137,7 @@ def test_an_adapter_that_was_set_aside_when_the_process_died_is_put_back(finishe
 
     def replace(old, new):
         calls.append(new)
-        if len(calls) == 2:
+        if len(calls) >= 2:
             raise KeyboardInterrupt  # between the two renames: nothing is put back either
         real(old, new)
 
