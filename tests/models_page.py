@@ -96,8 +96,8 @@ declares it: windows by layer, rotary embeddings by layer type, scales of embedd
 Before it trains, it runs a small tree through the layers and compares the result with the model's own forward
 pass, on the weights that were loaded. Then it makes each length of the config short in turn, as a window of
 thousands of tokens does nothing to a small tree, and compares again. If they differ, one error names the
-model type and says to set `model.engine=plain`. The plain engine checks that the model predicts each token
-from those before it, and uses the model's cache only if it gives what the whole text gives.
+model type and says to set `model.engine=plain`. Both engines check that the model predicts each token from
+those before it. The plain engine uses the model's cache only if it gives what the whole text gives.
 
 This page is made from the lists that the tests use: `python tests/models_page.py > docs/models.md`. A test
 checks that it is current.

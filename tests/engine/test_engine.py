@@ -1,6 +1,7 @@
 """The engine against its twins: packs, frozen trunk, head rows and sampling, in values and adapter
 gradients."""
 
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from twig.core.algorithms.base import Objective
 from twig.core.rng import uniforms
 from twig.core.types import Group
 from twig.engine.decoder import Decoder
+from twig.engine.kv_cache import PrefixKV
 from twig.engine.pack import build_packs
 from twig.engine.sampler import SamplingParams, sample
 from twig.engine.update import LogProbs, Passes
@@ -215,6 +217,26 @@ def test_checkpointed_layers_give_the_same_gradient_and_only_they_run_again_in_f
     (plain, kept), (again, fewer) = runs
     assert plain[2] > 0 and again == [plain[0], plain[1], 2 * plain[2], plain[3]], "the last one is kept"
     assert fewer < kept, "what is saved at all, recomputed tensors included"
+
+
+def test_a_checkpointed_layer_that_ran_again_is_gone_when_the_next_one_does_in_float32(monkeypatch):
+    policy = tiny.build_policy("qwen2", layers="all", dtype=torch.float32, checkpoint_layers=True)
+    groups = groups_of(count=1)
+    pack = build_packs(scored(groups, *credit_of(groups)), 12)[0]
+    again, alive = {}, []
+    own, opened = PrefixKV.update, policy.open_stem(pack.stem, None, gradient=True)
+
+    def update(cache, keys, values, layer, *rest, **options):
+        seen.append(layer)
+        if seen.count(layer) > 1:
+            alive.extend(i for i, other in again.items() if other() is not None)
+            again[layer] = weakref.ref(keys)
+        return own(cache, keys, values, layer, *rest, **options)
+
+    seen = []
+    monkeypatch.setattr(PrefixKV, "update", update)
+    policy.backward(pack, Objective(), opened=opened)
+    assert len(again) > 1 and not alive
 
 
 def test_float32_gradient_stays_within_1e5():

@@ -169,6 +169,13 @@ def test_a_stem_that_is_opened_once_gets_the_gradients_of_all_its_packs(family):
             assert_values(parameter.grad.flatten().tolist(), theirs[name].flatten().tolist())
 
 
+def test_the_gradient_of_a_convolutions_state_does_not_keep_that_of_all_its_inputs():
+    before, new = (torch.zeros(1, 8, size, requires_grad=True) for size in (3, 50))
+    cache = StateCache({("conv", 0): before})
+    (gradient,) = torch.autograd.grad(cache.update_conv_state(new, 0).sum(), before)
+    assert gradient.untyped_storage().nbytes() == before.untyped_storage().nbytes()
+
+
 def test_by_default_a_layer_with_a_state_is_adapted_where_its_mixer_reads():
     model = attach(
         tiny.build_model("lfm2"), r=2, alpha=4.0, target_modules=["q_proj", "v_proj"], layers="all"

@@ -447,13 +447,15 @@ class Decoder:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Refuses the model if a small tree differs from the model's own forward on its paths.
+        """Refuses the model if it is not causal, or a small tree differs from its own forward on the paths.
 
         Lengths that such a tree does not reach, windows among them, are then made short one by one, and the
         layers compared again.
         """
         self._refuse_rotary()
-        gap = self._gap(self._own_logits())
+        own = self._own_logits()
+        self._refuse_not_causal(own)
+        gap = self._gap(own)
         if any(self.mixers) and gap <= self.tolerance:
             gap = self._gap(self._own_logits(LONG), LONG)
         if not gap <= self.tolerance:
@@ -496,6 +498,15 @@ class Decoder:
 
     def _own_logits(self, sizes: tuple[int, int, int] = _SIZES) -> Float[Tensor, "2 L V"]:
         return self.model(input_ids=self._paths(sizes), use_cache=False).logits
+
+    def _refuse_not_causal(self, own: Float[Tensor, "2 L V"]) -> None:
+        """Refuses a model whose logits of a text, `own`, depend on what comes after: a tree has many ends."""
+        ids = self._paths()
+        for length in range(2, ids.shape[1], 3):
+            part = self.model(input_ids=ids[:, :length], use_cache=False).logits
+            gap = float((own[:, :length] - part).abs().max() / own.abs().max().clamp(min=1e-6))
+            if gap > self.tolerance:
+                self._refuse("it predicts a token from those behind it")
 
     def _gap(self, own: Float[Tensor, "2 L V"], sizes: tuple[int, int, int] = _SIZES) -> float:
         """Returns how far the tree's logits are from its paths', relative to the largest."""
@@ -559,6 +570,7 @@ class Decoder:
                         continue
                     if before.isfinite().all() and not own.isfinite().all():
                         continue
+                    self._refuse_not_causal(own)
                     windows, self.windows = self.windows, self._windows()
                     try:
                         gap = self._gap(own)

@@ -108,8 +108,9 @@ class PrefixKV:
 
     These are keys and values, if the layer attends, and behind them its state, if it keeps one. The layers
     get these in front of their own. Nothing is written, so layers can run again, and gradients flow to both.
-    `computed` collects the layers' own keys and values, `ended` their states; after those of layer `stop_at`,
-    it raises `StopForward`. `own` False gives the layers their `pairs` alone, for every row as it is.
+    `computed` collects the layers' own keys and values, `ended` their states, of the first time only: what a
+    checkpointed layer gives when it runs again would keep its activations alive. After those of layer
+    `stop_at`, `StopForward` is raised. `own` False gives the layers their `pairs` alone, for every row.
     """
 
     pairs: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -122,7 +123,7 @@ class PrefixKV:
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Collects a layer's own keys and values; returns the prefix's and these."""
-        self.computed[layer] = keys, values
+        self.computed.setdefault(layer, (keys, values))
         if layer == self.stop_at:
             raise StopForward
         if layer not in self.pairs:
@@ -136,7 +137,8 @@ class PrefixKV:
         """Runs a mixer over a table of trees behind the prefix; collects the states in which its rows end."""
         assert runs is not None, "a layer that keeps a state is run in parts"
         before = self.pairs.get(layer, ())[2 if mixer.attends else 0 :]
-        output, self.ended[layer] = mixer.over_tree(own, runs, before, hidden)
+        output, ended = mixer.over_tree(own, runs, before, hidden)
+        self.ended.setdefault(layer, ended)
         if layer == self.stop_at and not mixer.attends:
             raise StopForward
         return output

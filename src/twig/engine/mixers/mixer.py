@@ -55,7 +55,8 @@ class StateCache:
         """Returns a convolution's inputs behind those before; keeps the last of them."""
         size, before = conv_kernel_size or new.shape[-1], self.get_conv_state(layer_idx, state_idx)
         if before is not None:
-            new, size = torch.cat([before, new], -1), before.shape[-1]
+            # times one: its gradient is then a tensor of its own, not a view that keeps that of all inputs
+            new, size = torch.cat([before * 1, new], -1), before.shape[-1]
         elif new.shape[-1] < size:
             new = nn.functional.pad(new, (size - new.shape[-1], 0))
         self.after["conv", state_idx] = new[..., -size:]
