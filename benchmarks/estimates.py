@@ -20,11 +20,12 @@ def main() -> None:
     """Prints a row for each source."""
     parser = argparse.ArgumentParser(description="Estimates of time and tokens against what runs take.")
     parser.add_argument("sources", nargs="+", metavar="'RECIPE KEY=VALUE ...'")
+    sources = parser.parse_args().sources
     heads = ["run", "steps measured"]
     for what in ("seconds", "alone", "tokens"):
         heads += [f"{what}, said", "true", "error"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for source in parser.parse_args().sources:
+    for source in sources:
         name, *overrides = source.split()
         settings = load(name, overrides)
         said = measure_run(settings, Progress())

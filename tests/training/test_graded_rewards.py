@@ -1,5 +1,7 @@
 """Rewards that are more than right or wrong: their mean is shown, and no share of right answers."""
 
+import json
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -78,6 +80,26 @@ def test_a_run_without_a_result_is_listed_with_them(run):
     assert listed.graded and failed.graded
     assert failed.accuracy_before == pytest.approx(listed.accuracy_before, rel=1e-5)
     assert failed.accuracy_after == pytest.approx(listed.accuracy_after, rel=1e-5)
+
+
+def test_completions_are_shown_without_metrics_too(run, capsys):
+    done = run("run", "log.completions_steps=1", reward_funcs=halves)
+    for name in ("damaged", None):
+        metrics = done.folder / "metrics.jsonl"
+        metrics.unlink() if name is None else metrics.write_text(f"{name}\n")
+        show_command(done.folder)
+        assert "mean reward" in capsys.readouterr().out
+
+
+def test_a_study_whose_rewards_were_all_none_at_first_begins_at_0(run):
+    runs = [run(f"run-{seed}", f"train.seed={seed}", "eval.steps=1", reward_funcs=halves) for seed in (1, 2)]
+    for done in runs:
+        path = done.folder / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["accuracy_before"]["reward"] = None
+        path.write_text(json.dumps(summary))
+    results = [Result("a", seed, done.folder) for seed, done in enumerate(runs)]
+    assert compare_runs(results, 100)["variants"]["a"]["before"] == 0
 
 
 def test_a_study_compares_mean_rewards(run):

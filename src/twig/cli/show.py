@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +57,10 @@ def show_command(
     limit = limit or (4 if problem is None else max(map(len, shown)))
     rows = [row for group in problems for row in group]
     console = result_console()
-    graded = is_graded_run(read_summary(run), read_metrics(run))
+    metrics: list[dict[str, Any]] = []
+    with suppress(OSError, UserError):  # completions can be read without them
+        metrics = read_metrics(run)
+    graded = is_graded_run(read_summary(run), metrics)
     _say(console, _title(step, rows, len(problems), graded))
     if any(row["weights"] is not None for row in rows):
         _say(console, _legend(_signs(console)))

@@ -197,7 +197,7 @@ def _variant(runs: list[Result], max_tokens: int, target: float) -> dict[str, An
     summaries = [run.summary for run in runs]
     after = [summary["accuracy_after"] for summary in summaries]
     before = [summary["accuracy_before"] for summary in summaries if summary["accuracy_before"]]
-    result = "reward" if runs[0].graded else "value"
+    started = [row["reward"] or 0.0 if runs[0].graded else row["value"] for row in before]
     sampled, selected = _sum(summaries, "tokens_sampled"), _sum(summaries, "tokens_selected")
     flops = [summary["update_flops"] for summary in summaries]
     return {
@@ -205,7 +205,7 @@ def _variant(runs: list[Result], max_tokens: int, target: float) -> dict[str, An
         "accuracy": _figure([run.right for run in runs]),
         "by_seed": [float(run.right.mean()) for run in runs],
         **_speed(runs, max_tokens, target),
-        "before": _mean(before, result) if before else None,
+        "before": float(np.mean(started)) if started else None,
         "answers": None if after[0]["found"] is None else _answers(before, after),
         "mean_length": _mean(after, "mean_length"),
         "entropy": float(np.mean([_last(run.steps, "entropy") for run in runs])),
