@@ -50,9 +50,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@"$(PYTHON)" scripts/setup.py
 	@touch $@
 
-# Without its parts for images, which take a third of the time. The tests that need it say so if it is not there.
+# Without its parts for images, which take a third of the time. Built for no processor in particular, and not from
+# pip's cache: version 0.3.36 crashes where the compiler has AMX, and what was built elsewhere may not run here. The
+# tests that need it say so if it is not there.
 $(LLAMA_INSTALLED): $(INSTALLED)
-	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(BIN)/python scripts/setup.py llama && touch $@ || \
+	@PIP_NO_CACHE_DIR=1 CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF $(CMAKE_ARGS)" $(BIN)/python scripts/setup.py llama && touch $@ || \
 		echo "test-slow: no llama-cpp-python, so GGUF files are not tested with llama.cpp" >&2
 
 $(DOCS_INSTALLED): $(INSTALLED)
