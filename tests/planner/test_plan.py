@@ -310,6 +310,7 @@ def test_an_evaluation_asks_short_prompts_first():
 def test_the_planner_knows_the_engines_constants():
     """It does not import torch, so it has them a second time."""
     assert layer_costs.HELD_FROM == 16  # wave_cache.HELD_FROM, which the engine's tests change
+    assert layer_costs.READ_AT_ONCE == wave_cache.READ_AT_ONCE
     assert layer_costs.HELD_FROM == wave_cache.HELD_FROM and layer_costs.HEAD_PART == lm_head._PART
     assert layer_costs.LOGITS_AT_ONCE == sampler._LOGITS_AT_ONCE
 

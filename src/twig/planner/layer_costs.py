@@ -15,6 +15,7 @@ _SLOTS, _SHARE_FROM = 64, 0.05  # as in engine/decode_graph.py
 LOGITS_AT_ONCE = 2**20  # as in engine/sampler.py
 HEAD_PART = 2**19  # as in engine/lm_head.py
 HELD_FROM = 16  # as in engine/wave_cache.py
+READ_AT_ONCE = 2048  # tokens, as there
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from twig.planner.layer_costs import (
     HEAD_PART,
     HELD_FROM,
     LOGITS_AT_ONCE,
+    READ_AT_ONCE,
     DecodeTable,
     Halves,
     Table,
@@ -255,15 +256,19 @@ class Footprint:
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         row = shape.attending * 2 * shape.key * e  # keys and values of a token
         hidden, prompt_tokens = shape.hidden * e, prompts * width
+        together = min(prompts, max(READ_AT_ONCE // width, 1)) if work.kind == "cpu" else prompts
+        read = together * width
         on_host = 2 * _INT if work.kind == "cpu" else 0  # ids and noise
         ledger.take("sampled tokens", rows * work.length * (2 * wide + on_host))
 
-        masks = self._masks(ledger, prompts, width, set(shape.windows))
-        self._inputs(ledger, prompt_tokens)
+        masks = self._masks(ledger, together, width, set(shape.windows))
+        self._inputs(ledger, read)
         ledger.take("key-value cache", prompt_tokens * row)
-        ledger.take("activations", 2 * prompt_tokens * hidden)  # the trunk's output and the top's
+        ledger.take("activations", (prompt_tokens + read) * hidden)  # the trunk's output and the top's
         ledger.take("states", prompts * shape.states * wide)
-        ledger.moment("activations", self._reading(prompts, width))
+        # Of some prompts at a time, their own results are beside those of all.
+        beside = read * (row + hidden) if together < prompts else 0
+        ledger.moment("activations", self._reading(together, width) + beside)
         for name in ("inputs of layers", "states"):
             ledger.drop(name)
         ledger.drop("masks", masks)
