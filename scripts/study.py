@@ -6,7 +6,9 @@
     python scripts/study.py tables           # the pages from docs/study/raw alone; nothing is run
 
     python scripts/study.py run --study svamp-tuning model.name=FOLDER task.path=SVAMP
+    python scripts/study.py run --study svamp-tuning-long model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp model.name=FOLDER task.path=SVAMP
+    python scripts/study.py run --study svamp-tried model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study products model.name=FOLDER
     python scripts/study.py sample --study svamp    # pass@k of the base and of what has finished
 
@@ -51,9 +53,11 @@ TUNED = {
     "tuning": ("study", "replay", "neighbours", "group-size", "adapter"),
     "by-name-tuning": ("by-name",),
     "svamp-tuning": ("svamp",),
+    "svamp-tuning-long": ("svamp",),
 }
 FULL = ("tuning", *TUNED["tuning"], "by-name-tuning", "by-name")  # on the embedded model
-REAL = ("svamp-tuning", "svamp", "products")  # on a real model, which the arguments name
+HELD_OUT = ("svamp-tuning", "svamp-tuning-long", "svamp-tried")  # evaluated on training problems that are held out
+REAL = (*HELD_OUT, "svamp", "products")  # on a real model, which the arguments name
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = (
     *("step", "tokens/sampled", "tokens/selected", "time/step", "entropy", "reward", "answers/right"),
@@ -112,16 +116,16 @@ def plan(docs: Path, name: str, overrides: list[str]) -> tuple[list[Planned], li
 def given(name: str, overrides: Sequence[str]) -> list[str]:
     """Returns the overrides that a study runs with.
 
-    Of svamp-tuning, `task.path=FOLDER` becomes the file of training problems in it: without others, some of
+    Of those in HELD_OUT, `task.path=FOLDER` becomes the file of training problems in it: without others, some of
     them are held out, and the test problems choose nothing. Raises UserError if there is no such file.
     """
-    if name != "svamp-tuning":
+    if name not in HELD_OUT:
         return list(overrides)
     key = "task.path="
     path = Path(next((each.removeprefix(key) for each in overrides if each.startswith(key)), ""))
     file = path / "train.jsonl" if path.is_dir() else path
     if not file.is_file():
-        problem = "rates are chosen on problems held out of SVAMP's training problems, so these are needed"
+        problem = "it is evaluated on problems held out of SVAMP's training problems, so these are needed"
         raise UserError("task.path", problem, "Pass task.path=FOLDER with train.jsonl, or a file of them")
     return [each for each in overrides if not each.startswith(key)] + [f"{key}{file}"]
 
