@@ -56,7 +56,7 @@ TUNED = {
     "svamp-tuning-long": ("svamp",),
 }
 FULL = ("tuning", *TUNED["tuning"], "by-name-tuning", "by-name")  # on the embedded model
-HELD_OUT = ("svamp-tuning", "svamp-tuning-long", "svamp-tried")  # evaluated on training problems that are held out
+HELD_OUT = ("svamp-tuning", "svamp-tuning-long", "svamp-tried")  # evaluated on training problems held out
 REAL = (*HELD_OUT, "svamp", "products")  # on a real model, which the arguments name
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = (
@@ -116,8 +116,8 @@ def plan(docs: Path, name: str, overrides: list[str]) -> tuple[list[Planned], li
 def given(name: str, overrides: Sequence[str]) -> list[str]:
     """Returns the overrides that a study runs with.
 
-    Of those in HELD_OUT, `task.path=FOLDER` becomes the file of training problems in it: without others, some of
-    them are held out, and the test problems choose nothing. Raises UserError if there is no such file.
+    Of those in HELD_OUT, `task.path=FOLDER` becomes the file of training problems in it: without others, some
+    of them are held out, and the test problems choose nothing. Raises UserError if there is no such file.
     """
     if name not in HELD_OUT:
         return list(overrides)
