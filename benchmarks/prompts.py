@@ -60,7 +60,7 @@ def cache_bytes(policy: Policy, shared: bool, prompts: list[np.ndarray], rows: i
     """Returns the bytes of keys and values that a wave has room for."""
     kind = SharedPrompts if shared else CopiedPrompts
     with torch.inference_mode():
-        cache = kind(policy.decoder, policy.cut, prompts, rows, longest).cache
+        cache = kind(policy.decoder, policy.trunk, prompts, rows, longest).cache
     parts = [tensor for part in cache.before for pair in part for tensor in pair]
     if not any(buffer is not None for buffer in cache.keys):  # made at the first token
         heads = policy.decoder.config.num_key_value_heads
