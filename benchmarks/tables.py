@@ -109,13 +109,20 @@ def sampling(record: dict[str, Any]) -> list[str]:
 
 
 def prompts(record: dict[str, Any]) -> list[str]:
-    """Prompts held once against copied ones."""
-    body = []
+    """Prompts held once against copied ones; in updates, what they begin with run once against once a group."""
+    body, updates = [], []
     for case, figures in record["cases"].items():
+        if "each over shared" in figures:
+            once, ratio = figures["shared"], figures["each over shared"]
+            cells = [f"{once[key]:,.0f} ({ratio[key]:.2f})" for key in ("tokens", "peak_mib")]
+            updates.append([case, *cells, f"{once['seconds']:.2f} ({ratio['seconds']:.2f})"])
+            continue
         once, ratio = figures["held once"], figures["copied over held once"]
         cells = [f"{once[key]:,.0f} ({ratio[key]:.2f})" for key in ("cache_mib", "peak_mib")]
         body.append([case, *cells, f"{once['seconds']:.2f} ({ratio['seconds']:.2f})"])
-    return rows(["prompts held once (copied: times)", "keys and values, MiB", "peak, MiB", "seconds"], body)
+    head = ["prompts held once (copied: times)", "keys and values, MiB", "peak, MiB", "seconds"]
+    run = ["what prompts begin with run once (by each group: times)", "tokens", "peak, MiB", "seconds"]
+    return [*rows(head, body), "", *rows(run, updates)]
 
 
 def update(record: dict[str, Any]) -> list[str]:
