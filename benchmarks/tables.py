@@ -109,7 +109,7 @@ def sampling(record: dict[str, Any]) -> list[str]:
 
 
 def prompts(record: dict[str, Any]) -> list[str]:
-    """Prompts held once against copied ones, and in updates what they begin with run once or by each group."""
+    """Prompts held once against copied ones, and what they begin with run once or by each group."""
     body, updates = [], []
     for case, figures in record["cases"].items():
         if "each over shared" in figures:

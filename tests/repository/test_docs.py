@@ -175,6 +175,7 @@ def test_every_setting_function_and_file_named_exists(name):
     settings = every_setting()
     ours = {*Settings.model_fields, *MODULES, "twig"}
     code = [word for word in code_words(PAGES[name]) if not word.startswith("python -m twig.")]
+    code = [re.sub(r"task\.path=\S+", "task.path", word) for word in code]  # the reader's own files
     parts = [part for word in code for part in re.split(r"[\s(=:]", word)]
     files = [part for part in parts if part.endswith(SUFFIXES)]
     for file in files:
