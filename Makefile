@@ -50,11 +50,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@"$(PYTHON)" scripts/setup.py
 	@touch $@
 
-# Without its parts for images, which take a third of the time. Built for no processor in particular, and not from
-# pip's cache: version 0.3.36 crashes where the compiler has AMX, and what was built elsewhere may not run here. The
+# Without its parts for images, which take a third of the time. Not for this processor in particular, as version 0.3.36
+# crashes if compiled for one with AMX, and not from pip's cache, which would give what was compiled for another. The
 # tests that need it say so if it is not there.
 $(LLAMA_INSTALLED): $(INSTALLED)
-	@PIP_NO_CACHE_DIR=1 CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF $(CMAKE_ARGS)" $(BIN)/python scripts/setup.py llama && touch $@ || \
+	@PIP_NO_CACHE_DIR=1 CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF $(CMAKE_ARGS)" \
+		$(BIN)/python scripts/setup.py llama && touch $@ || \
 		echo "test-slow: no llama-cpp-python, so GGUF files are not tested with llama.cpp" >&2
 
 $(DOCS_INSTALLED): $(INSTALLED)

@@ -157,3 +157,29 @@ def test_a_model_whose_attention_is_not_transformers_copies_prompts(monkeypatch)
 
     monkeypatch.setattr(SharedPrompts, "_masks", swapped)
     assert "differ by" in why_not_shared(decoder)
+
+
+@pytest.mark.parametrize("kind", [SharedPrompts, CopiedPrompts])
+@pytest.mark.parametrize("alike", [0, 16], ids=["", "common beginning"])
+def test_prompts_read_in_parts_are_what_they_are_at_once(kind, alike, monkeypatch):
+    policy, prompts = tiny.build_policy(), prompts_of([19, 24, 18, 21, 20], alike)
+    together, read, embed = {}, [], policy.decoder.embed
+    monkeypatch.setattr(policy.decoder, "embed", lambda ids: read.append(ids.numel()) or embed(ids))
+    for tokens in (10_000, 30):
+        monkeypatch.setattr(wave_cache, "READ_AT_ONCE", tokens)
+        with torch.inference_mode():
+            together[tokens] = kind(policy.decoder, policy.trunk, prompts, 5, 3)
+        assert (max(read) <= 30) == (tokens == 30) and sum(read) <= 5 * 24 + alike
+        read.clear()
+    whole, parts = together.values()
+    numerics.assert_hidden(parts.hidden, whole.hidden)
+    numerics.assert_hidden(parts.boundary, whole.boundary)
+    for ours, theirs in zip(parts.cache.before, whole.cache.before, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            for a, b in zip(one, other, strict=True):
+                numerics.assert_hidden(a, b)
+    buffers = [(*each.cache.keys, *each.cache.values) for each in (parts, whole)]
+    for a, b in zip(*buffers, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            numerics.assert_hidden(a[:, :, : parts.width], b[:, :, : parts.width])

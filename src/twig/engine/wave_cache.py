@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from twig.runtime.memory_use import out_of_memory, trim_freed_memory
 
 HELD_FROM = 16  # tokens of a wave's longest prompt from which prompts are held once
 COMMON_FROM = 16  # tokens that all prompts begin with, from which these are run and held apart
-# Tokens of prompts that the layers read at once on a CPU: their activations are small beside the keys and
-# values, and a sixth less time was measured than for 9,000 at once. A GPU needs all to be busy.
+# Tokens of prompts that the layers read at once on a CPU, so that their activations are small beside the keys
+# and values. A GPU needs all to be busy.
 READ_AT_ONCE = 2048
 Pairs = list[tuple[Tensor, ...]]  # by layer keys and values, and states
 
@@ -40,15 +40,19 @@ class Prefilled:
     boundary: Float[Tensor, "P W C"]
     pairs: Pairs
 
-    def tensors(self) -> list[Tensor]:
-        """Returns all, each with a row for each prompt."""
-        return [self.hidden, self.boundary, *(each for pair in self.pairs for each in pair)]
-
     def room(self, count: int) -> "Prefilled":
-        """Returns the same for `count` prompts, to be filled."""
+        """Returns the same for `count` prompts, to be filled by `put`."""
         hidden, boundary = (x.new_empty(count, *x.shape[1:]) for x in (self.hidden, self.boundary))
         pairs = [tuple(x.new_empty(count, *x.shape[1:]) for x in pair) for pair in self.pairs]
         return Prefilled(hidden, boundary, pairs)
+
+    def put(self, first: int, part: "Prefilled") -> None:
+        """Writes what some prompts gave, from prompt `first` on."""
+        for room, new in zip(self._tensors(), part._tensors(), strict=True):
+            room[first : first + len(new)] = new
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.hidden, self.boundary, *(each for pair in self.pairs for each in pair)]
 
 
 def prefill(
@@ -64,17 +68,18 @@ def prefill(
     No token of a prompt can see the padding.
     """
     together = max(READ_AT_ONCE // max(width, 1), 1) if decoder.device.type == "cpu" else len(prompts)
+    part = _read(decoder, trunk, prompts[:together], width, before, start)
     if len(prompts) <= together:
-        return _read(decoder, trunk, prompts, width, before, start)
-    whole = None
-    for first in range(0, len(prompts), together):
-        done = _read(decoder, trunk, prompts[first : first + together], width, before, start)
-        whole = whole or done.room(len(prompts))
-        for room, each in zip(whole.tensors(), done.tensors(), strict=True):
-            room[first : first + together] = each
-        del done
+        return part
+    whole = part.room(len(prompts))
+    whole.put(0, part)
+    for first in range(together, len(prompts), together):
+        del part  # before the next one is made
+        part = _read(decoder, trunk, prompts[first : first + together], width, before, start)
+        whole.put(first, part)
+    del part
     trim_freed_memory()
-    return cast(Prefilled, whole)
+    return whole
 
 
 def _read(

@@ -256,7 +256,7 @@ class Footprint:
         work, shape, e, wide = self.work, self.work.shape, self.work.element, self.work.wide
         row = shape.attending * 2 * shape.key * e  # keys and values of a token
         hidden, prompt_tokens = shape.hidden * e, prompts * width
-        together = min(prompts, max(READ_AT_ONCE // width, 1)) if work.kind == "cpu" else prompts
+        together = min(prompts, max(READ_AT_ONCE // max(width, 1), 1)) if work.kind == "cpu" else prompts
         read = together * width
         on_host = 2 * _INT if work.kind == "cpu" else 0  # ids and noise
         ledger.take("sampled tokens", rows * work.length * (2 * wide + on_host))
