@@ -27,12 +27,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import study_words
 from study_words import BASE, SAMPLED
 
@@ -55,14 +56,37 @@ TUNED = {
     "svamp-tuning": ("svamp",),
     "svamp-tuning-long": ("svamp",),
 }
-FULL = ("tuning", *TUNED["tuning"], "by-name-tuning", "by-name")  # on the embedded model
-HELD_OUT = ("svamp-tuning", "svamp-tuning-long", "svamp-tried")  # evaluated on training problems held out
+FULL = (
+    "tuning",
+    *TUNED["tuning"],
+    "by-name-tuning",
+    "by-name",
+    "curriculum",
+    "dtype",
+)  # on the embedded model
+# Evaluated on training problems held out.
+HELD_OUT = (
+    *("svamp-tuning", "svamp-tuning-long", "svamp-tried"),
+    *("svamp-by-name", "svamp-curriculum", "svamp-dtype"),
+)
 REAL = (*HELD_OUT, "svamp", "products")  # on a real model, which the arguments name
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = (
     *("step", "tokens/sampled", "tokens/selected", "time/step", "entropy", "reward", "answers/right"),
     *("frac_reward_zero_std", "redraw/groups", "completions/mean_length"),
+    *("sampling/logp_gap", "curriculum/passed_over"),
 )
+# A table that some studies have beside: for each heading a column of the steps, and what is made of a run's.
+FURTHER: dict[str, dict[str, tuple[str, Callable[..., Any]]]] = {
+    "dtype": {
+        "seconds a step, median": ("time/step", np.median),
+        "largest gap between sampling and update, nats": ("sampling/logp_gap", np.max),
+    },
+    "curriculum": {
+        "groups without signal": ("frac_reward_zero_std", np.mean),
+        "turns passed over": ("curriculum/passed_over", np.sum),
+    },
+}
 DIGITS = 6  # of a number in what is kept of the metrics
 RATE = "train.learning_rate="
 
@@ -441,7 +465,24 @@ def tables(name: str, kept: Kept) -> str:
         f"`{record['command']}`{trl}, commit {commits}, on {record['cpu_count']} processors; training "
         f"took {result['seconds'] / 60:.1f} minutes over all runs.\n\n"
     )
-    return how + so_far(kept) + markdown(result, differences=name not in TUNED, seeds=len(kept.study.seeds))
+    text = markdown(result, differences=name not in TUNED, seeds=len(kept.study.seeds))
+    return how + so_far(kept) + text + further(name, kept.results)
+
+
+def further(name: str, results: Sequence[Result]) -> str:
+    """Returns the table that FURTHER has for a study, means over the runs of each variant; or nothing."""
+    headings = FURTHER.get(name.removeprefix("svamp-"))
+    if headings is None:
+        return ""
+    rows = [["", *headings], ["---"] * (1 + len(headings))]
+    for variant in dict.fromkeys(each.variant for each in results):
+        runs = [each.steps for each in results if each.variant == variant]
+        figures = [
+            np.mean([reduce([row.get(column, 0.0) for row in run]) for run in runs])
+            for column, reduce in headings.values()
+        ]
+        rows.append([variant, *(f"{figure:.3g}" for figure in figures)])
+    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def so_far(kept: Kept) -> str:

@@ -145,6 +145,20 @@ def test_the_tables_are_what_the_runs_say(script, docs, work):
     ]
 
 
+def test_a_study_of_number_types_says_how_far_sampling_is_from_the_update(script, tmp_path):
+    docs, work = tmp_path / "docs", tmp_path / "work"
+    (docs / "study").mkdir(parents=True)
+    (docs / "study" / "dtype.yaml").write_text(STUDY)
+    for planned in runs_of(load_study(docs / "study" / "dtype.yaml")):
+        gaps = [0.5, 0.25] if planned.name == "grpo-seed-0" else [0.1, 0.2]
+        more = {"sampling/logp_gap": gaps, "time/step": [1.0, 2.0]}
+        write_run(planned, work / "dtype", {0: BEFORE, 2: BEFORE}, [150, 160], more=more)
+    assert script.keep("dtype", options_of(script, docs, work)) is True
+    table = script.tables("dtype", script.read_study(docs, "dtype"))
+    assert row_of(table, "grpo", "1.5", "0.35")  # the mean over the runs of each one's largest
+    assert row_of(table, "t-spmo", "1.5", "0.2")
+
+
 def options_of(script, docs, work, **more):
     values = {"docs": docs, "work": work, "overrides": [], "jobs": 1, "samples": 3, "only": None}
     return SimpleNamespace(**values | more)
