@@ -482,7 +482,7 @@ def further(name: str, results: Sequence[Result]) -> str:
             for column, reduce in headings.values()
         ]
         rows.append([variant, *(f"{figure:.3g}" for figure in figures)])
-    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return "\nMeans over the runs:\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def so_far(kept: Kept) -> str:

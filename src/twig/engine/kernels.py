@@ -204,14 +204,19 @@ def choose_kernels(chosen: str, device_kind: str, dtype: str, matrices: Sequence
     return Choice("onednn" if speeds.ratio >= _TAKEN_AT else "torch", str(speeds))
 
 
-@cache
-def obstacle() -> str | None:
-    """Returns why oneDNN's products cannot be used here; None if they can.
+def keep_few_products() -> None:
+    """Limits the caches of compiled products, unless the environment does.
 
-    Limits the caches of compiled products, unless the environment does: both are read at their first use.
+    Both are read at the first product through oneDNN, those of a bfloat16 model included: call it before.
     """
     for variable in _CACHES:
         os.environ.setdefault(variable, str(CACHED_SHAPES))
+
+
+@cache
+def obstacle() -> str | None:
+    """Returns why oneDNN's products cannot be used here; None if they can."""
+    keep_few_products()
     if not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN"
     numbers = torch.linspace(-1, 1, 57)  # the generator of random numbers stays as it is

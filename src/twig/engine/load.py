@@ -29,6 +29,7 @@ from twig.common.errors import UserError
 from twig.common.hub import hub_or_cache, refusal
 from twig.common.tokenizer import Tokenizer
 from twig.config.schema import Model
+from twig.engine.kernels import keep_few_products
 from twig.engine.model_files import EMBEDDED, Source, is_gguf, refuse_unsafe_weights, source_of
 from twig.runtime.memory_use import out_of_memory
 
@@ -48,6 +49,7 @@ def load_model(
     chosen = Model.model_validate({"name": chosen}) if isinstance(chosen, str) else chosen
     if chosen.num_threads is not None:
         torch.set_num_threads(chosen.num_threads)
+    keep_few_products()
     device = pick_device(chosen.device)
     dtype = pick_dtype(chosen.dtype, device)
     config, tokenizer = config or load_config(chosen), tokenizer or load_tokenizer(chosen)
