@@ -318,19 +318,23 @@ def _keep_record(name: str, options: argparse.Namespace) -> None:
 
 
 def keep_sampled(name: str, own: str, options: argparse.Namespace) -> None:
-    """Keeps of an evaluation how many answers to each problem are right, and which greedy ones."""
+    """Keeps of an evaluation how many answers to each problem are right, and greedy ones' mistakes."""
     source = options.work / name / SAMPLED / own
     result = json.loads((source / RESULT).read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (source / COMPLETIONS).read_text(encoding="utf-8").splitlines()]
     counts = [0] * result["greedy"]["n"]
     for row in rows:
         counts[row["problem"]] += row["sample"] is not None and row["right"]
-    greedy = "".join("1" if row["right"] else "0" for row in rows if row["sample"] is None)
+    mistakes = [
+        study_words.RIGHT if row["right"] else study_words.mistake(row["completion"], row["answer"])
+        for row in rows
+        if row["sample"] is None
+    ]
     kept = {
         "problems": result["problems"],
         "samples": result["sampled"]["samples"],
         "temperature": result["settings"]["rollout"]["temperature"],
-        "greedy": greedy,
+        "mistakes": "".join(mistakes),
         "right": counts,
     }
     target = options.docs / "study" / "raw" / name / SAMPLED / f"{own}.json"

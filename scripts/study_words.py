@@ -10,8 +10,11 @@ is that of a training problem. The tables are written by `scripts/study.py table
 
 import argparse
 import json
+import operator
 import random
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +40,7 @@ SAMPLED, BASE = "sampled", "base"  # in the raw results of a study
 NO_TRAINING = "no training"
 REDRAW = ", redraw"  # what the name of a variant with redrawing ends with
 GIB = 2**30
+_ROUNDED = 0.01  # of a result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,11 +110,16 @@ def unlike_problems(docs: Path, results: Sequence[Result]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Variant:
-    """The runs of a variant; `sampled` has samples and right ones by problem, of the runs that have them."""
+    """The runs of a variant.
+
+    `sampled` has samples and right ones by problem, and `mistakes` the kind of each greedy answer, of the
+    runs that have them.
+    """
 
     name: str
     runs: list[Result]
     sampled: list[tuple[int, list[int]]]
+    mistakes: list[str]
 
     @cached_property
     def before(self) -> np.ndarray:
@@ -131,25 +140,28 @@ def tables(docs: Path, name: str, results: Sequence[Result], seeds: int) -> str:
     by_variant: dict[str, list[Result]] = {}
     for result in results:
         by_variant.setdefault(result.variant, []).append(result)
-    variants = []
-    for own, runs in by_variant.items():
-        sampled = [_sampled(raw / f"{run.folder.name}.json", problems) for run in runs]
-        variants.append(Variant(own, runs, [each for each in sampled if each is not None]))
-    parts = [_accuracy(variants, unlike, seeds), _redrawn(variants), _costs(variants)]
-    base = _sampled(raw / f"{BASE}.json", problems)
-    rows = [Variant(NO_TRAINING, [], [base] if base else []), *variants]
-    parts.insert(1, _pass(rows, unlike, seeds))
+    variants = [
+        Variant(own, runs, *_kept(raw, [r.folder.name for r in runs], problems))
+        for own, runs in by_variant.items()
+    ]
+    base = Variant(NO_TRAINING, [], *_kept(raw, [BASE], problems))
+    parts = [_accuracy(variants, unlike, seeds), _pass([base, *variants], unlike, seeds)]
+    parts += [_redrawn(variants), _mistakes([base, *variants], seeds), _costs(variants)]
     return "\n".join(part for part in parts if part)
 
 
-def _sampled(path: Path, problems: str) -> tuple[int, list[int]] | None:
-    """Returns the number of samples, and how many are right by problem; None if the file is not there."""
-    if not path.is_file():
-        return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    if kept["problems"] != problems:
-        raise UserError(str(path), "has answers to other problems", "Remove it, and sample again")
-    return kept["samples"], kept["right"]
+def _kept(raw: Path, names: Sequence[str], problems: str) -> tuple[list[tuple[int, list[int]]], list[str]]:
+    """Returns what is kept of evaluations with samples: samples and right ones by problem, and mistakes."""
+    sampled, mistakes = [], []
+    for name in names:
+        path = raw / f"{name}.json"
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["problems"] != problems:
+                raise UserError(str(path), "has answers to other problems", "Remove it, and sample again")
+            sampled.append((kept["samples"], kept["right"]))
+            mistakes.append(kept["mistakes"])
+    return sampled, mistakes
 
 
 def _digits(text: str) -> np.ndarray:
@@ -303,6 +315,63 @@ def _mean(values: Sequence[float]) -> float:
 
 # ---- wrong answers -----------------------------------------------------------------------------------------
 
+# A line of arithmetic: two numbers, what is done with them, and the result that is claimed.
+_LINE = re.compile(r"(-?[\d.]+) *([-+*/]) *(-?[\d.]+) *= *(-?[\d.]+)")
+_WORK: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+RIGHT = "."
+MISTAKES = {
+    "r": "a wrong result of the right operations",
+    "o": "other operations or numbers, with right results",
+    "b": "other operations or numbers, and a wrong result",
+    "n": "no line of arithmetic",
+}
+
+
+def mistake(completion: str, answer: str) -> str:
+    """Returns the key in MISTAKES of a wrong answer.
+
+    Its lines are worked out, with right results in place of wrong ones where later lines use them: if the
+    last gives `answer`, only results were wrong.
+    """
+    true: dict[float, float] = {}  # what stands for a claimed result
+    found, slips = None, 0
+    for first, sign, second, claimed in _LINE.findall(completion.replace(",", "")):
+        try:
+            left, right, said = float(first), float(second), float(claimed)
+            found = _WORK[sign](true.get(left, left), true.get(right, right))
+            slips += abs(_WORK[sign](left, right) - said) > _ROUNDED
+        except (ValueError, ZeroDivisionError):
+            continue
+        true[said] = found
+    if found is None:
+        return "n"
+    if abs(found - float(answer.replace(",", ""))) <= _ROUNDED:
+        return "r"
+    return "b" if slips else "o"
+
+
+def _mistakes(variants: Sequence[Variant], seeds: int) -> str:
+    """Returns how many answers have which mistake, of those runs whose answers were kept; or nothing."""
+    rows = []
+    for variant in variants:
+        if variant.mistakes:
+            cells = [variant.name, "-" if not variant.runs else seeds_text(len(variant.mistakes), seeds)]
+            cells += [_share(variant.mistakes, key) for key in (RIGHT, *MISTAKES)]
+            rows.append(cells)
+    if not rows:
+        return ""
+    intro = "Greedy answers of the final adapters by mistake (a right answer by a wrong way counts as right):"
+    return "\n".join([intro, "", *_table(["", "seeds", "right", *MISTAKES.values()], rows)])
+
+
+def _share(kinds: Sequence[str], key: str) -> str:
+    return percent(sum(each.count(key) for each in kinds) / sum(map(len, kinds)))
+
 
 def print_wrong(evaluation: Path, number: int, seed: int) -> None:
     """Prints wrong greedy answers, drawn by a seed: problem, right answer, and what the model wrote."""
@@ -314,7 +383,11 @@ def print_wrong(evaluation: Path, number: int, seed: int) -> None:
     greedy = [row for row in rows if row["sample"] is None]
     mistakes = [row for row in greedy if not row["right"]]
     drawn = random.Random(seed).sample(mistakes, min(number, len(mistakes)))
-    print(f"{len(mistakes)} of {len(greedy)} greedy answers are wrong; {len(drawn)} of them:")
+    kinds = Counter(mistake(row["completion"], row["answer"]) for row in mistakes)
+    print(f"{len(mistakes)} of {len(greedy)} greedy answers are wrong:")
+    for key, text in MISTAKES.items():
+        print(f"{kinds[key]:4} {text}")
+    print(f"\n{len(drawn)} of them:")
     for place, row in enumerate(sorted(drawn, key=lambda row: row["problem"]), 1):
         end = "" if row["finished"] else " (cut off)"
         print(f"\n---- {place} of {len(drawn)}, problem {row['problem']}\n{row['prompt']}")

@@ -39,6 +39,7 @@ Not run yet.
 """
 # Right answers before and after of runs, problem by problem; the last two problems are not alike.
 BEFORE, ENDS = "1000", {"grpo-seed-0": "1001", "grpo-seed-1": "0001", "t-spmo-redraw-seed-0": "1111"}
+MISTAKES = {"base": ".orb", "t-spmo-seed-0": "..on"}
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_the_tables_are_what_the_runs_say(script, docs, work):
     raw.mkdir()
     counts = {"base": [2, 0, 1, 0], "t-spmo-seed-0": [2, 2, 2, 0]}
     for name, right in counts.items():
-        kept = {"problems": "sha256:1", "samples": 2, "right": right}
+        kept = {"problems": "sha256:1", "samples": 2, "right": right, "mistakes": MISTAKES[name]}
         (raw / f"{name}.json").write_text(json.dumps(kept))
     assert script.main(["tables", "--docs", str(docs)]) == 0
     page = (docs / "study-svamp.md").read_text().partition("<!-- /words -->")[0]
@@ -138,6 +139,9 @@ def test_the_tables_are_what_the_runs_say(script, docs, work):
     # One problem more in the one run; one of the three ways to choose it gives so large a difference.
     (redrawn,) = [line for line in page.splitlines() if line.startswith("| t-spmo | +25.0 (")]
     assert redrawn.endswith(" | 0.333 | 10 | 2, 2 |")
+    mistakes = page.partition("by mistake")[2]
+    assert row_of(mistakes, "no training", "-")[2:] == ["25.0 %", "25.0 %", "25.0 %", "25.0 %", "0.0 %"]
+    assert row_of(mistakes, "t-spmo", "1 of 2")[2:] == ["50.0 %", "0.0 %", "25.0 %", "0.0 %", "25.0 %"]
     costs = row_of(page, "grpo", "2", "155 (50.0 %)")
     assert costs[3:] == [
         *("1e+03", "4", "0.10 to 0.30", "75.0 % to 50.0 %", "1.000 to 0.500", "7.0 to 7.0"),
@@ -178,7 +182,7 @@ def test_samples_of_other_problems_or_of_another_number_are_refused(script, docs
     script.keep("svamp", options_of(script, docs, work))
     raw = docs / "study" / "raw" / "svamp" / "sampled"
     raw.mkdir()
-    own = {"problems": "sha256:1", "samples": 2, "right": [0, 0, 0, 0]}
+    own = {"problems": "sha256:1", "samples": 2, "right": [0, 0, 0, 0], "mistakes": "nnnn"}
     (raw / "grpo-seed-0.json").write_text(json.dumps(own))
     (raw / "base.json").write_text(json.dumps(own | base))
     with pytest.raises(UserError, match="ample again"):
@@ -237,7 +241,7 @@ def test_the_base_and_what_has_finished_is_sampled_once(script, docs, work, monk
     names = {"base", "grpo-seed-1", "t-spmo-seed-0", "t-spmo-seed-1", "t-spmo-redraw-seed-0"}
     assert {path.stem for path in raw.iterdir()} == names
     kept = json.loads((raw / "base.json").read_text())
-    assert (kept["right"], kept["greedy"], kept["samples"]) == ([3, 1, 0, 0], "1001", 3)
+    assert (kept["right"], kept["mistakes"], kept["samples"]) == ([3, 1, 0, 0], ".bb.", 3)
     assert [("model.adapter=null" in each) for each in calls] == [True] + [False] * 5
     assert script.main(command) == 0
     assert len(calls) == 7 and calls[6][4].endswith("grpo-seed-0")
@@ -251,11 +255,30 @@ def test_the_base_and_what_has_finished_is_sampled_once(script, docs, work, monk
 # Wrong answers
 
 
+@pytest.mark.parametrize(
+    ("completion", "kind"),
+    [
+        (" 71 - 20 = 59\n#### 59", "r"),
+        (" 1,071 - 1,020 = 41\n#### 41", "r"),
+        (" 71 + 20 = 91\n#### 91", "o"),
+        (" 71 + 20 = 81\n#### 81", "b"),
+        (" 7 * 8 = 54\n54 - 5 = 49\n#### 49", "r"),  # 56 - 5 = 51
+        (" 50 + 1 = 51\n51 - 5 = 46\n#### 46", "o"),
+        (" 50 / 0 = 51\n#### 51", "n"),
+        (" 1.2.3 + 4 = 5\n#### 5", "n"),
+        ("#### 59", "n"),
+    ],
+)
+def test_a_wrong_answer_is_of_the_kind_that_its_lines_show(words, completion, kind):
+    assert words.mistake(completion, "51") == kind
+
+
 def test_wrong_answers_are_printed_one_by_one(words, tmp_path, capsys):
     write_evaluation(tmp_path, {}, completions(["01", "11", "01", "00"]))
     assert words.main(["wrong", str(tmp_path), "--number", "9"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("3 of 4 greedy answers are wrong; 3 of them:\n")
+    assert shown.startswith("3 of 4 greedy answers are wrong:\n")
+    assert "\n   3 other operations or numbers, and a wrong result\n" in shown and "\n3 of them:\n" in shown
     parts = shown.split("\n\n----")[1:]
     assert [part.partition("\n")[0] for part in parts] == [
         f" {place} of 3, problem {problem}" for place, problem in ((1, 0), (2, 2), (3, 3))

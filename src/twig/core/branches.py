@@ -34,14 +34,18 @@ def split(branch: Int[np.ndarray, " A"], tokens: Int[np.ndarray, " A"]) -> Split
     >>> split(np.array([0, 0, 2]), np.array([7, 8, 7]))  # branch 1 has ended, and 2 moves to its row
     Split(branch=array([0, 1, 2]), ...
     """
-    pairs, which = np.unique(np.stack([branch, tokens]), axis=1, return_inverse=True)
-    which = which.reshape(-1)
-    parents, count = pairs[0], pairs.shape[1]
+    width = int(tokens.max(initial=0)) + 1
+    pairs, which = np.unique(
+        branch * width + tokens, return_inverse=True
+    )  # one number for each, in their order
+    (parents, newest), count = np.divmod(pairs, width), len(pairs)
     # The first continuation of a branch stays in its row, if that is one of the first.
     stays = np.diff(parents, prepend=-1) > 0
     stays &= parents < count
+    taken = np.zeros(count, bool)
+    taken[parents[stays]] = True
     rows = np.empty(count, np.int64)
     rows[stays] = parents[stays]
-    rows[~stays] = np.setdiff1d(np.arange(count), parents[stays])
+    rows[~stays] = np.flatnonzero(~taken)
     order = np.argsort(rows)
-    return Split(rows[which], pairs[1][order], parents[order], parents[~stays], rows[~stays])
+    return Split(rows[which], newest[order], parents[order], parents[~stays], rows[~stays])

@@ -291,7 +291,7 @@ class _Recorder:
             ids[here] = self._draw(part, rows[here], None if noise is None else noise[here], t)
         self.ids[rows, t] = ids
         self.lengths[rows] = t + 1
-        ended = np.isin(ids, self.ending.end_ids)
+        ended = (ids[:, None] == self.ending.end_ids).any(1)
         if self.ending.stop:
             ended |= self.ending.stopped(self.ids[rows, : t + 1], rows)
         self.finished[rows] = ended
@@ -307,7 +307,10 @@ class _Recorder:
         if noise is None:
             tokens = logits.argmax(-1)[place]
         else:
-            tokens = invert(probabilities, torch.from_numpy(noise).to(logits), place)
+            in_order = np.array_equal(
+                part[1], np.arange(len(logits))
+            )  # every row of logits is of one completion
+            tokens = invert(probabilities, torch.from_numpy(noise).to(logits), None if in_order else place)
         at = torch.from_numpy(rows).to(logits.device), t
         self.logps[at] = logps[place, tokens]
         # a token of probability 0 adds nothing
