@@ -56,14 +56,8 @@ TUNED = {
     "svamp-tuning": ("svamp",),
     "svamp-tuning-long": ("svamp",),
 }
-FULL = (
-    "tuning",
-    *TUNED["tuning"],
-    "by-name-tuning",
-    "by-name",
-    "curriculum",
-    "dtype",
-)  # on the embedded model
+# On the embedded model.
+FULL = ("tuning", *TUNED["tuning"], "by-name-tuning", "by-name", "curriculum", "dtype")
 # Evaluated on training problems held out.
 HELD_OUT = (
     *("svamp-tuning", "svamp-tuning-long", "svamp-tried"),

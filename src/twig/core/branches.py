@@ -35,9 +35,8 @@ def split(branch: Int[np.ndarray, " A"], tokens: Int[np.ndarray, " A"]) -> Split
     Split(branch=array([0, 1, 2]), ...
     """
     width = int(tokens.max(initial=0)) + 1
-    pairs, which = np.unique(
-        branch * width + tokens, return_inverse=True
-    )  # one number for each, in their order
+    # Pairs as numbers, which sort as the pairs do.
+    pairs, which = np.unique(branch * width + tokens, return_inverse=True)
     (parents, newest), count = np.divmod(pairs, width), len(pairs)
     # The first continuation of a branch stays in its row, if that is one of the first.
     stays = np.diff(parents, prepend=-1) > 0

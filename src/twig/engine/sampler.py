@@ -307,9 +307,8 @@ class _Recorder:
         if noise is None:
             tokens = logits.argmax(-1)[place]
         else:
-            in_order = np.array_equal(
-                part[1], np.arange(len(logits))
-            )  # every row of logits is of one completion
+            # Every row of logits is that of one completion, in their order.
+            in_order = np.array_equal(part[1], np.arange(len(logits)))
             tokens = invert(probabilities, torch.from_numpy(noise).to(logits), None if in_order else place)
         at = torch.from_numpy(rows).to(logits.device), t
         self.logps[at] = logps[place, tokens]
