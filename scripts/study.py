@@ -442,6 +442,8 @@ def write_tables(page: Path) -> None:
                 seeds = len(kept.study.seeds)
                 block = study_words.tables(page.parent, name, kept.results, seeds)
                 text = _with_block(text, "words", name, so_far(kept) + block)
+    if told := study_words.supervised(page.parent):
+        text = _with_block(text, "words", "svamp-supervised", told)
     page.write_text(text, encoding="utf-8")
 
 

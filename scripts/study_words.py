@@ -36,6 +36,7 @@ sys.path.append(str(ROOT / "examples" / "word_problems"))
 from problems import mask  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 ALIKE = Path("study") / "svamp-alike.json"  # in docs
+SUPERVISED = Path("study") / "raw" / "svamp-supervised.json"  # in docs
 SAMPLED, BASE = "sampled", "base"  # in the raw results of a study
 NO_TRAINING = "no training"
 REDRAW = ", redraw"  # what the name of a variant with redrawing ends with
@@ -230,6 +231,19 @@ def _pass(variants: Sequence[Variant], unlike: np.ndarray, seeds: int) -> str:
     header += [f"greedy, as a share of pass@{n} without training"]
     intro = f"Pass@k from {n} sampled answers to each problem (pass@1 is the mean accuracy of these):"
     return "\n".join([intro, "", *_table(header, rows)])
+
+
+def supervised(docs: Path) -> str:
+    """Returns the table of study_supervised.py: accuracy by adapter and epoch; nothing if it was not run."""
+    path = docs / SUPERVISED
+    if not path.is_file():
+        return ""
+    by_adapter: dict[str, dict[int, str]] = {}
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        by_adapter.setdefault(row["adapter"], {})[row["epoch"]] = _figure(_digits(row["right"])[None])
+    epochs = next(iter(by_adapter.values()))
+    header = ["adapter", *("no training" if not epoch else f"epoch {epoch}" for epoch in epochs)]
+    return "\n".join(_table(header, [[name, *figures.values()] for name, figures in by_adapter.items()]))
 
 
 def _redrawn(variants: Sequence[Variant]) -> str:

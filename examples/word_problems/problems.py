@@ -217,7 +217,7 @@ def work_out(equation: Sequence[str], numbers: Sequence[Fraction]) -> list[tuple
             left, after = value(start + 1)
             right, after = value(after)
             steps.append((token, left, right))
-            return _apply(token, left, right), after
+            return apply(token, left, right), after
         match = _MARK.fullmatch(token)
         return (numbers[int(match[1])] if match else Fraction(token)), start + 1
 
@@ -226,7 +226,7 @@ def work_out(equation: Sequence[str], numbers: Sequence[Fraction]) -> list[tuple
     return steps
 
 
-def _apply(operation: str, left: Fraction, right: Fraction) -> Fraction:
+def apply(operation: str, left: Fraction, right: Fraction) -> Fraction:
     match operation:
         case "+":
             return left + right
@@ -239,7 +239,7 @@ def _apply(operation: str, left: Fraction, right: Fraction) -> Fraction:
 
 def _is_right(template: Template) -> bool:
     steps = work_out(template.equation, template.numbers)
-    return bool(steps) and abs(_apply(*steps[-1]) - template.answer) <= Fraction(1, 1000)
+    return bool(steps) and abs(apply(*steps[-1]) - template.answer) <= Fraction(1, 1000)
 
 
 def as_text(number: Fraction) -> str:
@@ -248,11 +248,11 @@ def as_text(number: Fraction) -> str:
     >>> as_text(Fraction("14.50")), as_text(Fraction("57.0"))
     ('14.5', '57')
     """
-    assert _is_short(number), "more than two decimals"
+    assert is_short(number), "more than two decimals"
     return str(number.numerator) if number.denominator == 1 else f"{float(number):.2f}".rstrip("0")
 
 
-def _is_short(number: Fraction) -> bool:
+def is_short(number: Fraction) -> bool:
     return (number * 100).denominator == 1
 
 
@@ -260,7 +260,7 @@ def write_solution(steps: Iterable[tuple[str, Fraction, Fraction]]) -> tuple[str
     """Returns worked lines with the answer's line, as they follow the prompt, and the answer."""
     lines, answer = [], ""
     for operation, left, right in steps:
-        answer = as_text(_apply(operation, left, right))
+        answer = as_text(apply(operation, left, right))
         lines.append(f"{as_text(left)} {operation} {as_text(right)} = {answer}")
     return " " + "\n".join([*lines, f"#### {answer}"]), answer
 
@@ -270,7 +270,7 @@ def fill(template: Template, numbers: Sequence[Fraction]) -> str:
 
     def put(match: re.Match[str]) -> str:
         number = numbers[int(match[1])]
-        return as_text(number if _is_short(number) else Fraction(round(number * 100), 100))
+        return as_text(number if is_short(number) else Fraction(round(number * 100), 100))
 
     return _MARK.sub(put, template.text)
 
@@ -278,8 +278,8 @@ def fill(template: Template, numbers: Sequence[Fraction]) -> str:
 def as_it_is(template: Template) -> Problem | None:
     """Returns the problem with its own numbers, or None if one of its lines has more than two decimals."""
     steps = work_out(template.equation, template.numbers)
-    results = [_apply(*step) for step in steps]
-    if not all(map(_is_short, [*template.numbers, *results, *(n for step in steps for n in step[1:])])):
+    results = [apply(*step) for step in steps]
+    if not all(map(is_short, [*template.numbers, *results, *(n for step in steps for n in step[1:])])):
         return None
     return Problem(fill(template, template.numbers), *write_solution(steps), "mawps")
 
@@ -303,7 +303,7 @@ def renumber(template: Template, rng: random.Random) -> Problem | None:
         if not fits or len(set(drawn.values())) < len(drawn) or drawn.get(Fraction(1), 1) != 1:
             continue
         steps = work_out(template.equation, numbers)
-        results = [_apply(*step) for step in steps]
+        results = [apply(*step) for step in steps]
         small = all(a * b < 10_000 for operation, a, b in steps if operation == "*")
         whole = all(n.denominator == 1 for n in [*results, *(n for step in steps for n in step[1:])])
         if small and whole and min(results) > 0:
@@ -356,7 +356,7 @@ def _value(equation: Sequence[str], numbers: Sequence[Fraction]) -> Fraction:
         match = _MARK.fullmatch(equation[0])
         return numbers[int(match[1])] if match else Fraction(equation[0])
     try:
-        return _apply(*work_out(equation, numbers)[-1])
+        return apply(*work_out(equation, numbers)[-1])
     except ZeroDivisionError:
         return Fraction(0)
 
@@ -431,7 +431,7 @@ def make_drill(rng: random.Random) -> Problem:
     while len(lines) < DRILL:
         operation, a, b = rng.choices(draws, shares)[0](rng)
         if not is_held_out(Problem(f"{a} {operation} {b}", "", "", "sum")):
-            answer = as_text(_apply(operation, Fraction(a), Fraction(b)))
+            answer = as_text(apply(operation, Fraction(a), Fraction(b)))
             lines.append(f"{a} {operation} {b} = {answer}")
     return Problem(f"Write down {DRILL} sums.", " " + "\n".join(lines), answer, "drill")
 
@@ -516,7 +516,7 @@ def _chain(rng: random.Random) -> Problem:
     while True:
         a, b, c = (draw_number(rng) for _ in range(3))
         first, second = rng.choice(("++", "+-", "-+", "--", "*+", "*-"))
-        middle, style = _apply(first, a, b), rng.random()
+        middle, style = apply(first, a, b), rng.random()
         if style < 0.35:
             question, last = f"What is ({a} {first} {b}) {second} {c}?", (second, middle, c)
         elif style < 0.7:
@@ -524,7 +524,7 @@ def _chain(rng: random.Random) -> Problem:
             last = second, middle, c
         else:
             question, last = f"What is {c} - ({a} {first} {b})?", ("-", c, middle)
-        if 0 < middle < 10_000 and _apply(*last) > 0:
+        if 0 < middle < 10_000 and apply(*last) > 0:
             return Problem(question, *write_solution([(first, a, b), last]), "sum")
 
 

@@ -18,10 +18,11 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from problems import (
@@ -77,7 +78,7 @@ def train(args: argparse.Namespace) -> None:
     warnings.filterwarnings(
         "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
     )
-    trainer = _trainer(args, *data)
+    trainer = trainer_of(args, *data)
     if checkpoint is not None:
         print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -104,7 +105,13 @@ def _products(args: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
     return products(args.steps * args.batch_size, args.seed), products(100, args.seed, split="train")
 
 
-def _trainer(args: argparse.Namespace, problems: Sequence[Problem], held_out: Sequence[Problem]) -> Any:
+def trainer_of(
+    args: argparse.Namespace,
+    problems: Sequence[Problem],
+    held_out: Sequence[Problem],
+    adapter: Mapping[str, Any] = MappingProxyType({"target_modules": "all-linear"}),
+) -> Any:
+    """Returns TRL's trainer of an adapter on `problems`, in their order; `adapter`: where PEFT puts it."""
     import datasets
     from peft import LoraConfig
     from transformers import PrinterCallback, set_seed
@@ -140,9 +147,7 @@ def _trainer(args: argparse.Namespace, problems: Sequence[Problem], held_out: Se
         disable_tqdm=True,
         seed=args.seed,
     )
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", bias="none"
-    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, bias="none", **adapter)
     trainer = SFTTrainer(
         model=model,
         args=config,

@@ -219,7 +219,7 @@ def test_a_drill_trains_its_results_and_they_are_right(mawps):
         assert len(lines) == len(trained) == data.DRILL
         for line, part in zip(lines, trained, strict=True):
             left, operation, right, _, result = line.split()
-            assert data._apply(operation, Fraction(left), Fraction(right)) == Fraction(result)
+            assert data.apply(operation, Fraction(left), Fraction(right)) == Fraction(result)
             assert part.strip() == result
             assert not data.is_held_out(data.Problem(f"{left} {operation} {right}", "", "", "sum"))
 

@@ -14,6 +14,7 @@ from study_runs import write_run
 from test_pages import module
 
 from twig.common.errors import UserError
+from twig.core.types import Example
 from twig.evaluation.record import write_evaluation
 from twig.study.plan import load_study, runs_of
 
@@ -187,6 +188,35 @@ def test_samples_of_other_problems_or_of_another_number_are_refused(script, docs
     (raw / "base.json").write_text(json.dumps(own | base))
     with pytest.raises(UserError, match="ample again"):
         script.main(["tables", "--docs", str(docs)])
+
+
+# Told the answers
+
+
+def test_an_equation_of_svamp_becomes_worked_lines(monkeypatch):
+    script = module(ROOT / "scripts" / "study_supervised.py", monkeypatch)
+
+    def solution(equation):
+        problem = script.worked(Example("Q", {"question": "Q", "Equation": equation}))
+        return problem and (problem.prompt + problem.solution)
+
+    asked = "Problem: Q\nSolution:"
+    assert solution("( ( 8.0 - 2.0 ) / 3.0 )") == f"{asked} 8 - 2 = 6\n6 / 3 = 2\n#### 2"
+    assert solution("( 7.0 - ( 2.5 * 2.0 ) )") == f"{asked} 2.5 * 2 = 5\n7 - 5 = 2\n#### 2"
+    assert solution("( 10.0 / 3.0 )") is None  # no number of at most two decimals
+    assert solution("5.0") is None
+
+
+def test_the_table_of_what_is_learned_from_answers_has_a_column_for_each_epoch(script, words, docs):
+    rows = [{"adapter": "all", "epoch": epoch, "right": right} for epoch, right in ((0, "1000"), (1, "1101"))]
+    (docs / words.SUPERVISED).parent.mkdir()
+    (docs / words.SUPERVISED).write_text(json.dumps({"rows": rows}))
+    page = docs / "study-svamp.md"
+    page.write_text(PAGE + "\n<!-- words: svamp-supervised -->\n<!-- /words -->\n")
+    assert script.main(["tables", "--docs", str(docs)]) == 0
+    assert "| adapter | no training | epoch 1 |" in page.read_text()
+    cells = row_of(page.read_text(), "all")
+    assert [cell.partition(" (")[0] for cell in cells] == ["all", "25.0 %", "75.0 %"]
 
 
 # Samples
