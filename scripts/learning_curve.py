@@ -1,14 +1,20 @@
-"""Draws the reward of runs step by step, and prints their accuracy before and after as a Markdown table.
+"""Draws learning curves.
 
     python scripts/learning_curve.py RUN [RUN ...] --output docs/images/learning-curve.svg
+    python scripts/learning_curve.py --study svamp --output docs/images/svamp.svg
 
-Reads `metrics.jsonl`, `config.yaml` and, if the run has finished, `summary.json`. The thin line is the reward
-of each step, the thick one the mean of the last `--smooth` steps. Needs matplotlib, from the extra `dev`.
+Of runs it draws the reward step by step, the thin line, and its mean over the last `--smooth` steps, the
+thick one, and prints accuracy before and after as a Markdown table. Of a study it draws, from docs/study/raw,
+the accuracy of each variant over the sampled tokens: the mean over the seeds, and a band from the lowest to
+the highest of them. Needs matplotlib, from the extra `dev`.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +22,8 @@ from twig.common.errors import UserError
 from twig.config.load import load
 from twig.runs.reader import is_run, read_metrics, read_summary
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PLACES = 201  # at which the curves of a study are averaged
 # Distinct for most kinds of colour blindness, and dark enough on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
 HEADER = (
@@ -29,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--study", metavar="NAME", help="the curves of this study, as it is in docs/study/raw"
+    )
+    parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="where study/ is")
     parser.add_argument(
         "--output", required=True, type=Path, metavar="FILE", help="the picture (.svg or .png)"
     )
@@ -37,14 +49,19 @@ def main(argv: list[str] | None = None) -> int:
         "--smooth", type=int, default=10, metavar="N", help="steps in the thick line's mean (10)"
     )
     options = parser.parse_args(argv)
+    if bool(options.runs) == bool(options.study):
+        parser.error("pass either runs or --study NAME")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        curves = {label: curve(folder) for label, folder in labels(options.runs).items()}
+        if options.study:
+            draw_study(options.docs, options.study, options.output)
+            return 0
+        folders = labels(options.runs)
+        draw({label: curve(folder) for label, folder in folders.items()}, options.smooth, options.output)
     except UserError as error:
         print(f"learning_curve: {error}", file=sys.stderr)
         return 2
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(curves, options.smooth, options.output)
-    rows = [table_row(label, read_summary(folder)) for label, folder in labels(options.runs).items()]
+    rows = [table_row(label, read_summary(folder)) for label, folder in folders.items()]
     print("\n".join([HEADER, *rows]))
     return 0
 
@@ -80,18 +97,49 @@ def trailing_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], smooth: int, path: Path) -> None:
-    """Writes the picture, dark on white. The same numbers give the same bytes."""
+    """Writes the picture of rewards."""
+    with picture(path, "step", "mean reward of the step") as axes:
+        for i, (label, (steps, rewards)) in enumerate(curves.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(steps, rewards, color=colour, alpha=0.3, linewidth=0.8)
+            axes.plot(steps, trailing_mean(rewards, max(smooth, 1)), color=colour, linewidth=2, label=label)
+
+
+def draw_study(docs: Path, name: str, path: Path) -> None:
+    """Writes the picture of a study; raises UserError if nothing is kept of it."""
+    from study import read_study
+
+    kept = read_study(docs, name)
+    if kept is None:
+        raise UserError("--study", f"nothing is kept of {name}", f"Run scripts/study.py run --study {name}")
+    seeds: dict[str, list[np.ndarray]] = {}
+    places = np.linspace(0, kept.study.max_tokens, PLACES)
+    for result in kept.results:
+        found = result.curve(kept.study.max_tokens)
+        if found is None:
+            raise UserError(str(result.folder), "it was not evaluated while training", "Set eval.steps")
+        seeds.setdefault(result.variant, []).append(
+            np.interp(places, found.tokens, 100 * found.right.mean(1))
+        )
+    with picture(path, "sampled tokens, thousands", "accuracy, %") as axes:
+        for i, (label, curves) in enumerate(seeds.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            axes.fill_between(places / 1000, np.min(curves, 0), np.max(curves, 0), color=colour, alpha=0.12)
+            axes.plot(places / 1000, np.mean(curves, 0), color=colour, linewidth=2, label=label)
+        axes.set_ylim(bottom=0)
+
+
+@contextmanager
+def picture(path: Path, across: str, up: str) -> Iterator[Any]:
+    """Gives axes, and writes them to a file, dark on white. The same numbers give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "twig", "svg.fonttype": "none"}):
         figure = Figure(figsize=(8, 4), facecolor="white", layout="constrained")
         axes = figure.add_subplot(facecolor="white")
-        for i, (label, (steps, rewards)) in enumerate(curves.items()):
-            colour = COLOURS[i % len(COLOURS)]
-            axes.plot(steps, rewards, color=colour, alpha=0.3, linewidth=0.8)
-            axes.plot(steps, trailing_mean(rewards, max(smooth, 1)), color=colour, linewidth=2, label=label)
-        axes.set(xlabel="step", ylabel="mean reward of the step")
+        yield axes
+        axes.set(xlabel=across, ylabel=up)
         axes.set_xlim(left=0)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)

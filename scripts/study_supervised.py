@@ -38,6 +38,8 @@ from problems import (  # pyright: ignore[reportMissingImports]
 from warm_start import STATE, trainer_of  # pyright: ignore[reportMissingImports]
 
 RECIPE = "svamp-smollm2-135m"
+# Settings of the recipe that decide what is asked, and how it is answered.
+ASKED = ("model.dtype", "task.name", "task.chat", "task.prompt_template", "rollout.max_completion_length")
 EPOCHS, BATCH, RATE, RANK, SEED = 4, 20, 1e-3, 16, 0
 ADAPTERS: dict[str, dict[str, Any]] = {
     "q_proj and v_proj, last third": {
@@ -90,10 +92,11 @@ def learn(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for epoch in range(EPOCHS + 1):
         folder = output / f"evaluation-{epoch}"
         if not (folder / RESULT).is_file():
-            settings = [*data, f"model.name={options.base}"]
-            settings += [f"model.adapter={output}/checkpoint-{epoch * steps}"] * (epoch > 0)
-            command = [sys.executable, "-m", "twig", "eval", RECIPE, *settings]
-            subprocess.run([*command, "--output", str(folder)], check=True)
+            recipe = load(RECIPE).flat()
+            given = [*data, *(f"{key}={json.dumps(recipe[key])}" for key in ASKED)]
+            given += [f"model.adapter={output}/checkpoint-{epoch * steps}"] * (epoch > 0)
+            command = [sys.executable, "-m", "twig", "eval", options.base, *given, "--output", str(folder)]
+            subprocess.run(command, check=True)
         read = read_evaluation(folder)
         right = "".join("1" if each else "0" for each in read.right)
         rows.append({"adapter": name, "epoch": epoch, "problems": read.problems, "right": right})

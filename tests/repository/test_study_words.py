@@ -150,6 +150,20 @@ def test_the_tables_are_what_the_runs_say(script, docs, work):
     ]
 
 
+def test_the_curves_of_a_study_are_drawn_from_what_is_kept(script, docs, tmp_path, monkeypatch, capsys):
+    draw = module(ROOT / "scripts" / "learning_curve.py", monkeypatch).main
+    command = ["--study", "svamp", "--docs", str(docs), "--output", str(tmp_path / "curves.svg")]
+    assert draw(command) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    for planned in runs_of(load_study(docs / "study" / "svamp.yaml")):
+        write_run(planned, tmp_path / "work" / "svamp", {0: BEFORE, 1: "1011", 2: "1111"}, [150, 150])
+    script.keep("svamp", options_of(script, docs, tmp_path / "work"))
+    assert draw(command) == 0
+    picture = (tmp_path / "curves.svg").read_text()
+    for text in ("grpo", "t-spmo, redraw", "sampled tokens, thousands", "accuracy, %"):
+        assert text in picture
+
+
 def test_a_study_of_number_types_says_how_far_sampling_is_from_the_update(script, tmp_path):
     docs, work = tmp_path / "docs", tmp_path / "work"
     (docs / "study").mkdir(parents=True)
