@@ -7,6 +7,7 @@
 
     python scripts/study.py run --study svamp-tuning model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-tuning-long model.name=FOLDER task.path=SVAMP
+    python scripts/study.py run --study svamp-layers model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-tried model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study products model.name=FOLDER
@@ -55,12 +56,13 @@ TUNED = {
     "by-name-tuning": ("by-name",),
     "svamp-tuning": ("svamp",),
     "svamp-tuning-long": ("svamp",),
+    "svamp-layers": ("svamp",),
 }
 # On the embedded model.
 FULL = ("tuning", *TUNED["tuning"], "by-name-tuning", "by-name", "curriculum", "dtype")
 # Evaluated on training problems held out.
 HELD_OUT = (
-    *("svamp-tuning", "svamp-tuning-long", "svamp-tried"),
+    *("svamp-tuning", "svamp-tuning-long", "svamp-layers", "svamp-tried"),
     *("svamp-by-name", "svamp-curriculum", "svamp-dtype"),
 )
 REAL = (*HELD_OUT, "svamp", "products")  # on a real model, which the arguments name

@@ -75,7 +75,10 @@ def learn(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains one adapter, and returns what is right of the held-out problems after each of its epochs."""
     data = [f"task.path={options.svamp / 'train.jsonl'}", "task.eval_size=200"]
     task = load_task(load(RECIPE, data))
-    problems = [problem for problem in map(worked, task.train) if problem is not None]
+    problems, held_out = (
+        [problem for problem in map(worked, split) if problem is not None]
+        for split in (task.train, task.eval)
+    )
     steps = len(problems) // BATCH  # of an epoch
     rng = random.Random(SEED)
     ordered = [problem for _ in range(EPOCHS) for problem in rng.sample(problems, steps * BATCH)]
@@ -86,7 +89,7 @@ def learn(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             base=options.base, output=output, steps=EPOCHS * steps, batch_size=BATCH, learning_rate=RATE,
             schedule="cosine", warmup_steps=10, rank=RANK, save_steps=steps, log_steps=5, seed=SEED,
         )  # fmt: skip
-        trainer = trainer_of(arguments, ordered, problems[:BATCH], ADAPTERS[name])
+        trainer = trainer_of(arguments, ordered, held_out, ADAPTERS[name])
         trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")) or None)
     rows = []
     for epoch in range(EPOCHS + 1):
