@@ -282,3 +282,21 @@ def test_a_model_that_makes_much_of_a_last_bit_may_differ_more_from_itself(monke
     monkeypatch.setattr("twig.engine.decoder._as_large", lambda new, like: new)
     with pytest.raises(UserError, match="'gemma3n_text' cannot be served: layer by layer its logits differ"):
         decoder.check()
+
+
+def test_in_bfloat16_a_model_that_makes_much_of_a_last_bit_may_differ_more_from_itself():
+    config = transformers.LlamaConfig(
+        **tiny.SHAPE | {"hidden_size": 64, "num_hidden_layers": 12, "initializer_range": 0.08}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        decoder = Decoder(model)
+        moved = decoder._moved_by_rounding()
+    assert logit_tolerance(model) == 0.05 < 3 * moved < 0.2
+    assert decoder.tolerance == 3 * moved
+    decoder.check()
+    decoder.logit_scale = 1.2
+    with pytest.raises(UserError, match="layer by layer its logits differ"):
+        decoder.check()

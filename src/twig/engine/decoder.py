@@ -39,7 +39,7 @@ PLAIN = "Set model.engine=plain to train it with the plain batched forward"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # The longest path of the check's tree, and what lengths are set to that no path of it would reach.
 _LONGEST_PATH, _SHORT = 10, 3
-_USUAL = 1e-4  # how far logits in float32 may differ, as a share
+_USUAL, _INT8 = 1e-4, 0.2  # how far logits in float32 and of int8 layers may differ, as a share
 _SIZES = 6, 4, 4  # tokens of the check's stem and of its two branches
 _CAUSAL = 24  # tokens of the texts that are cut short
 LONG = 70, 66, 5  # where layers keep a state: longer than the chunks in which these read a text
@@ -423,13 +423,14 @@ class Decoder:
     def tolerance(self) -> float:
         """How far logits may differ from the model's own forward, relative to the largest.
 
-        In float32 up to ten times as far as usual, if the model makes so much of a last bit: ten times as far
-        as its own logits move if the embeddings are rounded otherwise.
+        Farther than usual if the model makes so much of a last bit: some times as far as its own logits move
+        if the embeddings are rounded otherwise.
         """
         usual = logit_tolerance(self.model)
-        if usual > _USUAL:
+        if usual == _INT8:
             return usual
-        return min(max(usual, 10 * self._moved_by_rounding()), 10 * usual)
+        times, most = (10, 1e-3) if usual == _USUAL else (3, 0.2)
+        return min(max(usual, times * self._moved_by_rounding()), most)
 
     @torch.no_grad()
     def _moved_by_rounding(self) -> float:
@@ -652,7 +653,7 @@ def logit_tolerance(model: PreTrainedModel) -> float:
     if any(p.dtype is torch.int8 for p in model.parameters()):
         # int8 layers round what goes in, so a last bit may become a step of 1/127; which columns they do
         # not round depends on the largest values of the whole batch
-        return 0.2
+        return _INT8
     return 0.05 if model.dtype in (torch.bfloat16, torch.float16) else _USUAL
 
 
