@@ -203,6 +203,14 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         f"rollout.max_completion_length=48 train.pack_size=1024 lora.layers=all {ALL_MODULES} "
         "model.kernels=onednn rollout.packed_weights=true",
     ),
+    "grpo, SmolLM2-135M's shape in bfloat16, all modules": (
+        SMOLLM2,
+        80,
+        "bfloat16",
+        "algorithm.name=grpo rollout.num_generations=16 rollout.prompts_per_step=8 rollout.wave_size=128 "
+        f"rollout.max_completion_length=24 train.pack_size=1024 lora.layers=all {ALL_MODULES} lora.r=16 "
+        "model.dtype=bfloat16",
+    ),
     "grpo, recurrences": (QWEN3_5, 96, "float32", f"algorithm.name=grpo {OTHER_LAYERS}"),
     "t-spmo, recurrences, checkpointed": (
         QWEN3_5,

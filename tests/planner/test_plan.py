@@ -234,6 +234,41 @@ def test_packs_of_prompts_that_begin_alike_are_as_large_as_planned_at_most(
         ), (pack.ids.shape, stem, tables)
 
 
+@examples(max_examples=25, deadline=None)
+@example(0, 9, 60, 80, 2, 24, 200)  # two and a half of the shorter ones fit where one of the longest does
+@given(
+    *(st.integers(0, 99), st.integers(2, 9), st.integers(1, 90), st.integers(1, 90), st.integers(2, 4)),
+    *(st.integers(1, 24), st.sampled_from([64, 200, 500, 1024])),
+)
+def test_packs_of_shorter_prompts_and_answers_have_no_more_cells_than_planned(
+    seed, prompts, shortest, longest, paths, length, size
+):
+    """Tries of all sizes fill a pack; the plan counts one that is full."""
+    draw, scored = np.random.default_rng(seed), []
+    for number in range(prompts):
+        ids = np.full(draw.integers(min(shortest, longest), longest, endpoint=True), 1000 + number)
+        lengths = draw.integers(1, length, paths, endpoint=True)
+        completions = [
+            Completion(np.full(n, own), np.zeros(n), np.zeros(n), True, "") for own, n in enumerate(lengths)
+        ]
+        trie = PrefixTrie.build([c.ids for c in completions], np.zeros(paths))
+        credit = Credit(np.ones(len(trie)) * (np.arange(len(trie)) > 0), *np.zeros((2, len(trie))))
+        group = Group(Example(""), number, ids, completions, np.zeros(paths))
+        scored.append(Scored(group, trie, credit, number))
+    settings = settings_of(
+        "algorithm.name=grpo",
+        f"rollout.num_generations={paths}",
+        f"rollout.prompts_per_step={prompts}",
+        f"rollout.max_completion_length={length}",
+    )
+    tables = pack_tables(workload_of(Shape.from_config(SMALL), settings, "cpu", longest), max(size, length))
+    for pack in build_packs(scored, max(size, length)):
+        assert any(t.tokens >= pack.ids.size and t.head >= len(pack.rows) for t in tables), (
+            pack.ids.shape,
+            tables,
+        )
+
+
 def test_what_the_settings_say_is_not_chosen():
     overrides = ["rollout.wave_size=3", "train.pack_size=77", "train.head_chunk=99", "eval.batch_size=5"]
     planned = plan(BILLION, settings_of(*overrides, "train.checkpoint_layers=true"), 24 * GIB, "cuda")

@@ -33,12 +33,14 @@ from twig.engine.kv_cache import KeyValueCache, PrefixKV, StopForward, Trunk
 from twig.engine.lm_head import Head, has_wide_products, head_product
 from twig.engine.mixers.mixer import Own, mixer_of
 from twig.engine.mixers.runs import Runs
-from twig.runtime.memory_use import out_of_memory
+from twig.runtime.memory_use import out_of_memory, trim_freed_memory
 
 PLAIN = "Set model.engine=plain to train it with the plain batched forward"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # The longest path of the check's tree, and what lengths are set to that no path of it would reach.
 _LONGEST_PATH, _SHORT = 10, 3
+_TRIMMED_FROM = 2**19  # bytes of a layer's output: the heap of smaller models is small
+_TRIMMED_EVERY = 6  # layers of a backward pass
 _USUAL, _INT8 = 1e-4, 0.2  # how far logits in float32 and of int8 layers may differ, as a share
 _SIZES = 6, 4, 4  # tokens of the check's stem and of its two branches
 _CAUSAL = 24  # tokens of the texts that are cut short
@@ -307,6 +309,8 @@ class Decoder:
         """
         for i in range(first, last):
             hidden = _maybe_again(partial(self._layer, i, context), hidden, recompute)
+            if hidden.requires_grad:
+                _trim_behind(hidden, last - i)
         return hidden
 
     def run_at(
@@ -646,6 +650,18 @@ def _maybe_again(layer: Callable[[Tensor], Tensor], hidden: Tensor, recompute: b
     if recompute:
         return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False)
     return layer(hidden)
+
+
+def _trim_behind(hidden: Tensor, above: int) -> None:
+    """Returns to the system what a layer's forward pass freed in the C library's heap, on a CPU.
+
+    What the backward pass needs lies between it, in the way of larger blocks. In the backward pass, which
+    fills such gaps again, once in some layers is enough.
+    """
+    if hidden.device.type == "cpu" and hidden.nbytes >= _TRIMMED_FROM:
+        trim_freed_memory()
+        if above % _TRIMMED_EVERY == 0:
+            hidden.register_hook(lambda _: trim_freed_memory())
 
 
 def logit_tolerance(model: PreTrainedModel) -> float:

@@ -351,10 +351,11 @@ def decode_moment(work: Workload, table: DecodeTable) -> float:
 
 
 def pack_tables(work: Workload, pack_size: int) -> list[Table]:
-    """Returns the largest packs: completions of full length that share nothing but the prompt.
+    """Returns the largest packs, full or of completions of full length that share nothing but the prompt.
 
-    The second, if any, is that of prompts that begin alike and so share a stem. It has the most cells if
-    they differ in their last token only, or, if a trie fits behind a stem only, if the stem is short.
+    The last, if there are several, is that of prompts that begin alike and so share a stem. It has the
+    most cells if they differ in their last token only, or, if a trie fits behind a stem only, if the stem
+    is short.
     """
     if work.plain:
         rows = max(min(pack_size // work.path, work.prompts * work.generations), 1)
@@ -364,13 +365,16 @@ def pack_tables(work: Workload, pack_size: int) -> list[Table]:
     if whole > pack_size:
         columns = min(1 + behind, max(pack_size, work.length))
         tables = [_table(work, 1, columns, stem, columns)]
+        tables.append(_table(work, 1, pack_size, 0, pack_size))  # tries that are small enough
         if shares and 1 + behind <= pack_size:
             tables.append(_table(work, 1, pack_size, whole - pack_size, behind + 1))
         return tables
     rows = max(min(pack_size // whole, work.prompts), 1)
-    tables = [_table(work, rows, whole, 0, behind + 1)]
+    # smaller tries of other prompts fill what these leave
+    columns = pack_size // rows if rows < work.prompts else whole
+    tables = [_table(work, rows, columns, 0, columns - stem)]
     if shares:
-        tables.append(_table(work, rows, behind + 1, stem, behind + 1))
+        tables.append(_table(work, rows, columns - stem, stem, columns - stem))
     return tables
 
 
