@@ -8,8 +8,8 @@ one length (of several in the cases of `SHORTEST`), with rewards that alternate.
 
 Measured is the largest growth of resident memory over the process before the model is loaded (Linux), reset
 for each phase. Predicted is `twig.planner.plan.plan` for the model's config.json and
-the same settings. Completions are as long as they may be; for T-SPMO two each share all but their last token,
-the worst that the algorithm can meet.
+the same settings. Completions are as long as they may be, and most packs are full of them; for T-SPMO two each
+share all but their last token, the worst that the algorithm can meet.
 """
 
 import argparse
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         80,
         "float32",
         "algorithm.name=grpo rollout.num_generations=8 rollout.prompts_per_step=4 rollout.wave_size=32 "
-        "rollout.max_completion_length=48 train.pack_size=512",
+        "rollout.max_completion_length=48 train.pack_size=456",
     ),
     "s-grpo, 0.5b width, oneDNN": (
         WIDE,
@@ -119,14 +119,14 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "float32",
         "algorithm.name=s-grpo algorithm.alpha=0 algorithm.p=0.3 algorithm.k=16 rollout.num_generations=8 "
         "rollout.prompts_per_step=4 rollout.wave_size=32 rollout.max_completion_length=48 "
-        "train.pack_size=512 model.kernels=onednn rollout.packed_weights=false",
+        "train.pack_size=456 model.kernels=onednn rollout.packed_weights=false",
     ),
     "grpo, 0.5b width, oneDNN, packed weights": (
         WIDE,
         80,
         "float32",
         "algorithm.name=grpo rollout.num_generations=8 rollout.prompts_per_step=4 rollout.wave_size=32 "
-        "rollout.max_completion_length=48 train.pack_size=512 model.kernels=onednn "
+        "rollout.max_completion_length=48 train.pack_size=456 model.kernels=onednn "
         "rollout.packed_weights=true",
     ),
     "s-grpo, 0.5b width, stored in bfloat16": (
@@ -135,7 +135,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "bfloat16",
         "algorithm.name=s-grpo algorithm.alpha=0 algorithm.p=0.3 algorithm.k=16 rollout.num_generations=8 "
         "rollout.prompts_per_step=4 rollout.wave_size=32 rollout.max_completion_length=48 "
-        "train.pack_size=512",
+        "train.pack_size=456",
     ),
     "t-spmo, 0.5b width, 64 at once": (
         WIDE,
@@ -149,21 +149,21 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         80,
         "bfloat16",
         "algorithm.name=grpo rollout.num_generations=8 rollout.prompts_per_step=2 rollout.wave_size=16 "
-        "rollout.max_completion_length=24 train.pack_size=512 model.dtype=bfloat16",
+        "rollout.max_completion_length=24 train.pack_size=528 model.dtype=bfloat16",
     ),
     "grpo, wide pack, all layers": (
         SMALL,
         64,
         "float32",
         "algorithm.name=grpo rollout.num_generations=8 rollout.prompts_per_step=4 rollout.wave_size=32 "
-        "rollout.max_completion_length=128 train.pack_size=2048 lora.layers=all",
+        "rollout.max_completion_length=128 train.pack_size=2160 lora.layers=all",
     ),
     "grpo, wide pack, layers checkpointed": (
         SMALL,
         64,
         "float32",
         "algorithm.name=grpo rollout.num_generations=8 rollout.prompts_per_step=4 rollout.wave_size=32 "
-        "rollout.max_completion_length=128 train.pack_size=2048 lora.layers=all "
+        "rollout.max_completion_length=128 train.pack_size=2160 lora.layers=all "
         "train.checkpoint_layers=true",
     ),
     "grpo, wide pack, all modules": (
@@ -171,7 +171,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         64,
         "float32",
         "algorithm.name=grpo rollout.num_generations=8 rollout.prompts_per_step=4 rollout.wave_size=32 "
-        f"rollout.max_completion_length=128 train.pack_size=1536 {ALL_MODULES} lora.r=64",
+        f"rollout.max_completion_length=128 train.pack_size=1080 {ALL_MODULES} lora.r=64",
     ),
     "s-grpo, wide pack, eager attention": (
         SMALL,
@@ -200,7 +200,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         96,
         "bfloat16",
         "algorithm.name=grpo rollout.num_generations=16 rollout.prompts_per_step=16 rollout.wave_size=256 "
-        f"rollout.max_completion_length=48 train.pack_size=1024 lora.layers=all {ALL_MODULES} "
+        f"rollout.max_completion_length=48 train.pack_size=848 lora.layers=all {ALL_MODULES} "
         "model.kernels=onednn rollout.packed_weights=true",
     ),
     "grpo, SmolLM2-135M's shape in bfloat16, all modules": (
@@ -208,7 +208,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
         80,
         "bfloat16",
         "algorithm.name=grpo rollout.num_generations=16 rollout.prompts_per_step=8 rollout.wave_size=128 "
-        f"rollout.max_completion_length=24 train.pack_size=1024 lora.layers=all {ALL_MODULES} lora.r=16 "
+        f"rollout.max_completion_length=24 train.pack_size=896 lora.layers=all {ALL_MODULES} lora.r=16 "
         "model.dtype=bfloat16",
     ),
     "grpo, recurrences": (QWEN3_5, 96, "float32", f"algorithm.name=grpo {OTHER_LAYERS}"),
