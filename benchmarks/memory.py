@@ -8,8 +8,8 @@ one length (of several in the cases of `SHORTEST`), with rewards that alternate.
 
 Measured is the largest growth of resident memory over the process before the model is loaded (Linux), reset
 for each phase. Predicted is `twig.planner.plan.plan` for the model's config.json and
-the same settings. Completions are as long as they may be, and most packs are full of them; for T-SPMO two each
-share all but their last token, the worst that the algorithm can meet.
+the same settings. Completions are as long as they may be, and most packs are full of them; for T-SPMO two
+each share all but their last token, the worst that the algorithm can meet.
 """
 
 import argparse
