@@ -191,6 +191,26 @@ def test_more_of_anything_never_takes_less(asked, prompt, data):
         assert peak(asked | {key: asked[key] + 16}, prompt) >= peak(asked, prompt)
 
 
+def apart(number, ids, lengths):
+    """A prompt with completions of these lengths that share nothing, every token weighted."""
+    completions = [Completion(np.full(n, own), *np.zeros((2, n)), True, "") for own, n in enumerate(lengths)]
+    rewards = np.zeros(len(completions))
+    trie = PrefixTrie.build([c.ids for c in completions], rewards)
+    credit = Credit(np.ones(len(trie)) * (np.arange(len(trie)) > 0), *np.zeros((2, len(trie))))
+    return Scored(Group(Example(""), number, ids, completions, rewards), trie, credit, number)
+
+
+def tables_of(prompts, paths, length, longest, size):
+    """The largest packs of `size` cells, as planned."""
+    settings = settings_of(
+        "algorithm.name=grpo",
+        f"rollout.num_generations={paths}",
+        f"rollout.prompts_per_step={prompts}",
+        f"rollout.max_completion_length={length}",
+    )
+    return pack_tables(workload_of(Shape.from_config(SMALL), settings, "cpu", longest), size)
+
+
 @examples(max_examples=25, deadline=None)
 @example(9, 200, 5, 2, 5, 1024)  # packs with and without a stem fit
 @example(9, 100, 30, 2, 5, 64)  # behind a stem only
@@ -207,21 +227,8 @@ def test_packs_of_prompts_that_begin_alike_are_as_large_as_planned_at_most(
     scored = []
     for number in range(prompts):
         ids = np.array([*range(alike), *[1000 + number] * (rest + 1)])
-        completions = [
-            Completion(np.full(length, n), np.zeros(length), np.zeros(length), True, "") for n in range(paths)
-        ]
-        trie = PrefixTrie.build([c.ids for c in completions], np.zeros(paths))
-        credit = Credit(np.ones(len(trie)) * (np.arange(len(trie)) > 0), *np.zeros((2, len(trie))))
-        group = Group(Example(""), number, ids, completions, np.zeros(paths))
-        scored.append(Scored(group, trie, credit, number))
-    settings = settings_of(
-        "algorithm.name=grpo",
-        f"rollout.num_generations={paths}",
-        f"rollout.prompts_per_step={prompts}",
-        f"rollout.max_completion_length={length}",
-    )
-    work = workload_of(Shape.from_config(SMALL), settings, "cpu", alike + rest + 1)
-    tables = pack_tables(work, size)
+        scored.append(apart(number, ids, [length] * paths))
+    tables = tables_of(prompts, paths, length, alike + rest + 1, size)
     for pack in build_packs(scored, size):
         (rows, columns), stem = pack.ids.shape, len(pack.stem or ())
         assert stem <= max(table.stem for table in tables)
@@ -247,22 +254,10 @@ def test_packs_of_shorter_prompts_and_answers_have_no_more_cells_than_planned(
     draw, scored = np.random.default_rng(seed), []
     for number in range(prompts):
         ids = np.full(draw.integers(min(shortest, longest), longest, endpoint=True), 1000 + number)
-        lengths = draw.integers(1, length, paths, endpoint=True)
-        completions = [
-            Completion(np.full(n, own), np.zeros(n), np.zeros(n), True, "") for own, n in enumerate(lengths)
-        ]
-        trie = PrefixTrie.build([c.ids for c in completions], np.zeros(paths))
-        credit = Credit(np.ones(len(trie)) * (np.arange(len(trie)) > 0), *np.zeros((2, len(trie))))
-        group = Group(Example(""), number, ids, completions, np.zeros(paths))
-        scored.append(Scored(group, trie, credit, number))
-    settings = settings_of(
-        "algorithm.name=grpo",
-        f"rollout.num_generations={paths}",
-        f"rollout.prompts_per_step={prompts}",
-        f"rollout.max_completion_length={length}",
-    )
-    tables = pack_tables(workload_of(Shape.from_config(SMALL), settings, "cpu", longest), max(size, length))
-    for pack in build_packs(scored, max(size, length)):
+        scored.append(apart(number, ids, draw.integers(1, length, paths, endpoint=True)))
+    size = max(size, length)
+    tables = tables_of(prompts, paths, length, longest, size)
+    for pack in build_packs(scored, size):
         assert any(t.tokens >= pack.ids.size and t.head >= len(pack.rows) for t in tables), (
             pack.ids.shape,
             tables,
