@@ -219,7 +219,7 @@ def gap(run: History) -> str | None:
         largest = float(np.nanmax(gaps, initial=0.0))
         return f"a token's log-probability differed by {largest:.2g} nats" if largest > 1e-3 else None
     # In half precision rounding alone moves some unlikely token of a step by tenths, now and then by a nat.
-    if not np.isfinite(gaps).any() or (usual := float(np.nanmedian(gaps))) <= 1:
+    if not np.isfinite(gaps).any() or (usual := float(np.nanmedian(gaps))) <= 0.5:
         return None
     return f"in half of the steps a token's log-probability differed by {usual:.2g} nats or more"
 
