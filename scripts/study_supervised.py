@@ -35,7 +35,7 @@ from problems import (  # pyright: ignore[reportMissingImports]
     work_out,
     write_solution,
 )
-from warm_start import STATE, trainer_of  # pyright: ignore[reportMissingImports]
+from warm_start import last_checkpoint, trainer_of  # pyright: ignore[reportMissingImports]
 
 RECIPE = "svamp-smollm2-135m"
 # Settings of the recipe that decide what is asked, and how it is answered.
@@ -84,13 +84,14 @@ def learn(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     ordered = [problem for _ in range(EPOCHS) for problem in rng.sample(problems, steps * BATCH)]
     output = options.work / name.replace(",", "").replace(" ", "-")
     last = output / f"checkpoint-{EPOCHS * steps}"
-    if not (last / STATE).is_file():
+    checkpoint = last_checkpoint(output)
+    if checkpoint != last:
         arguments = argparse.Namespace(
             base=options.base, output=output, steps=EPOCHS * steps, batch_size=BATCH, learning_rate=RATE,
             schedule="cosine", warmup_steps=10, rank=RANK, save_steps=steps, log_steps=5, seed=SEED,
         )  # fmt: skip
         trainer = trainer_of(arguments, ordered, held_out, ADAPTERS[name])
-        trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")) or None)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rows = []
     for epoch in range(EPOCHS + 1):
         folder = output / f"evaluation-{epoch}"
@@ -99,7 +100,8 @@ def learn(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             given = [*data, *(f"{key}={json.dumps(recipe[key])}" for key in ASKED)]
             given += [f"model.adapter={output}/checkpoint-{epoch * steps}"] * (epoch > 0)
             command = [sys.executable, "-m", "twig", "eval", options.base, *given, "--output", str(folder)]
-            subprocess.run(command, check=True)
+            if subprocess.run(command).returncode:
+                raise UserError(str(folder), "twig eval failed", "See its error above")
         read = read_evaluation(folder)
         right = "".join("1" if each else "0" for each in read.right)
         rows.append({"adapter": name, "epoch": epoch, "problems": read.problems, "right": right})

@@ -68,7 +68,7 @@ def train(args: argparse.Namespace) -> None:
     """Trains an adapter; resumes from the last whole checkpoint if the output folder has one."""
     output = Path(args.output)
     _keep_arguments(output, args)
-    checkpoint = _last_checkpoint(output)
+    checkpoint = last_checkpoint(output)
     if checkpoint is not None and _step_of(checkpoint) >= args.steps:
         print(f"{checkpoint} is there: nothing to train")
         return
@@ -240,7 +240,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(paths, key=_step_of)
 
 
-def _last_checkpoint(output: Path) -> Path | None:
+def last_checkpoint(output: Path) -> Path | None:
     """Returns the newest whole checkpoint; those that a killed process left unfinished are removed."""
     for path in output.glob("checkpoint-*"):
         if not _is_whole(path):
