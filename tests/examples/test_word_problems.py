@@ -444,7 +444,7 @@ def test_training_starts_from_twigs_prompt_and_trains_the_end_token(base, small_
     ]
     args = warm_start._parser().parse_args([str(option) for option in options])
     problem = data.Problem("What is 9 - 4?", " 9 - 4 = 5\n#### 5", "5", "sum")
-    trainer = warm_start._trainer(args, [problem], [problem])
+    trainer = warm_start.trainer_of(args, [problem], [problem])
     (batch,) = list(trainer.get_train_dataloader())
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     tokenizer = trainer.processing_class
