@@ -1,7 +1,7 @@
 """Draws learning curves.
 
     python scripts/learning_curve.py RUN [RUN ...] --output docs/images/learning-curve.svg
-    python scripts/learning_curve.py --study svamp --output docs/images/svamp.svg
+    python scripts/learning_curve.py --study svamp --output docs/images/svamp.svg [--variants NAME ...]
 
 Of runs it draws the reward step by step, the thin line, and its mean over the last `--smooth` steps, the
 thick one, and prints accuracy before and after as a Markdown table. Of a study it draws, from docs/study/raw,
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--study", metavar="NAME", help="the curves of this study, as it is in docs/study/raw"
     )
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the study's, these alone")
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="where study/ is")
     parser.add_argument(
         "--output", required=True, type=Path, metavar="FILE", help="the picture (.svg or .png)"
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         if options.study:
-            draw_study(options.docs, options.study, options.output)
+            draw_study(options.docs, options.study, options.variants, options.output)
             return 0
         folders = labels(options.runs)
         draw({label: curve(folder) for label, folder in folders.items()}, options.smooth, options.output)
@@ -105,22 +106,26 @@ def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], smooth: int, path: Pa
             axes.plot(steps, trailing_mean(rewards, max(smooth, 1)), color=colour, linewidth=2, label=label)
 
 
-def draw_study(docs: Path, name: str, path: Path) -> None:
-    """Writes the picture of a study; raises UserError if nothing is kept of it."""
+def draw_study(docs: Path, name: str, variants: list[str] | None, path: Path) -> None:
+    """Writes the picture of a study, or of some of its variants; raises UserError if nothing is kept."""
     from study import read_study
 
     kept = read_study(docs, name)
     if kept is None:
         raise UserError("--study", f"nothing is kept of {name}", f"Run scripts/study.py run --study {name}")
-    seeds: dict[str, list[np.ndarray]] = {}
+    there = list(dict.fromkeys(result.variant for result in kept.results))
+    if unknown := [each for each in variants or [] if each not in there]:
+        problem = f"nothing is kept of {unknown[0]!r}"
+        raise UserError("--variants", problem, f"Name some of these: {', '.join(there)}")
+    seeds: dict[str, list[np.ndarray]] = {name: [] for name in variants or there}
     places = np.linspace(0, kept.study.max_tokens, PLACES)
     for result in kept.results:
+        if result.variant not in seeds:
+            continue
         found = result.curve(kept.study.max_tokens)
         if found is None:
             raise UserError(str(result.folder), "it was not evaluated while training", "Set eval.steps")
-        seeds.setdefault(result.variant, []).append(
-            np.interp(places, found.tokens, 100 * found.right.mean(1))
-        )
+        seeds[result.variant].append(np.interp(places, found.tokens, 100 * found.right.mean(1)))
     with picture(path, "sampled tokens, thousands", "accuracy, %") as axes:
         for i, (label, curves) in enumerate(seeds.items()):
             colour = COLOURS[i % len(COLOURS)]

@@ -1,9 +1,11 @@
 """Takes the pictures of reports and of `twig chat` in README.md and docs/start.md.
 
     python scripts/screenshots.py RUN STUDY
+    python scripts/screenshots.py --words WORDS
 
-Writes docs/images/credit-map.png, curves.png, report-phone.png and chat.svg. RUN is the run of the
-quickstart, STUDY the folder of docs/study/study.yaml. Needs Chromium and its driver.
+Writes docs/images/credit-map.png, curves.png, report-phone.png and chat.svg, or word-problem.png. RUN is the
+run of the quickstart, STUDY the folder of docs/study/study.yaml, WORDS a run of docs/study/svamp.yaml. Needs
+Chromium and its driver.
 """
 
 import re
@@ -57,6 +59,20 @@ def main(run: Path, study: Path) -> int:
     return 0
 
 
+def word_problem(run: Path) -> int:
+    """Writes the picture of the group that a report shows first."""
+    with tempfile.TemporaryDirectory() as place:
+        page = write_report([run], Path(place) / "words.html")
+        browser = Browser(Path(place) / "profile")
+        try:
+            browser.size(WIDTH)
+            browser.open(page)
+            browser.picture(FOLDER / "word-problem.png", box(browser, ".asked", ".tree"))
+        finally:
+            browser.close()
+    return 0
+
+
 def box(browser: Browser, first: str, last: str) -> dict[str, float]:
     """Returns the part of the page from one element to another, with a margin."""
     script = (
@@ -89,4 +105,6 @@ def picture_of_chat(run: Path) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--words"]:
+        sys.exit(word_problem(*map(Path, sys.argv[2:])))
     sys.exit(main(*map(Path, sys.argv[1:])))

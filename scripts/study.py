@@ -118,8 +118,9 @@ def main(argv: list[str] | None = None) -> int:
                     put_rates(options.docs, name)
             if status:
                 break
-    for page in sorted(options.docs.glob("study*.md")):
-        write_tables(page)
+    for page in [options.docs.parent / "README.md", *sorted(options.docs.glob("study*.md"))]:
+        if page.is_file():
+            write_tables(page, options.docs)
     return status
 
 
@@ -433,19 +434,22 @@ def _grid(best: str) -> tuple[str, str]:
     return ("0.002", "0.004") if 0.002 <= float(best) <= 0.004 else (f"{float(best) / 2:g}", best)
 
 
-def write_tables(page: Path) -> None:
+def write_tables(page: Path, docs: Path) -> None:
     """Writes the tables of every study that was run into a page, between its marks."""
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- study: ([\w-]+) -->", text):
-        kept = read_study(page.parent, name)
+        kept = read_study(docs, name)
         if kept is not None:
             text = _with_block(text, "study", name, tables(name, kept))
             if f"<!-- words: {name} -->" in text:
                 seeds = len(kept.study.seeds)
-                block = study_words.tables(page.parent, name, kept.results, seeds)
+                block = study_words.tables(docs, name, kept.results, seeds)
                 text = _with_block(text, "words", name, so_far(kept) + block)
-    if told := study_words.supervised(page.parent):
+    if told := study_words.supervised(docs):
         text = _with_block(text, "words", "svamp-supervised", told)
+    if "<!-- words: svamp-in-short -->" in text and (kept := read_study(docs, "svamp")):
+        block = study_words.in_short(kept.results, len(kept.study.seeds))
+        text = _with_block(text, "words", "svamp-in-short", block)
     page.write_text(text, encoding="utf-8")
 
 

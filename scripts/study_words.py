@@ -2,10 +2,11 @@
 
     python scripts/study_words.py alike SVAMP          # which test problems resemble training problems
     python scripts/study_words.py wrong EVALUATION     # twenty wrong greedy answers, one after the other
+    python scripts/study_words.py changed BASE EVALUATION    # greedy answers that training changed
 
-SVAMP is a folder with train.jsonl and test.jsonl, EVALUATION the folder that `twig eval --output` or
-`scripts/study.py sample` wrote. A test problem is *alike* if its body (all but the question), numbers masked,
-is that of a training problem. The tables are written by `scripts/study.py tables`.
+SVAMP is a folder with train.jsonl and test.jsonl, BASE and EVALUATION are folders that `twig eval --output`
+or `scripts/study.py sample` wrote. A test problem is *alike* if its body (all but the question), numbers
+masked, is that of a training problem. The tables are written by `scripts/study.py tables`.
 """
 
 import argparse
@@ -57,10 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("evaluation", type=Path, metavar="EVALUATION", help="a folder with completions.jsonl")
     one.add_argument("--number", type=int, default=20, metavar="N", help="how many (20)")
     one.add_argument("--seed", type=int, default=0, metavar="N", help="which ones are drawn (0)")
+    one = actions.add_parser("changed", help="print how training changed the answers")
+    one.add_argument("base", type=Path, metavar="BASE", help="that of the model before training")
+    one.add_argument("evaluation", type=Path, metavar="EVALUATION", help="that after training")
+    one.add_argument("--number", type=int, default=3, metavar="N", help="how many (3)")
     options = parser.parse_args(argv)
     try:
         if options.action == "alike":
             write_alike(options.svamp, options.docs)
+        elif options.action == "changed":
+            print_changed(options.base, options.evaluation, options.number)
         else:
             print_wrong(options.evaluation, options.number, options.seed)
     except UserError as error:
@@ -149,6 +156,24 @@ def tables(docs: Path, name: str, results: Sequence[Result], seeds: int) -> str:
     parts = [_accuracy(variants, unlike, seeds), _pass([base, *variants], unlike, seeds)]
     parts += [_redrawn(variants), _mistakes([base, *variants], seeds), _costs(variants)]
     return "\n".join(part for part in parts if part)
+
+
+def in_short(results: Sequence[Result], seeds: int) -> str:
+    """Returns what training gained and cost, a row for each variant of a study but those with redrawing."""
+    by_variant: dict[str, list[Result]] = {}
+    for result in results:
+        if not result.variant.endswith(REDRAW):
+            by_variant.setdefault(result.variant, []).append(result)
+    before = _digits(results[0].evaluations[0]["right"])[None]
+    rows = [[NO_TRAINING, "-", _figure(before), *["-"] * 4]]
+    for name, runs in by_variant.items():
+        after, summaries = np.stack([run.right for run in runs]), [run.summary for run in runs]
+        trained = sum(s["tokens_selected"] for s in summaries) / sum(s["tokens_sampled"] for s in summaries)
+        minutes = np.mean([s["seconds"] for s in summaries]) / 60
+        row = [name, seeds_text(len(runs), seeds), _figure(after), _gap(after, before), percent(trained)]
+        rows.append([*row, f"{minutes:.0f}", f"{_memory(summaries)[0]} GiB"])
+    header = ["", "seeds", "right", "gain, points", "tokens trained", "minutes", "peak memory"]
+    return "\n".join(_table(header, rows))
 
 
 def _kept(raw: Path, names: Sequence[str], problems: str) -> tuple[list[tuple[int, list[int]]], list[str]]:
@@ -389,12 +414,7 @@ def _share(kinds: Sequence[str], key: str) -> str:
 
 def print_wrong(evaluation: Path, number: int, seed: int) -> None:
     """Prints wrong greedy answers, drawn by a seed: problem, right answer, and what the model wrote."""
-    path = evaluation / COMPLETIONS
-    if not path.is_file():
-        fix = "Pass the folder that twig eval --output wrote"
-        raise UserError(str(evaluation), f"holds no {COMPLETIONS}", fix)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    greedy = [row for row in rows if row["sample"] is None]
+    greedy = _greedy(evaluation)
     mistakes = [row for row in greedy if not row["right"]]
     drawn = random.Random(seed).sample(mistakes, min(number, len(mistakes)))
     kinds = Counter(mistake(row["completion"], row["answer"]) for row in mistakes)
@@ -406,6 +426,33 @@ def print_wrong(evaluation: Path, number: int, seed: int) -> None:
         end = "" if row["finished"] else " (cut off)"
         print(f"\n---- {place} of {len(drawn)}, problem {row['problem']}\n{row['prompt']}")
         print(f"right: {row['answer']}, read: {row['read']}{end}\n{row['completion']}")
+
+
+def print_changed(base: Path, evaluation: Path, number: int) -> None:
+    """Prints how many greedy answers became right and wrong, and the first `number` that became right."""
+    before, after = _greedy(base), _greedy(evaluation)
+    if [row["prompt"] for row in before] != [row["prompt"] for row in after]:
+        raise UserError(str(evaluation), f"has answers to other problems than {base}", "Evaluate both alike")
+    pairs = list(zip(before, after, strict=True))
+    won = [pair for pair in pairs if pair[1]["right"] and not pair[0]["right"]]
+    lost = sum(old["right"] and not new["right"] for old, new in pairs)
+    same = sum(old["completion"] == new["completion"] for old, new in pairs)
+    print(
+        f"Of {len(pairs)} greedy answers {len(won)} became right, {lost} became wrong, {same} are unchanged."
+    )
+    for old, new in won[:number]:
+        print(f"\n---- problem {new['problem']}\n{new['prompt']}\nright: {new['answer']}")
+        print(f"before:{old['completion']}\nafter:{new['completion']}")
+
+
+def _greedy(evaluation: Path) -> list[dict[str, Any]]:
+    """Returns the greedy answers of an evaluation, problem by problem."""
+    path = evaluation / COMPLETIONS
+    if not path.is_file():
+        fix = "Pass the folder that twig eval --output wrote"
+        raise UserError(str(evaluation), f"holds no {COMPLETIONS}", fix)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return sorted((row for row in rows if row["sample"] is None), key=lambda row: row["problem"])
 
 
 if __name__ == "__main__":

@@ -150,6 +150,18 @@ def test_the_tables_are_what_the_runs_say(script, docs, work):
     ]
 
 
+def test_the_readme_has_what_training_gained_and_cost(script, docs, work):
+    readme = docs.parent / "README.md"
+    readme.write_text("# Twig\n\n<!-- words: svamp-in-short -->\n<!-- /words -->\n")
+    script.keep("svamp", options_of(script, docs, work))
+    assert script.main(["tables", "--docs", str(docs)]) == 0
+    page = readme.read_text()
+    assert row_of(page, "no training")[1:3] == ["-", "25.0 % (0.0 to 75.0)"]
+    grpo = row_of(page, "grpo", "2")
+    assert [cell.partition(" (")[0] for cell in grpo[2:]] == ["37.5 %", "+12.5", "50.0 %", "0", "2.00 GiB"]
+    assert "redraw" not in page
+
+
 def test_the_curves_of_a_study_are_drawn_from_what_is_kept(script, docs, tmp_path, monkeypatch, capsys):
     draw = module(ROOT / "scripts" / "learning_curve.py", monkeypatch).main
     command = ["--study", "svamp", "--docs", str(docs), "--output", str(tmp_path / "curves.svg")]
@@ -162,6 +174,11 @@ def test_the_curves_of_a_study_are_drawn_from_what_is_kept(script, docs, tmp_pat
     picture = (tmp_path / "curves.svg").read_text()
     for text in ("grpo", "t-spmo, redraw", "sampled tokens, thousands", "accuracy, %"):
         assert text in picture
+    assert draw([*command, "--variants", "grpo"]) == 0
+    picture = (tmp_path / "curves.svg").read_text()
+    assert "grpo" in picture and "t-spmo" not in picture
+    assert draw([*command, "--variants", "gspo"]) == 2
+    assert "nothing is kept of 'gspo'" in capsys.readouterr().err
 
 
 def test_a_study_of_number_types_says_how_far_sampling_is_from_the_update(script, tmp_path):
@@ -333,6 +350,26 @@ def test_wrong_answers_are_printed_one_by_one(words, tmp_path, capsys):
     assert "cut off" not in parts[2]
     assert words.main(["wrong", str(tmp_path), "--number", "1"]) == 0
     assert capsys.readouterr().out.count("----") == 1
+
+
+def test_answers_that_training_changed_are_counted_and_the_first_that_became_right_shown(
+    words, tmp_path, capsys
+):
+    before, after = tmp_path / "before", tmp_path / "after"
+    write_evaluation(before, {}, completions(["11", "01", "00", "10", "00"]))
+    rows = completions(["01", "10", "10", "10", "10"])
+    rows[1]["completion"] = " 2 - 1 = 1\n#### 1"
+    write_evaluation(after, {}, rows)
+    assert words.main(["changed", str(before), str(after), "--number", "2"]) == 0
+    first, *shown = capsys.readouterr().out.split("\n\n----")
+    assert first == "Of 5 greedy answers 3 became right, 1 became wrong, 4 are unchanged."
+    assert [part.splitlines()[0] for part in shown] == [" problem 1", " problem 2"]
+    assert shown[0].splitlines()[1:] == [
+        *("How many are 1?", "right: 1", "before: 1 - 1 = 7", "#### 7", "after: 2 - 1 = 1", "#### 1")
+    ]
+    write_evaluation(after, {}, completions(["01", "10"]))
+    assert words.main(["changed", str(before), str(after)]) == 2
+    assert "answers to other problems" in capsys.readouterr().err
 
 
 def test_a_folder_without_answers_is_one_line(words, tmp_path, capsys):
