@@ -8,7 +8,6 @@ is resumed. `scripts/study.py tables` makes a table of the results, docs/study/r
 """
 
 import argparse
-import ast
 import json
 import random
 import subprocess
@@ -32,6 +31,7 @@ from problems import (  # pyright: ignore[reportMissingImports]
     Problem,
     apply,
     is_short,
+    prefix,
     work_out,
     write_solution,
 )
@@ -48,7 +48,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "all linear modules": {"target_modules": "all-linear"},
 }
-_OPERATIONS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,12 +115,7 @@ def worked(example: Example) -> Problem | None:
     ' 8 - 2 = 6\\n6 / 3 = 2\\n#### 2'
     """
 
-    def prefix(node: ast.expr) -> list[str]:
-        if isinstance(node, ast.BinOp):
-            return [_OPERATIONS[type(node.op)], *prefix(node.left), *prefix(node.right)]
-        return [str(ast.literal_eval(node))]
-
-    steps = work_out(prefix(ast.parse(example.columns["Equation"].strip(), mode="eval").body), ())
+    steps = work_out(prefix(example.columns["Equation"]), ())
     if not steps or not all(is_short(number) for step in steps for number in (*step[1:], apply(*step))):
         return None
     return Problem(example.columns["question"], *write_solution(steps), "svamp")

@@ -17,6 +17,7 @@ No problem of SVAMP is in the data: what begins with the body of one, whatever i
 Everything is a function of the seed. Needs no torch and knows nothing of models.
 """
 
+import ast
 import csv
 import hashlib
 import random
@@ -199,6 +200,22 @@ def is_in_svamp(question: str) -> bool:
 
 
 # ---- equations ---------------------------------------------------------------------------------------------
+
+
+def prefix(equation: str) -> list[str]:
+    """Returns an equation of SVAMP in prefix form.
+
+    >>> prefix("( ( 8.0 - 2.0 ) / 3.0 )")
+    ['/', '-', '8.0', '2.0', '3.0']
+    """
+    signs = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+
+    def tokens(node: ast.expr) -> list[str]:
+        if isinstance(node, ast.BinOp):
+            return [signs[type(node.op)], *tokens(node.left), *tokens(node.right)]
+        return [str(ast.literal_eval(node))]
+
+    return tokens(ast.parse(equation.strip(), mode="eval").body)
 
 
 def work_out(equation: Sequence[str], numbers: Sequence[Fraction]) -> list[tuple[str, Fraction, Fraction]]:

@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from twig.common.errors import UserError
 from twig.config.load import load
 from twig.core.types import Example
+from twig.evaluation.evaluate import problems_checksum
 from twig.tasks import multiplication
+from twig.tasks.load import load_task
 from twig.tasks.rewards import score_number
 
 sys.path.append(str(ROOT / "examples" / "word_problems"))
+import more_problems  # pyright: ignore[reportMissingImports]
 import problems as data  # pyright: ignore[reportMissingImports]
 import warm_start  # pyright: ignore[reportMissingImports]
 
@@ -66,6 +69,35 @@ def small_mawps(tmp_path) -> Path:
 def test_the_recipe_asks_as_the_warm_start_did():
     task = load("svamp-smollm2-135m").task
     assert (task.prompt_template, task.chat) == (data.PROMPT, "never")
+
+
+def test_more_problems_have_other_numbers_and_right_answers_and_none_that_is_held_out(
+    test_data, tmp_path, capsys
+):
+    svamp, output = test_data / "svamp", tmp_path / "more"
+    command = ["--svamp", svamp, "--mawps", test_data / "mawps", "--held-out", "200", "--output", output]
+    assert more_problems.main([*map(str, command)]) == 0
+    assert capsys.readouterr().out.endswith(": 3340 problems to train on, 200 to evaluate on\n")
+    one = load_task(load("svamp-smollm2-135m", [f"task.path={svamp / 'train.jsonl'}", "task.eval_size=200"]))
+    more = load_task(load("svamp-smollm2-135m", [f"task.path={output}"]))
+    assert problems_checksum(more.eval) == problems_checksum(one.eval)
+    known = {example.prompt: example.columns["answer"] for example in more.train}
+    assert all(known[example.prompt] == example.columns["answer"] for example in one.train)
+    templates = {data.mask(example.prompt): more_problems.template_of(example) for example in one.train}
+    new = [each for each in more.train[len(one.train) :] if data.mask(each.prompt) in templates]
+    assert len(new) > len(one.train) and not {each.prompt for each in new} & {e.prompt for e in one.train}
+    for example in new[::20]:
+        template = templates[data.mask(example.prompt)]
+        numbers = [Fraction(number) for number in re.findall(r"\d+", example.prompt)]
+        assert data.apply(*data.work_out(template.equation, numbers)[-1]) == Fraction(
+            example.columns["answer"]
+        )
+
+
+def test_more_problems_of_a_folder_that_is_not_there_are_one_line(tmp_path, capsys):
+    command = ["--svamp", str(tmp_path / "none"), "--output", str(tmp_path / "more")]
+    assert more_problems.main(command) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_equations_of_mawps_give_its_answers(mawps):
