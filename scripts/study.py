@@ -470,10 +470,19 @@ def tables(name: str, kept: Kept) -> str:
     commits = ", ".join(sorted({commit[:12] for commit in result["commits"]}))
     how = (
         f"`{record['command']}`{trl}, commit {commits}, on {record['cpu_count']} processors; training "
-        f"took {result['seconds'] / 60:.1f} minutes over all runs.\n\n"
+        f"took {result['seconds'] / 60:.1f} minutes over all runs.{peaks(kept.results)}\n\n"
     )
     text = markdown(result, differences=name not in TUNED, seeds=len(kept.study.seeds))
     return how + so_far(kept) + text + further(name, kept.results)
+
+
+def peaks(results: Sequence[Result]) -> str:
+    """Returns between what shares the peak predicted before a run was off the measured one; or nothing."""
+    pairs = [(r.summary.get("predicted_peak_bytes"), r.summary.get("peak_memory_bytes")) for r in results]
+    off = sorted(100 * (planned - measured) / measured for planned, measured in pairs if planned and measured)
+    if not off:
+        return ""
+    return f" Predicted peaks of memory were {off[0]:+.1f} to {off[-1]:+.1f} % off the measured ones."
 
 
 def further(name: str, results: Sequence[Result]) -> str:
