@@ -66,7 +66,7 @@ def more(
     chosen = [f"task.eval_size={held_out}"] if held_out else []
     task = load_task(load(RECIPE, [f"task.path={path}", *chosen]))
     rng = random.Random(f"more {seed}")
-    train = [_row(example.prompt, example.columns["answer"]) for example in task.train]
+    train = [_row(example.columns["question"], example.columns["answer"]) for example in task.train]
     for template in map(template_of, task.train):
         others = {problem for _ in range(copies) if (problem := renumber(template, rng)) is not None}
         train += [
@@ -75,20 +75,21 @@ def more(
     for template in read_mawps(mawps).templates if mawps else []:
         if (problem := as_it_is(template)) is not None:
             train.append(_row(problem.question, problem.answer))
-    return train, [_row(example.prompt, example.columns["answer"]) for example in task.eval]
+    return train, [_row(example.columns["question"], example.columns["answer"]) for example in task.eval]
 
 
 def template_of(example: Example) -> Template:
     """Returns a problem of SVAMP with marks in place of its numbers.
 
-    >>> row = {"Equation": "( 8.0 - 3.0 )", "answer": "5"}
-    >>> template = template_of(Example("Tom had 8 hens, sold 3 and fed 8. How many has he?", row))
+    >>> row = {"question": "Tom had 8 hens, sold 3 and fed 8. How many has he?"}
+    >>> row |= {"Equation": "( 8.0 - 3.0 )", "answer": "5"}
+    >>> template = template_of(Example(row["question"], row))
     >>> template.text, template.equation
     ('Tom had number0 hens, sold number1 and fed number2. How many has he?', ('-', 'number0', 'number1'))
     """
-    numbers = [Fraction(text.replace(",", "")) for text in _NUMBER.findall(example.prompt)]
+    numbers = [Fraction(text.replace(",", "")) for text in _NUMBER.findall(example.columns["question"])]
     marks = iter(range(len(numbers)))
-    text = _NUMBER.sub(lambda _: f"number{next(marks)}", example.prompt)
+    text = _NUMBER.sub(lambda _: f"number{next(marks)}", example.columns["question"])
     equation = [
         f"number{numbers.index(Fraction(token))}"
         if token not in "+-*/" and Fraction(token) in numbers
