@@ -305,12 +305,12 @@ def as_it_is(template: Template) -> Problem | None:
 
 
 def renumber(template: Template, rng: random.Random) -> Problem | None:
-    """Returns the problem with numbers of SVAMP's size, or None if it allows no others.
+    """Returns the problem with numbers of SVAMP's size, or None if it allows no others or computes nothing.
 
     Every line's result is a positive integer, every division is exact. Numbers that were equal stay equal,
     for the equation may name either; a 1 stays 1, for its noun has no plural.
     """
-    if any(number.denominator != 1 for number in template.numbers):
+    if len(template.equation) == 1 or any(number.denominator != 1 for number in template.numbers):
         return None
     for _ in range(_TRIES):
         drawn = {n: n if n == 1 else draw_number(rng) for n in sorted(set(template.numbers))}

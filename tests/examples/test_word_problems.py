@@ -71,14 +71,17 @@ def test_the_recipe_asks_as_the_warm_start_did():
     assert (task.prompt_template, task.chat) == (data.PROMPT, "never")
 
 
+@pytest.mark.parametrize(("held_out", "number"), [(0, 3938), (200, 3340)])
 def test_more_problems_have_other_numbers_and_right_answers_and_none_that_is_held_out(
-    test_data, tmp_path, capsys
+    held_out, number, test_data, tmp_path, capsys
 ):
     svamp, output = test_data / "svamp", tmp_path / "more"
-    command = ["--svamp", svamp, "--mawps", test_data / "mawps", "--held-out", "200", "--output", output]
+    command = ["--svamp", svamp, "--mawps", test_data / "mawps", "--held-out", held_out, "--output", output]
     assert more_problems.main([*map(str, command)]) == 0
-    assert capsys.readouterr().out.endswith(": 3340 problems to train on, 200 to evaluate on\n")
-    one = load_task(load("svamp-smollm2-135m", [f"task.path={svamp / 'train.jsonl'}", "task.eval_size=200"]))
+    evaluated = held_out or 300
+    assert capsys.readouterr().out.endswith(f": {number} problems to train on, {evaluated} to evaluate on\n")
+    path = [f"task.path={svamp / 'train.jsonl'}", f"task.eval_size={held_out}"]
+    one = load_task(load("svamp-smollm2-135m", path if held_out else [f"task.path={svamp}"]))
     more = load_task(load("svamp-smollm2-135m", [f"task.path={output}"]))
     assert problems_checksum(more.eval) == problems_checksum(one.eval)
     known = {example.prompt: example.columns["answer"] for example in more.train}
