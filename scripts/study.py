@@ -482,7 +482,8 @@ def peaks(results: Sequence[Result]) -> str:
     off = sorted(100 * (planned - measured) / measured for planned, measured in pairs if planned and measured)
     if not off:
         return ""
-    return f" Predicted peaks of memory were {off[0]:+.1f} to {off[-1]:+.1f} % off the measured ones."
+    span = " to ".join(dict.fromkeys(f"{each:+.1f}" for each in (off[0], off[-1])))
+    return f" Predicted peaks of memory were {span} % off the measured ones."
 
 
 def further(name: str, results: Sequence[Result]) -> str:
