@@ -145,12 +145,9 @@ def tables(docs: Path, name: str, results: Sequence[Result], seeds: int) -> str:
     unlike = unlike_problems(docs, results)
     raw = docs / "study" / "raw" / name / SAMPLED
     problems = results[0].evaluations[0]["problems"]
-    by_variant: dict[str, list[Result]] = {}
-    for result in results:
-        by_variant.setdefault(result.variant, []).append(result)
     variants = [
         Variant(own, runs, *_kept(raw, [r.folder.name for r in runs], problems))
-        for own, runs in by_variant.items()
+        for own, runs in _by_variant(results).items()
     ]
     base = Variant(NO_TRAINING, [], *_kept(raw, [BASE], problems))
     parts = [_accuracy(variants, unlike, seeds), _pass([base, *variants], unlike, seeds)]
@@ -160,20 +157,30 @@ def tables(docs: Path, name: str, results: Sequence[Result], seeds: int) -> str:
 
 def in_short(results: Sequence[Result], seeds: int) -> str:
     """Returns what training gained and cost, a row for each variant of a study but those with redrawing."""
-    by_variant: dict[str, list[Result]] = {}
-    for result in results:
-        if not result.variant.endswith(REDRAW):
-            by_variant.setdefault(result.variant, []).append(result)
     before = _digits(results[0].evaluations[0]["right"])[None]
     rows = [[NO_TRAINING, "-", _figure(before), *["-"] * 4]]
-    for name, runs in by_variant.items():
+    for name, runs in _by_variant(results).items():
+        if name.endswith(REDRAW):
+            continue
         after, summaries = np.stack([run.right for run in runs]), [run.summary for run in runs]
-        trained = sum(s["tokens_selected"] for s in summaries) / sum(s["tokens_sampled"] for s in summaries)
         minutes = np.mean([s["seconds"] for s in summaries]) / 60
-        row = [name, seeds_text(len(runs), seeds), _figure(after), _gap(after, before), percent(trained)]
+        row = [name, seeds_text(len(runs), seeds), _figure(after), _gap(after, before), _trained(summaries)]
         rows.append([*row, f"{minutes:.0f}", f"{_memory(summaries)[0]} GiB"])
     header = ["", "seeds", "right", "gain, points", "tokens trained", "minutes", "peak memory"]
     return "\n".join(_table(header, rows))
+
+
+def _by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.variant, []).append(result)
+    return found
+
+
+def _trained(summaries: Sequence[dict[str, Any]]) -> str:
+    """Returns the share of the sampled tokens that runs trained."""
+    sampled = sum(summary["tokens_sampled"] for summary in summaries)
+    return percent(sum(summary["tokens_selected"] for summary in summaries) / sampled)
 
 
 def _kept(raw: Path, names: Sequence[str], problems: str) -> tuple[list[tuple[int, list[int]]], list[str]]:
@@ -306,12 +313,11 @@ def _costs(variants: Sequence[Variant]) -> str:
         summaries = [run.summary for run in variant.runs]
         ends = [(s["accuracy_before"], s["accuracy_after"]) for s in summaries]
         lengths = [_mean([each["mean_length"] for each in part]) for part in zip(*ends, strict=True)]
-        trained = sum(s["tokens_selected"] for s in summaries) / sum(s["tokens_sampled"] for s in summaries)
         rows.append(
             [
                 variant.name,
                 f"{np.mean([s['steps'] for s in summaries]):.0f}",
-                f"{np.mean([s['tokens_selected'] for s in summaries]):,.0f} ({percent(trained)})",
+                f"{np.mean([s['tokens_selected'] for s in summaries]):,.0f} ({_trained(summaries)})",
                 f"{np.mean([s['update_flops'] for s in summaries]):.3g}",
                 f"{np.mean([s['seconds'] for s in summaries]):.0f}",
                 moved(variant.runs, "reward", lambda value: f"{value:.2f}"),

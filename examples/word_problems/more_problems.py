@@ -47,10 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         train, test = more(options.svamp, options.mawps, options.copies, options.held_out, options.seed)
-        options.output.mkdir(parents=True, exist_ok=True)
-        for name, rows in (("train", train), ("test", test)):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_whole(options.output / f"{name}.jsonl", text)
+        write(options.output, train, test)
     except UserError as error:
         print(f"more_problems: {error}", file=sys.stderr)
         return 2
@@ -78,8 +75,20 @@ def more(
     return train, [_row(example.columns["question"], example.columns["answer"]) for example in task.eval]
 
 
+def write(folder: Path, train: list[dict[str, str]], test: list[dict[str, str]]) -> None:
+    """Writes both files; raises UserError if the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in (("train", train), ("test", test)):
+            write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise UserError(
+            "--output", f"{folder} cannot be written ({error.strerror})", "Name a folder"
+        ) from error
+
+
 def template_of(example: Example) -> Template:
-    """Returns a problem of SVAMP with marks in place of its numbers.
+    """Returns a problem of SVAMP with marks in place of its numbers; raises UserError without an equation.
 
     >>> row = {"question": "Tom had 8 hens, sold 3 and fed 8. How many has he?"}
     >>> row |= {"Equation": "( 8.0 - 3.0 )", "answer": "5"}
@@ -90,12 +99,17 @@ def template_of(example: Example) -> Template:
     numbers = [Fraction(text.replace(",", "")) for text in _NUMBER.findall(example.columns["question"])]
     marks = iter(range(len(numbers)))
     text = _NUMBER.sub(lambda _: f"number{next(marks)}", example.columns["question"])
-    equation = [
-        f"number{numbers.index(Fraction(token))}"
-        if token not in "+-*/" and Fraction(token) in numbers
-        else token
-        for token in prefix(example.columns["Equation"])
-    ]
+    written = example.columns.get("Equation")
+    try:
+        equation = [
+            f"number{numbers.index(Fraction(token))}"
+            if token not in "+-*/" and Fraction(token) in numbers
+            else token
+            for token in prefix(str(written))
+        ]
+    except (SyntaxError, ValueError, KeyError) as error:
+        fix = "Pass SVAMP with its column Equation, such as ( 8.0 - 3.0 )"
+        raise UserError("--svamp", f"a problem has the equation {written!r}", fix) from error
     return Template(text, tuple(numbers), tuple(equation), Fraction(example.columns["answer"]))
 
 

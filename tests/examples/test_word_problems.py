@@ -97,10 +97,18 @@ def test_more_problems_have_other_numbers_and_right_answers_and_none_that_is_hel
         )
 
 
-def test_more_problems_of_a_folder_that_is_not_there_are_one_line(tmp_path, capsys):
-    command = ["--svamp", str(tmp_path / "none"), "--output", str(tmp_path / "more")]
-    assert more_problems.main(command) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("equation", [None, "8.0 ** 2.0", "( 8.0 -", "x - 1.0", "open('f')"])
+def test_more_problems_need_equations(equation):
+    columns = {"question": "Tom had 8 hens. How many has he?", "Equation": equation, "answer": "8"}
+    with pytest.raises(UserError, match="--svamp: a problem has the equation"):
+        more_problems.template_of(Example(columns["question"], columns))
+
+
+def test_more_problems_that_cannot_be_read_or_written_are_one_line(tmp_path, capsys, test_data):
+    (tmp_path / "file").write_text("")
+    for svamp, output in ((tmp_path / "none", "more"), (test_data / "svamp", "file")):
+        assert more_problems.main(["--svamp", str(svamp), "--output", str(tmp_path / output)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_equations_of_mawps_give_its_answers(mawps):
