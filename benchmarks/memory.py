@@ -303,7 +303,6 @@ def measure(case: str, folder: str) -> dict[str, float]:
     from twig.engine.policy import Policy
     from twig.engine.sampler import SamplingParams
     from twig.evaluation.evaluate import evaluate_policy
-    from twig.runtime.memory_use import return_freed_memory
     from twig.tasks.base import Task
     from twig.training import train as loop  # noqa: F401  (with all that it imports)
     from twig.training.trainer import Trainer
@@ -317,7 +316,6 @@ def measure(case: str, folder: str) -> dict[str, float]:
     def reward(completions: list[str], **columns: Any) -> list[float]:
         return [float(i % 2) for i in range(len(completions))]
 
-    return_freed_memory()
     peaks = Peaks()
     model, tokenizer = load_model(settings.model)
     lora = settings.lora

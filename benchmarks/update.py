@@ -137,7 +137,7 @@ def twig_side(options: argparse.Namespace) -> dict[str, float]:
     from twig.runtime.memory_use import return_freed_memory
 
     if options.return_freed:
-        return_freed_memory()
+        return_freed_memory(2**18, for_good=True)
     model = build(options.shape)
     lora = LORA | ({"target_modules": TARGETS[options.shape]} if options.engine == "plain" else {})
     peft_model = attach(model, alpha=ALPHA, layers=last_third(options.shape), **lora)

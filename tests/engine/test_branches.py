@@ -11,8 +11,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from twig.core.branches import split
+from twig.engine import kv_cache
 from twig.engine.decoder import Decoder
-from twig.engine.kv_cache import KeyValueCache
+from twig.engine.kv_cache import Buffers, KeyValueCache
 from twig.engine.sampler import Request, SamplingParams, sample
 
 _COMPLETIONS = st.lists(  # a prompt, and a text of at most six tokens
@@ -86,3 +87,29 @@ def test_a_prefix_that_completions_share_is_run_once(record, monkeypatch):
             for a, b in zip(ours, theirs, strict=True):
                 assert a.cells.tolist() == b.cells.tolist()
                 torch.testing.assert_close(shared.boundary[a.cells[:-1]], alone.boundary[b.cells[:-1]])
+
+
+def test_tables_of_a_shape_are_cut_from_one_block(monkeypatch):
+    """No two overlap, and a block is at least as large as one table."""
+    monkeypatch.setattr(kv_cache, "_BLOCK", 3 * 2 * 4 * 8)
+    buffers, like = Buffers(4), torch.zeros(1, dtype=torch.float64)
+    small = [buffers.table(2, like, 4) for _ in range(8)]
+    large = [buffers.table(2, like.float(), 100) for _ in range(2)]
+    for number, table in enumerate([*small, *large]):
+        table.fill_(number)
+    assert [table.unique().tolist() for table in [*small, *large]] == [[float(n)] for n in range(10)]
+    assert {(table.shape, table.dtype) for table in small} == {((2, 4), torch.float64)}
+    assert len({table.untyped_storage().data_ptr() for table in small}) == 3
+    assert len({table.untyped_storage().data_ptr() for table in large}) == 2
+
+
+def test_sampled_logits_leave_those_that_a_gradient_needs():
+    policy = tiny.build_policy(temperature=2.0, suppress_tokens=[1])
+    logits = torch.tensor([[1.0, 2.0, 4.0]], requires_grad=True)
+    sampled = policy.sampled_logits(logits)
+    sampled[0, 2].backward()
+    assert logits.tolist() == [[1.0, 2.0, 4.0]] and logits.grad.tolist() == [[0.0, 0.0, 0.5]]
+    with torch.no_grad():
+        plain = logits.clone()
+        assert torch.equal(policy.sampled_logits(plain), sampled)
+        assert sampled.tolist() == [[0.5, float("-inf"), 2.0]] and torch.equal(plain, sampled)

@@ -1,5 +1,6 @@
 """The planner: weights and activations counted exactly, phases added up, budgets respected."""
 
+import ctypes
 import json
 import re
 import subprocess
@@ -34,7 +35,7 @@ from twig.planner.model_shape import Shape
 from twig.planner.phases import CUDA_OUTSIDE
 from twig.planner.plan import workload_of
 from twig.runtime.machine import free_memory
-from twig.runtime.memory_use import CUDA_CONTEXT, PeakMemory, trim_freed_memory
+from twig.runtime.memory_use import CUDA_CONTEXT, PeakMemory, return_freed_memory, trim_freed_memory
 from twig.tasks.load import load_task
 from twig.training.trainer import Trainer
 
@@ -302,6 +303,36 @@ def test_what_is_free_in_the_heap_is_returned():
     trim_freed_memory()
     assert before - memory.now() > 50e6
     assert len(after) == 100_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory of Linux")
+def test_large_blocks_are_returned_at_once():
+    """Whatever size glibc has chosen by itself: it raises it with every larger block that is freed."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        pytest.skip("another C library")
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+    def left(size: int) -> int:
+        """Returns the bytes that stay in use after a block between others was written and freed."""
+        block, behind = libc.malloc(size), libc.malloc(100_000)
+        ctypes.memset(block, 1, size)
+        full = memory.now()
+        libc.free(block)
+        now = memory.now()
+        libc.free(behind)
+        return size - (full - now)
+
+    memory = PeakMemory("cpu")
+    try:
+        return_freed_memory(2**20)
+        assert left(8 * 2**20) < 2**20
+        return_freed_memory(2**24, for_good=True)
+        assert left(8 * 2**20) > 7 * 2**20
+        return_freed_memory()
+        assert left(20 * 2**20) < 2**20
+    finally:
+        return_freed_memory(2**25, for_good=True)
 
 
 def test_sampling_and_an_update_return_what_they_freed(monkeypatch):

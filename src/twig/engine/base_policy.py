@@ -205,12 +205,17 @@ class BasePolicy(ABC):
         return False
 
     def sampled_logits(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        """Returns logits of the sampled distribution: temperature and suppressed tokens applied."""
+        """Returns logits of the sampled distribution: temperature and suppressed tokens applied.
+
+        They are written over those that are passed, unless a gradient goes through these.
+        """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if logits.requires_grad:
+            logits = logits.clone()
         if self.temperature != 1.0:
-            logits = logits / self.temperature
+            logits = logits.div_(self.temperature)
         if len(self.suppressed):
-            logits = logits.index_fill(-1, self.suppressed, float("-inf"))
+            logits = logits.index_fill_(-1, self.suppressed, float("-inf"))
         return logits
 
     @torch.no_grad()

@@ -404,7 +404,7 @@ class Decoder:
             logits = self.head(hidden)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
+            logits = logits.mul_(self.logit_scale)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits

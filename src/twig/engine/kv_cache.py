@@ -15,6 +15,32 @@ from torch import Tensor
 from twig.engine.mixers.mixer import Mixer, Own, State
 from twig.engine.mixers.runs import Runs
 
+_BLOCK = 2**26  # bytes: the C library cuts only what has less than 2**25 from its heap
+
+
+class Buffers:
+    """Memory for a table of keys, values or states of each of `count` layers.
+
+    On a CPU, tables of one shape are cut from large blocks, which the C library returns to the system once
+    they are free, and whose pages count once they are written to. One by one they would lie between what the
+    layers take and give back, where more and more memory could then not be used again.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = {}
+
+    def table(self, rows: int, like: Tensor, *sizes: int) -> Tensor:
+        """Returns an empty table of `rows`, each of `sizes`, of the dtype and on the device of `like`."""
+        if like.device.type != "cpu":
+            return like.new_empty(rows, *sizes)
+        kind = like.dtype, torch.Size((rows, *sizes))
+        if not self._free.get(kind):
+            size = kind[1].numel() * like.element_size()
+            together = min(-(-_BLOCK // max(size, 1)), 2 * self._count)
+            self._free[kind] = list(like.new_empty(together, rows, *sizes).unbind())
+        return self._free[kind].pop()
+
 
 class KeyValueCache:
     """Keys and values of up to `rows` rows of `capacity` tokens, in one buffer per layer, written in place.
@@ -37,6 +63,7 @@ class KeyValueCache:
         self.capacity, self.rows, self.before = capacity, rows, before
         self.states: dict[int, State] = {}
         self.filled = 0
+        self._buffers = Buffers(num_layers)
 
     @classmethod
     def begun(cls, pairs: Sequence[tuple[Tensor, ...]], rows: int, capacity: int) -> "KeyValueCache":
@@ -78,7 +105,7 @@ class KeyValueCache:
         count, heads, tokens, size = new.shape
         buffer, stop = buffers[layer], self.filled + tokens
         if buffer is None:
-            buffer = buffers[layer] = new.new_empty(self.rows, heads, self.capacity, size)
+            buffer = buffers[layer] = self._buffers.table(self.rows, new, heads, self.capacity, size)
         buffer[:count, :, self.filled : stop] = new
         return buffer[:count, :, :stop]
 
@@ -123,7 +150,7 @@ class PrefixKV:
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Collects a layer's own keys and values; returns the prefix's and these."""
-        self.computed.setdefault(layer, (keys, values))
+        self._collect(self.computed, layer, (keys, values))
         if layer == self.stop_at:
             raise StopForward
         if layer not in self.pairs:
@@ -138,7 +165,7 @@ class PrefixKV:
         assert runs is not None, "a layer that keeps a state is run in parts"
         before = self.pairs.get(layer, ())[2 if mixer.attends else 0 :]
         output, ended = mixer.over_tree(own, runs, before, hidden)
-        self.ended.setdefault(layer, ended)
+        self._collect(self.ended, layer, ended)
         if layer == self.stop_at and not mixer.attends:
             raise StopForward
         return output
@@ -149,6 +176,27 @@ class PrefixKV:
         return {
             layer: (*self.computed.get(layer, ()), *self.ended.get(layer, ())) for layer in sorted(layers)
         }
+
+    def _collect(self, collection: dict[int, Any], layer: int, tensors: tuple[Tensor, ...]) -> None:
+        collection.setdefault(layer, tensors)
+
+
+@dataclass(kw_only=True)
+class PromptsKV(PrefixKV):
+    """A cache of `rows` prompts that run some at a time, from row `first` on: it collects those of all.
+
+    Each layer's are written where they stay, into tables of `buffers`.
+    """
+
+    rows: int
+    buffers: Buffers
+    first: int = 0
+
+    def _collect(self, collection: dict[int, Any], layer: int, tensors: tuple[Tensor, ...]) -> None:
+        if layer not in collection:
+            collection[layer] = tuple(self.buffers.table(self.rows, x, *x.shape[1:]) for x in tensors)
+        for table, new in zip(collection[layer], tensors, strict=True):
+            table[self.first : self.first + len(new)] = new
 
 
 @dataclass(frozen=True)

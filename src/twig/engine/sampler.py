@@ -32,9 +32,11 @@ from twig.engine.loops import Loop
 from twig.engine.plain_policy import PlainPolicy
 from twig.engine.policy import Policy
 from twig.engine.wave_cache import CopiedPrompts, SharedPrompts, prefill
-from twig.runtime.memory_use import give_back, out_of_memory, trim_freed_memory
+from twig.runtime.memory_use import give_back, out_of_memory, return_freed_memory, trim_freed_memory
 
 _LOGITS_AT_ONCE = 2**20  # on a CPU: what is made of so many logits stays in the processor's caches
+# Bytes of a freed block that the C library returns at once: smaller ones come and go with every layer.
+_RETURNED_FROM = 2**21
 _STEPS_AT_ONCE = 8  # captured steps between two looks at the unfinished rows: a look waits for the device
 
 
@@ -139,6 +141,7 @@ def sample(
     the completions of each wave once it is done. If there are several waves, the requests expected to be
     long come first: a wave takes as many steps as its longest row.
     """
+    return_freed_memory(_RETURNED_FROM)
     order, wave_size = range(len(requests)), params.wave_size
     if sum(request.num for request in requests) > wave_size:
         order = sorted(order, key=lambda r: (-requests[r].expected, -len(requests[r].prompt_ids)))
@@ -410,12 +413,13 @@ def _sample_layers(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _
     short = max(map(len, prompts)) < wave_cache.HELD_FROM
     kind = CopiedPrompts if policy.sharing_refusal or short else SharedPrompts
     texts = kind(decoder, policy.trunk, prompts, len(wave.rows), longest)
-    logits = policy.next_token_logits(texts.hidden)
+    ends = texts.hidden
     cells = _record_prompts(wave, texts.boundary)
     texts.forget_prompts()
     rows, branch, of_prompt = np.arange(len(wave.rows)), wave.places(), np.arange(len(prompts))
     for t in range(longest):
-        tokens, going = recorder.choose(logits, rows, branch, t)
+        # logits are gone before the layers run: they may take more than all activations
+        tokens, going = recorder.choose(policy.next_token_logits(ends), rows, branch, t)
         rows = rows[going]
         finished.in_wave(len(wave.rows) - len(rows), len(rows), (t + 1) / longest)
         if len(rows) == 0:
@@ -433,7 +437,7 @@ def _sample_layers(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _
                 wave.table.rows[torch.from_numpy(cells[rows] + t).to(device)] = recorded
             hidden = decoder.run(hidden, policy.cut, policy.num_layers, context)
         texts.cache.filled += 1
-        logits = policy.next_token_logits(hidden[:, 0])
+        ends = hidden[:, 0]
 
 
 def _sample_steps(policy: Policy, wave: _Wave, recorder: _Recorder, finished: _Finished) -> None:

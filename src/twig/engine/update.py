@@ -21,7 +21,7 @@ from twig.core.credit import Scored
 from twig.core.objective import SequenceWeights, sequence_weights
 from twig.engine.base_policy import BasePolicy, OpenStem
 from twig.engine.pack import LEAST_SAVED, Pack, build_packs, halves
-from twig.runtime.memory_use import give_back, out_of_memory, trim_freed_memory
+from twig.runtime.memory_use import give_back, out_of_memory, return_freed_memory, trim_freed_memory
 
 _SMALLEST_HEAD_CHUNK = 2**16
 
@@ -143,6 +143,7 @@ class Passes:
 
         Packs of one stem follow each other, so one stem at a time is open.
         """
+        return_freed_memory()
         with self.policy.computing():
             self.packs = self._run(run, keep, gradient)
         trim_freed_memory()

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twig.engine.decoder import Context, Decoder
-from twig.engine.kv_cache import KeyValueCache, PrefixKV, Trunk
+from twig.engine.kv_cache import Buffers, KeyValueCache, PromptsKV, Trunk
 from twig.engine.shared_attention import Groups, KeyPart, attending
 from twig.runtime.memory_use import out_of_memory, trim_freed_memory
 
@@ -40,20 +40,6 @@ class Prefilled:
     boundary: Float[Tensor, "P W C"]
     pairs: Pairs
 
-    def room(self, count: int) -> "Prefilled":
-        """Returns the same for `count` prompts, to be filled by `put`."""
-        hidden, boundary = (x.new_empty(count, *x.shape[1:]) for x in (self.hidden, self.boundary))
-        pairs = [tuple(x.new_empty(count, *x.shape[1:]) for x in pair) for pair in self.pairs]
-        return Prefilled(hidden, boundary, pairs)
-
-    def put(self, first: int, part: "Prefilled") -> None:
-        """Writes what some prompts gave, from prompt `first` on."""
-        for room, new in zip(self._tensors(), part._tensors(), strict=True):
-            room[first : first + len(new)] = new
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.hidden, self.boundary, *(each for pair in self.pairs for each in pair)]
-
 
 def prefill(
     decoder: Decoder,
@@ -68,28 +54,30 @@ def prefill(
     No token of a prompt can see the padding.
     """
     together = max(READ_AT_ONCE // max(width, 1), 1) if decoder.device.type == "cpu" else len(prompts)
-    part = _read(decoder, trunk, prompts[:together], width, before, start)
-    if len(prompts) <= together:
-        return part
-    whole = part.room(len(prompts))
-    whole.put(0, part)
-    for first in range(together, len(prompts), together):
-        del part  # before the next one is made
-        part = _read(decoder, trunk, prompts[first : first + together], width, before, start)
-        whole.put(first, part)
-    del part
-    trim_freed_memory()
-    return whole
+    buffers = Buffers(len(decoder.layers))
+    cache = PromptsKV(pairs=dict(enumerate(before or [])), rows=len(prompts), buffers=buffers)
+    hidden, boundary = _read(decoder, trunk, prompts[:together], width, cache, start)
+    if together < len(prompts):
+        hidden, boundary = (_begun(part, len(prompts)) for part in (hidden, boundary))
+        for cache.first in range(together, len(prompts), together):
+            here = slice(cache.first, cache.first + together)
+            hidden[here], boundary[here] = _read(decoder, trunk, prompts[here], width, cache, start)
+        trim_freed_memory()
+    collected = cache.collected()
+    return Prefilled(hidden, boundary, [collected.get(i, ()) for i in range(len(decoder.layers))])
+
+
+def _begun(part: Tensor, rows: int) -> Tensor:
+    """Returns a table of `rows` that begins with `part`."""
+    table = part.new_empty(rows, *part.shape[1:])
+    table[: len(part)] = part
+    return table
 
 
 def _read(
-    decoder: Decoder,
-    trunk: Trunk,
-    prompts: Sequence[np.ndarray],
-    width: int,
-    before: Pairs | None,
-    start: int,
-) -> Prefilled:
+    decoder: Decoder, trunk: Trunk, prompts: Sequence[np.ndarray], width: int, cache: PromptsKV, start: int
+) -> tuple[Float[Tensor, "P D"], Float[Tensor, "P W C"]]:
+    """Runs the prompts from row `cache.first` on; returns their last hidden states and boundary."""
     device, count = decoder.device, len(prompts)
     ids = np.zeros((count, width), np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -97,22 +85,18 @@ def _read(
     keys = torch.arange(start + width, device=device).expand(count, -1)
     positions = keys[:, start:]
     visible = keys[:, None, :] <= positions[:, :, None]
-    cache = PrefixKV(dict(enumerate(before or [])))
     lengths = np.array([len(prompt) for prompt in prompts])
     ends = np.broadcast_to(lengths[:, None], ids.shape)
-    runs = decoder.runs(ends, lengths, begun=before is not None, ends_kept=True)
+    runs = decoder.runs(ends, lengths, begun=bool(cache.pairs), ends_kept=True)
     masks, rotary = decoder.masks(visible, positions, keys), decoder.rotations(positions)
     tokens = torch.from_numpy(ids).to(device)
     context = Context(masks, rotary, positions, cache, runs, decoder.inputs(tokens))
     below = decoder.run(decoder.embed(tokens), 0, trunk.cut, context)
     hidden = decoder.run(below, trunk.cut, len(decoder.layers), context)
     last = torch.from_numpy(lengths - 1).to(device)
-    # Values may be views of all that a layer projects.
-    left = cache.collected()
-    cache.computed.clear()
-    pairs = [tuple(x.contiguous() for x in left.pop(i, ())) for i in range(len(decoder.layers))]
-    boundary = trunk.joined(below, dict(enumerate(pairs)))
-    return Prefilled(hidden[torch.arange(count, device=device), last], boundary, pairs)
+    here = slice(cache.first, cache.first + count)
+    pairs = {layer: tuple(x[here] for x in pair) for layer, pair in cache.collected().items()}
+    return hidden[torch.arange(count, device=device), last], trunk.joined(below, pairs)
 
 
 class WaveCache(ABC):

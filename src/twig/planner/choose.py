@@ -21,6 +21,7 @@ from twig.runtime.memory_use import PeakMemory, return_freed_memory
 from twig.tasks.base import Task
 from twig.tasks.prompts import longest_prompt
 
+_RETURNED_FROM = 2**18  # bytes of a freed block that goes back to the system if memory is tight
 _COUNTS, _MOST_COUNTED = 200, 4000  # prompts counted one by one; problems of which each counts
 
 
@@ -98,7 +99,7 @@ def size_run(
     if sized.plan is not None:
         peak = before + (sized.plan.tensors_peak if kind == "cuda" else sized.plan.peak)
         if kind == "cpu" and sized.plan.tight:
-            return_freed_memory()
+            return_freed_memory(_RETURNED_FROM, for_good=True)
     chosen = with_sizes(settings, sized.settings.flat())
     decided = sized.settings
     values = {"rollout.decode": decided.rollout.decode, "model.kernels": decided.model.kernels}

@@ -266,14 +266,15 @@ class Footprint:
         ledger.take("key-value cache", prompt_tokens * row)
         ledger.take("activations", (prompt_tokens + read) * hidden)  # the trunk's output and the top's
         ledger.take("states", prompts * shape.states * wide)
-        # Of some prompts at a time, their own results are beside those of all.
-        beside = read * (row + hidden) if together < prompts else 0
+        # Of some prompts at a time, their own output is beside that of all.
+        beside = read * hidden if together < prompts else 0
         ledger.moment("activations", self._reading(together, width) + beside)
         for name in ("inputs of layers", "states"):
             ledger.drop(name)
         ledger.drop("masks", masks)
         self._logits(ledger, prompts)
         ledger.drop("activations")
+        ledger.drop("logits")
         self._states(ledger, rows, prompts)
         # All buffers are allocated at once; on a CPU, pages count once they are written to.
         filled = rows * work.length if filled is None or work.kind != "cpu" else filled
@@ -284,10 +285,9 @@ class Footprint:
         ledger.take("masks", prompts * work.length * (_INT + 2 * kinds * shape.head_dim * e))
         # A branch that splits is copied, one buffer after another.
         ledger.moment("key-value cache", rows * (copied + work.length) * shape.key * e)
-        ledger.drop("logits")
-        self._logits(ledger, rows)
         inner = max(layer_moment(work, rows, 1, 0), shared_moment(work, rows, prompts, width))
         ledger.moment("activations", rows * hidden + inner)
+        self._logits(ledger, rows)
 
     def _reading(self, prompts: int, width: int) -> float:
         """Counts the bytes alive within a layer that reads prompts: one that attends, or a mixer."""
@@ -332,8 +332,8 @@ class Footprint:
     def _logits(self, ledger: Ledger, rows: int) -> None:
         """Takes logits of `rows` rows, and what is alive while tokens are drawn from them."""
         work, vocabulary, wide = self.work, self.work.shape.vocabulary, self.work.wide
-        # divided by the temperature
-        inner = max(rows * vocabulary * wide, self._head_product(rows, vocabulary))
+        capped = rows * vocabulary * wide * self.work.shape.logit_softcap
+        inner = max(capped, self._head_product(rows, vocabulary))
         ledger.moment("logits", rows * vocabulary * wide + inner)
         ledger.take("logits", rows * vocabulary * wide)
         at_once = max(LOGITS_AT_ONCE // vocabulary, 1) if work.kind == "cpu" else rows

@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def tight(self) -> bool:
-        """Whether the plan holds only if freed memory is given back: see `return_freed_memory`."""
+        """Whether the plan holds only if freed memory is returned: see `return_freed_memory`."""
         return self.peak > self.budget / 2
 
 
