@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numerics import assert_same_text
 
 from twig.engine import wave_cache
+from twig.engine.policy import Policy
 from twig.engine.sampler import Request, SamplingParams, sample
 from twig.engine.shared_attention import Groups, KeyPart, attend_parts
 from twig.engine.wave_cache import CopiedPrompts, SharedPrompts, why_not_shared
@@ -183,3 +184,18 @@ def test_prompts_read_in_parts_are_what_they_are_at_once(kind, alike, monkeypatc
         assert (a is None) == (b is None)
         if a is not None:
             numerics.assert_hidden(a[:, :, : parts.width], b[:, :, : parts.width])
+
+
+def test_whether_prompts_are_shared_is_found_without_the_adapter(monkeypatch):
+    """A run begins with an adapter that changes nothing; whoever loads its result takes the same path."""
+    policy, ids, found = tiny.build_policy(), torch.arange(6)[None], []
+
+    @torch.no_grad()
+    def logits(decoder):
+        return decoder.model(input_ids=ids).logits
+
+    monkeypatch.setattr("twig.engine.policy.why_not_shared", lambda decoder: found.append(logits(decoder)))
+    loaded = Policy(policy.peft_model, decode="plain")
+    assert not torch.equal(found[0], logits(loaded.decoder))
+    with loaded.base():
+        assert torch.equal(found[0], logits(loaded.decoder))

@@ -9,7 +9,7 @@ hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -61,15 +61,14 @@ class Policy(BasePolicy):
         self._refuse_outside_layers()
         self.decoder = Decoder(self.model)
         self.decode_steps: KeptBuffers | None = None
-        if _has_signal(self.parameters):
-            with self.base():
-                self.decoder.check()
-        else:
+        # As an adapter begins, so that a run and whoever loads its result decide alike: training makes the
+        # rounding of half precision larger.
+        with self.base() if _has_signal(self.parameters) else nullcontext():
             self.decoder.check()
+            self.sharing_refusal = why_not_shared(self.decoder)
         self.num_layers = len(self.decoder.layers)
         self.cut = min(adapted_layers(self.decoder.layers))
         self.trunk = self.decoder.trunk(self.cut)
-        self.sharing_refusal = why_not_shared(self.decoder)
         self._refuse_unmoved(self.decoder.tree_logits, PLAIN)
         if any(self.decoder.mixers):
             self._refuse_other_gradients()
