@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numerics import assert_same_text
 
 from twig.engine import wave_cache
+from twig.engine.plain_policy import PlainPolicy
 from twig.engine.policy import Policy
 from twig.engine.sampler import Request, SamplingParams, sample
 from twig.engine.shared_attention import Groups, KeyPart, attend_parts
@@ -199,3 +200,14 @@ def test_whether_prompts_are_shared_is_found_without_the_adapter(monkeypatch):
     assert not torch.equal(found[0], logits(loaded.decoder))
     with loaded.base():
         assert torch.equal(found[0], logits(loaded.decoder))
+
+
+@pytest.mark.parametrize("question", ["_choose_reading", "_can_choose_rows"])
+def test_the_plain_engine_decides_without_the_adapter(question, monkeypatch):
+    policy, found = tiny.build_policy(engine="plain"), []
+    original = getattr(PlainPolicy, question)
+    monkeypatch.setattr(
+        PlainPolicy, question, lambda self, ids: found.append(self.adapter_is_on) or original(self, ids)
+    )
+    loaded = PlainPolicy(policy.peft_model)
+    assert found == [False] and loaded.adapter_is_on

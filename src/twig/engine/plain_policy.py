@@ -117,13 +117,14 @@ class PlainPolicy(BasePolicy):
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(self.embeddings.shape[0], (_ROWS, length), generator=draw).to(self.device)
         self.head_scale, self.head_softcap = head_terms(self.model.config.get_text_config())
-        self.one_pass = self._can_choose_rows(ids)
         fix = "Choose an adapter on modules that the model runs"
         self._refuse_unmoved(lambda: self._logits(ids), fix)
         for places in [[], *lengths_of(self.model).values()]:
             with set_to(places):
                 self._refuse_not_causal(ids, real=not places)
-        self._choose_reading(ids)
+        with self.base():  # so that a run and whoever loads its adapter decide alike: see `Policy`
+            self.one_pass = self._can_choose_rows(ids)
+            self._choose_reading(ids)
 
     @torch.no_grad()
     def _refuse_not_causal(self, ids: Int[Tensor, "B L"], real: bool) -> None:
