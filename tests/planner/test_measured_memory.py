@@ -345,6 +345,16 @@ def test_sampling_and_an_update_return_what_they_freed(monkeypatch):
     assert calls == ["sampler", "update"]
 
 
+def test_sampling_from_a_large_vocabulary_returns_what_it_freed_on_the_way(monkeypatch):
+    """At every second token: small blocks that come out of all gaps in the heap make all of it resident."""
+    policy, calls = tiny.build_policy("qwen2", dtype=torch.float32), []
+    monkeypatch.setattr("twig.engine.sampler.trim_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr("twig.engine.sampler._TRIMMED_FROM", 0)
+    no_end = SamplingParams([], texts_of)
+    sample(policy, [Request(np.arange(3, 7), 2, 8, 0)], no_end)
+    assert len(calls) == 8 // 2 + 1  # and at the end
+
+
 # A budget on a CUDA device, with a device that is not there
 
 GIB = 2**30
