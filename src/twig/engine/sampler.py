@@ -35,9 +35,7 @@ from twig.engine.wave_cache import CopiedPrompts, SharedPrompts, prefill
 from twig.runtime.memory_use import give_back, out_of_memory, return_freed_memory, trim_freed_memory
 
 _LOGITS_AT_ONCE = 2**20  # on a CPU: what is made of so many logits stays in the processor's caches
-# Bytes of a freed block that the C library returns at once: smaller ones come and go with every layer.
-_RETURNED_FROM = 2**21
-# Smaller blocks of every size come out of all gaps that updates left in the heap, until all are resident.
+# Small blocks of every size come out of all gaps that updates left in the heap, until all are resident.
 _TRIMMED_FROM = 2**22  # bytes of logits: the heap of smaller models is small
 _TRIMMED_EVERY = 2  # tokens; every token would cost 5 % of the time to sample, every fourth 2 %
 _STEPS_AT_ONCE = 8  # captured steps between two looks at the unfinished rows: a look waits for the device
@@ -144,7 +142,7 @@ def sample(
     the completions of each wave once it is done. If there are several waves, the requests expected to be
     long come first: a wave takes as many steps as its longest row.
     """
-    return_freed_memory(_RETURNED_FROM)
+    return_freed_memory()
     order, wave_size = range(len(requests)), params.wave_size
     if sum(request.num for request in requests) > wave_size:
         order = sorted(order, key=lambda r: (-requests[r].expected, -len(requests[r].prompt_ids)))
