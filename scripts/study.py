@@ -10,6 +10,7 @@
     python scripts/study.py run --study svamp-layers model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-tried model.name=FOLDER task.path=SVAMP
+    python scripts/study.py run --study svamp-long model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-more model.name=FOLDER task.path=MORE
     python scripts/study.py run --study products model.name=FOLDER
     python scripts/study.py sample --study svamp    # pass@k of the base and of what has finished
@@ -63,7 +64,7 @@ TUNED = {
 FULL = ("tuning", *TUNED["tuning"], "by-name-tuning", "by-name", "curriculum", "dtype")
 # Evaluated on training problems held out.
 HELD_OUT = (
-    *("svamp-tuning", "svamp-tuning-long", "svamp-layers", "svamp-tried"),
+    *("svamp-tuning", "svamp-tuning-long", "svamp-layers", "svamp-tried", "svamp-long"),
     *("svamp-by-name", "svamp-curriculum", "svamp-dtype"),
 )
 REAL = (*HELD_OUT, "svamp-more", "svamp", "products")  # on a real model, which the arguments name

@@ -123,6 +123,16 @@ def test_a_head_chunk_is_counted_by_hand():
     assert ledger.peak >= 5 * rows * 8
 
 
+def test_weights_at_forks_only_take_smaller_packs_on_a_cpu():
+    def pack(algorithm, kind, *overrides):
+        return plan(SMALL, settings_of(f"algorithm.name={algorithm}", *overrides), GIB, kind).sizes.pack_size
+
+    assert pack("t-spmo", "cpu") == pack("grpo", "cpu") // 2
+    assert pack("t-spmo", "cuda") == pack("grpo", "cuda")
+    # never smaller than a path
+    assert pack("t-spmo", "cpu", "rollout.max_completion_length=900") == 900
+
+
 def test_a_ledger_remembers_its_highest_moment():
     ledger = Ledger({"a": 1})
     ledger.take("b", 5)

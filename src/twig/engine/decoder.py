@@ -39,7 +39,7 @@ PLAIN = "Set model.engine=plain to train it with the plain batched forward"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # The longest path of the check's tree, and what lengths are set to that no path of it would reach.
 _LONGEST_PATH, _SHORT = 10, 3
-_TRIMMED_FROM = 2**19  # bytes of a layer's output: the heap of smaller models is small
+_TRIMMED_FROM = 2**17  # numbers in a layer's output: the heap of smaller models is small
 _TRIMMED_EVERY = 6  # layers of a backward pass
 _USUAL, _INT8 = 1e-4, 0.2  # how far logits in float32 and of int8 layers may differ, as a share
 _SIZES = 6, 4, 4  # tokens of the check's stem and of its two branches
@@ -658,7 +658,7 @@ def _trim_behind(hidden: Tensor, above: int) -> None:
     What the backward pass needs lies between it, in the way of larger blocks. In the backward pass, which
     fills such gaps again, once in some layers is enough.
     """
-    if hidden.device.type == "cpu" and hidden.nbytes >= _TRIMMED_FROM:
+    if hidden.device.type == "cpu" and hidden.numel() >= _TRIMMED_FROM:
         trim_freed_memory()
         if above % _TRIMMED_EVERY == 0:
             hidden.register_hook(lambda _: trim_freed_memory())

@@ -27,6 +27,7 @@ PROMPT_TOKENS = 256  # assumed if the prompts are unknown
 # pack's dense mask costs more than the pack saves; on a GPU every pack and chunk costs launches.
 _MOST_COMPLETIONS, _MOST_QUESTIONS = 256, 128
 _PACK = {"cpu": 1024, "mps": 1024, "cuda": 4096}
+_FORKS_PACK = 512  # on a CPU for weights at forks only: few tokens are run, and as fast in two packs as in one
 _HEAD_CHUNKS = (2**22, 2**20, 2**18, 2**16)
 _CUDA_HEAD_CHUNK = 2**25
 _USED = 0.95  # of the budget
@@ -299,7 +300,8 @@ def _update_sizes(work: Workload, settings: Settings, sizes: Sizes) -> Iterator[
     """Yields sizes of an update by cost: smaller packs, smaller head chunks, then layers run twice."""
     train = settings.train
     least = work.path if work.plain else work.length  # a divided trie's prompt runs by itself
-    packs = _halved(max(_PACK[work.kind], least), least, train.pack_size)
+    largest = _FORKS_PACK if work.kind == "cpu" and work.load.forks_only else _PACK[work.kind]
+    packs = _halved(max(largest, least), least, train.pack_size)
     chunks = [train.head_chunk] if train.head_chunk is not None else list(_HEAD_CHUNKS)
     for checkpointed in [False, True] if train.checkpoint_layers is None else [train.checkpoint_layers]:
         if work.kind == "cuda" and train.head_chunk is None:
