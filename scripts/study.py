@@ -44,6 +44,7 @@ from twig.common.errors import UserError
 from twig.common.files import FolderLock, put_folder, write_whole
 from twig.config.load import load
 from twig.evaluation.record import COMPLETIONS, RESULT
+from twig.report.credit_map import saved_steps
 from twig.runs.folder import RunLog
 from twig.runs.reader import is_finished, is_run, read_metrics, read_summary
 from twig.runtime.machine import environment
@@ -291,6 +292,8 @@ def keep_run(name: str, planned: Planned, options: argparse.Namespace) -> None:
         text = (source / file).read_text(encoding="utf-8")
         (draft / file).write_text(_without_folders(text, given(name, options.overrides)), encoding="utf-8")
     rows = [{k: _short(row[k]) for k in COLUMNS if k in row} for row in read_metrics(source)]
+    if name in REAL and saved_steps(source):
+        (draft / study_words.CREDIT).write_text(json.dumps(study_words.credit_of(source)), encoding="utf-8")
     lines = [json.dumps(row) for row in rows if "tokens/sampled" in row]
     (draft / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if read_summary(draft) != read_summary(target):

@@ -30,6 +30,7 @@ from twig.common.text import percent
 from twig.config.load import load
 from twig.evaluation.record import COMPLETIONS
 from twig.evaluation.statistics import bootstrap_gap, bootstrap_runs, mcnemar, pass_at_k, permutation
+from twig.report.credit_map import SavedGroup, read_groups, saved_steps
 from twig.study.tables import Result, figure_text, gap_text, seeds_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +152,8 @@ def tables(docs: Path, name: str, results: Sequence[Result], seeds: int) -> str:
     ]
     base = Variant(NO_TRAINING, [], *_kept(raw, [BASE], problems))
     parts = [_accuracy(variants, unlike, seeds), _pass([base, *variants], unlike, seeds)]
-    parts += [_redrawn(variants), _mistakes([base, *variants], seeds), _costs(variants)]
+    parts += [_redrawn(variants), _mistakes([base, *variants], seeds), _credit(variants, seeds)]
+    parts.append(_costs(variants))
     return "\n".join(part for part in parts if part)
 
 
@@ -356,6 +358,93 @@ def _tenth(run: Result, key: str, first: bool = False) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
+
+
+# ---- where the credit lies ---------------------------------------------------------------------------------
+
+CREDIT = "credit.json"  # in a kept run's folder
+PARTS = "numbers and operation", "result", "final answer"  # of an answer
+OUTCOMES = "wrong", "mixed", "right"  # of a group: all its answers, some, or none
+
+
+def parts_of(tokens: Sequence[str]) -> list[str]:
+    """Returns the part of an answer, one of PARTS, that each of its tokens belongs to.
+
+    >>> parts_of([" 3", " -", " 2", " =", " 1", "\\n", "####", " 1"])[2:7]
+    ['numbers and operation', 'numbers and operation', 'result', 'result', 'final answer']
+    """
+    parts, text = [], ""
+    for token in tokens:
+        line = text.rpartition("\n")[2]
+        final = "####" in text or token.startswith("####")
+        parts.append(PARTS[2 if final else int("=" in line)])
+        text += token
+    return parts
+
+
+def credit_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns for each step whose completions a run saved what its credit says.
+
+    `groups` counts those of each outcome. By part of an answer, `tokens` counts distinct tokens (once where
+    completions share them), `trained` those that have a weight, and `weight` sums the weights' sizes.
+    """
+    settings, rows = load(str(folder)), []
+    for step, path in saved_steps(folder).items():
+        groups = read_groups(step, path, settings)
+        row: dict[str, Any] = {"step": step, "groups": Counter(map(_outcome, groups))}
+        row |= {key: Counter() for key in ("tokens", "trained", "weight")}
+        for group in groups:
+            credit = group.saved_credit()
+            if credit is None:
+                raise UserError(str(path), "has no weights", "Only runs of this version have them")
+            place = {
+                int(node): part
+                for saved, nodes in zip(group.rows, group.trie.paths, strict=True)
+                for node, part in zip(nodes, parts_of(saved["tokens"]), strict=True)
+            }
+            for node, part in place.items():
+                weight = float(credit.plus[node] + credit.minus[node])
+                row["tokens"][part] += 1
+                row["trained"][part] += weight != 0
+                row["weight"][part] += abs(weight)
+        row["weight"] = {part: float(f"{weight:.4g}") for part, weight in row["weight"].items()}
+        rows.append(row)
+    return rows
+
+
+def _outcome(group: SavedGroup) -> str:
+    right = sum(row["right"] for row in group.rows)
+    return OUTCOMES[0 if not right else 2 if right == len(group.rows) else 1]
+
+
+def _credit(variants: Sequence[Variant], seeds: int) -> str:
+    """Returns where the credit of the runs lies whose saved steps were kept; nothing if none was."""
+    rows = []
+    for variant in variants:
+        files = [path for run in variant.runs if (path := run.folder / CREDIT).is_file()]
+        steps = [step for path in files for step in json.loads(path.read_text(encoding="utf-8"))]
+        if not steps:
+            continue
+        first, last = ([step for step in steps if (step["step"] == 1) is begins] for begins in (True, False))
+        trained, tokens, weight = (
+            [sum(step[key].get(part, 0) for step in steps) for part in PARTS]
+            for key in ("trained", "tokens", "weight")
+        )
+        cells = [variant.name, seeds_text(len(files), seeds)]
+        for part in (first, last):
+            counts = [sum(step["groups"].get(each, 0) for step in part) for each in OUTCOMES]
+            cells.append(", ".join(f"{100 * n / max(sum(counts), 1):.0f}" for n in counts) + " %")
+        cells.append(f"{sum(trained):,} of {sum(tokens):,}")
+        rows.append([*cells, *(percent(each / (sum(weight) or 1)) for each in weight)])
+    if not rows:
+        return ""
+    intro = (
+        "Where the credit lies, in the steps whose completions were saved (1, 50, 100, 150): groups whose "
+        "answers are all wrong, mixed and all right; distinct tokens that are trained; the share of the "
+        "weights on each part of an answer."
+    )
+    header = ["", "seeds", "groups at step 1: wrong, mixed, right", "later", "tokens trained"]
+    return "\n".join([intro, "", *_table([*header, *(f"weight on {part}" for part in PARTS)], rows)])
 
 
 # ---- wrong answers -----------------------------------------------------------------------------------------

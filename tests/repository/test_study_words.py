@@ -16,6 +16,7 @@ from test_pages import module
 from twig.common.errors import UserError
 from twig.core.types import Example
 from twig.evaluation.record import write_evaluation
+from twig.runs.completions import parquet_bytes
 from twig.study.plan import load_study, runs_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +151,54 @@ def test_the_tables_are_what_the_runs_say(script, docs, work):
         *("1e+03", "4", "0.10 to 0.30", "75.0 % to 50.0 %", "1.000 to 0.500", "7.0 to 7.0"),
         *("2.00", "2.12", "+6.2 %"),
     ]
+
+
+def saved(prompt, number, tokens, plus, minus, right):
+    """A saved completion with the policy weights of its tokens; different tokens have different ids."""
+    return {
+        **{"step": 1, "prompt_index": prompt, "completion_index": number, "prompt": "", "prefix_length": 0},
+        **{"tokens": tokens, "token_ids": [sum(map(ord, token)) for token in tokens], "finished": True},
+        **{"entropies": [0.0] * len(tokens), "plus": plus, "minus": minus, "reward": float(right)},
+        "right": right,
+    }
+
+
+def test_the_credit_of_an_answer_is_counted_by_its_parts(script, words, docs, work):
+    assert words.parts_of([" 3", "-2", "=", "1", "\n", "####", " 1", "<end>"]) == [
+        *[words.PARTS[0]] * 3,
+        *[words.PARTS[1]] * 2,
+        *[words.PARTS[2]] * 3,
+    ]
+    # The first token is shared; no other is. A weight of two signs counts as their sum.
+    one = saved(0, 0, ["3", "-2", "=", "1", "####"], [0, 0.5, 0, 0.25, 0], [0, 0, 0, 0, 0], True)
+    other = saved(0, 1, ["3", "+2", "=", "5", "####"], [0, 0, 0, 0, 0], [0, -0.5, 0, 0, -0.25], False)
+    wrong = [saved(1, number, ["7", "="], [0.0] * 2, [0.0] * 2, False) for number in (0, 1)]
+    both = saved(0, 0, ["3", "=", "2"], [1, 0, 2], [-1, 0, -1], True)
+    for name, steps in {
+        "grpo-seed-0": {1: [one, other, *wrong], 4: [one, other]},
+        "grpo-seed-1": {1: [both]},
+    }.items():
+        folder = work / "svamp" / "runs" / name / "completions"
+        folder.mkdir(parents=True)
+        for step, rows in steps.items():
+            (folder / f"step-{step}.parquet").write_bytes(parquet_bytes(rows))
+    counted = {
+        name: words.credit_of(work / "svamp" / "runs" / name) for name in ("grpo-seed-0", "grpo-seed-1")
+    }
+    first, later = counted["grpo-seed-0"]
+    assert (first["step"], first["groups"], later["groups"]) == (1, {"mixed": 1, "wrong": 1}, {"mixed": 1})
+    assert later["tokens"] == dict(zip(words.PARTS, (5, 2, 2), strict=True))
+    assert first["tokens"] == dict(zip(words.PARTS, (7, 2, 2), strict=True))
+    assert first["trained"] == dict(zip(words.PARTS, (2, 1, 1), strict=True))
+    assert first["weight"] == dict(zip(words.PARTS, (1.0, 0.25, 0.25), strict=True))
+    assert counted["grpo-seed-1"][0]["weight"] == {words.PARTS[0]: 0.0, words.PARTS[1]: 1.0}
+
+    script.keep("svamp", options_of(script, docs, work))
+    assert script.main(["tables", "--docs", str(docs)]) == 0
+    page = (docs / "study-svamp.md").read_text().partition("Where the credit lies")[2]
+    row = row_of(page, "grpo", "2")
+    assert row[2:5] == ["33, 33, 33 %", "0, 100, 0 %", "9 of 23"]
+    assert row[5:] == ["50.0 %", "37.5 %", "12.5 %"]
 
 
 def test_the_readme_has_what_training_gained_and_cost(script, docs, work):
