@@ -439,7 +439,7 @@ def _credit(variants: Sequence[Variant], seeds: int) -> str:
     if not rows:
         return ""
     intro = (
-        "Where the credit lies, in the steps whose completions were saved (1, 50, 100, 150): groups whose "
+        "Where the credit lies, in the first step and in every fiftieth: groups whose "
         "answers are all wrong, mixed and all right; distinct tokens that are trained; the share of the "
         "weights on each part of an answer."
     )
