@@ -11,7 +11,6 @@
     python scripts/study.py run --study svamp model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-tried model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-long model.name=FOLDER task.path=SVAMP
-    python scripts/study.py run --study svamp-400 model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-more model.name=FOLDER task.path=MORE
     python scripts/study.py run --study products model.name=FOLDER
     python scripts/study.py sample --study svamp    # pass@k of the base and of what has finished
