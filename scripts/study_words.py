@@ -153,7 +153,7 @@ def tables(docs: Path, name: str, results: Sequence[Result], seeds: int) -> str:
     base = Variant(NO_TRAINING, [], *_kept(raw, [BASE], problems))
     parts = [_accuracy(variants, unlike, seeds), _pass([base, *variants], unlike, seeds)]
     parts += [_redrawn(variants), _mistakes([base, *variants], seeds), _credit(variants, seeds)]
-    parts.append(_costs(variants))
+    parts += [_costs(variants), _peaks(variants)]
     return "\n".join(part for part in parts if part)
 
 
@@ -347,6 +347,27 @@ def _memory(summaries: Sequence[dict[str, Any]]) -> list[str]:
     peak, predicted = max(pairs)
     off = max(((planned - measured) / measured for measured, planned in pairs), key=abs)
     return [f"{peak / GIB:.2f}", f"{predicted / GIB:.2f}", f"{100 * off:+.1f} %"]
+
+
+def _peaks(variants: Sequence[Variant]) -> str:
+    """Returns how far predicted peaks were off, by the commit that a run began with, the furthest first."""
+    by_commit: dict[str, list[tuple[float, str]]] = {}
+    for variant in variants:
+        for run in variant.runs:
+            peak, predicted = (run.summary.get(key) for key in ("peak_memory_bytes", "predicted_peak_bytes"))
+            began = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+            if peak and predicted:
+                off = (predicted - peak) / peak
+                by_commit.setdefault((began.get("commit") or "-")[:12], []).append((off, variant.name))
+    rows = []
+    for commit, runs in sorted(by_commit.items(), key=lambda item: -max(abs(off) for off, _ in item[1])):
+        low, high = (f"{100 * end(off for off, _ in runs):+.1f} %" for end in (min, max))
+        rows.append([commit, str(len(runs)), low, high, ", ".join(dict.fromkeys(name for _, name in runs))])
+    if not rows:
+        return ""
+    header = ["commit", "runs", "lowest", "highest", "of"]
+    intro = "Predicted peaks of memory against measured ones, by the commit that a run began with:"
+    return "\n".join([intro, "", *_table(header, rows)])
 
 
 def _tenth(run: Result, key: str, first: bool = False) -> list[float]:
