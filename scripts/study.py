@@ -68,13 +68,7 @@ HELD_OUT = (
     *("svamp-tuning", "svamp-tuning-long", "svamp-layers", "svamp-tried", "svamp-long"),
     *("svamp-by-name", "svamp-curriculum", "svamp-dtype"),
 )
-REAL = (
-    *HELD_OUT,
-    "svamp-more",
-    "svamp",
-    "svamp-400",
-    "products",
-)  # on a real model, which the arguments name
+REAL = (*HELD_OUT, "svamp-more", "svamp", "products")  # on a real model, which the arguments name
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = (
     *("step", "tokens/sampled", "tokens/selected", "time/step", "entropy", "reward", "answers/right"),

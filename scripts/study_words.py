@@ -407,7 +407,8 @@ def credit_of(folder: Path) -> list[dict[str, Any]]:
     """Returns for each step whose completions a run saved what its credit says.
 
     `groups` counts those of each outcome. By part of an answer, `tokens` counts distinct tokens (once where
-    completions share them), `trained` those that have a weight, and `weight` sums the weights' sizes.
+    completions share them), `trained` those that have a weight, and `weight` sums the weights' sizes. Empty
+    for a run of an older version, which saved no signs.
     """
     settings, rows = load(str(folder)), []
     for step, path in saved_steps(folder).items():
@@ -417,7 +418,7 @@ def credit_of(folder: Path) -> list[dict[str, Any]]:
         for group in groups:
             credit = group.saved_credit()
             if credit is None:
-                raise UserError(str(path), "has no weights", "Only runs of this version have them")
+                return []
             place = {
                 int(node): part
                 for saved, nodes in zip(group.rows, group.trie.paths, strict=True)

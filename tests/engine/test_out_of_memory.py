@@ -12,7 +12,7 @@ from running_out import Heard, gradient_of
 
 from twig.common.errors import UserError
 from twig.config.sizes import Sizes
-from twig.engine.decoder import Decoder
+from twig.engine.decoder import Decoder, _trim_behind
 from twig.engine.kv_cache import KeyValueCache
 from twig.engine.lm_head import Head
 from twig.engine.pack import build_packs, halves
@@ -250,6 +250,17 @@ def test_halves_have_the_same_targets_once_each():
 
 
 # What is freed between layers
+
+
+def test_the_size_of_a_pack_whose_layers_give_back_is_in_numbers_not_bytes(monkeypatch):
+    """What a layer computes in between is float32, whatever goes in."""
+    calls = []
+    monkeypatch.setattr("twig.engine.decoder.trim_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr("twig.engine.decoder._TRIMMED_FROM", 6)
+    for dtype in (torch.bfloat16, torch.float32):
+        _trim_behind(torch.zeros(2, 3, dtype=dtype), 1)
+        _trim_behind(torch.zeros(5, dtype=dtype), 1)
+    assert len(calls) == 2
 
 
 def test_a_layer_that_is_trained_gives_back_what_it_freed(monkeypatch):

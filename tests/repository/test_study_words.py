@@ -199,6 +199,9 @@ def test_the_credit_of_an_answer_is_counted_by_its_parts(script, words, docs, wo
     assert first["weight"] == dict(zip(words.PARTS, (1.0, 0.25, 0.25), strict=True))
     assert counted["grpo-seed-1"][0]["weight"] == {words.PARTS[0]: 0.0, words.PARTS[1]: 1.0}
 
+    older = work / "svamp" / "runs" / "t-spmo-seed-0" / "completions"
+    older.mkdir()
+    (older / "step-1.parquet").write_bytes(parquet_bytes([one | {"plus": None, "minus": None}]))
     script.keep("svamp", options_of(script, docs, work))
     assert script.main(["tables", "--docs", str(docs)]) == 0
     page = (docs / "study-svamp.md").read_text().partition("Where the credit lies")[2]
