@@ -35,7 +35,7 @@ from twig.planner.model_shape import Shape
 from twig.planner.phases import CUDA_OUTSIDE
 from twig.planner.plan import workload_of
 from twig.runtime.machine import free_memory
-from twig.runtime.memory_use import CUDA_CONTEXT, PeakMemory, return_freed_memory, trim_freed_memory
+from twig.runtime.memory_use import CUDA_CONTEXT, PeakMemory, trim_freed_memory
 from twig.tasks.load import load_task
 from twig.training.trainer import Trainer
 
