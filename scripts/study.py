@@ -472,12 +472,22 @@ def tables(name: str, kept: Kept) -> str:
     record = kept.record
     trl = f" and, with TRL {record['trl']}, docs/study/{name}-trl.yaml" if record.get("trl") else ""
     commits = ", ".join(sorted({commit[:12] for commit in result["commits"]}))
+    where = f"{record['cpu_count']} processors{processors(kept.results)}"
     how = (
-        f"`{record['command']}`{trl}, commit {commits}, on {record['cpu_count']} processors; training "
+        f"`{record['command']}`{trl}, commit {commits}, on {where}; training "
         f"took {result['seconds'] / 60:.1f} minutes over all runs.{peaks(kept.results)}\n\n"
     )
     text = markdown(result, differences=name not in TUNED, seeds=len(kept.study.seeds))
     return how + so_far(kept) + text + further(name, kept.results)
+
+
+def processors(results: Sequence[Result]) -> str:
+    """Returns the kinds of processors that the runs were made on, as far as they kept them; or nothing."""
+    files = [(run.folder / "environment.json").read_text(encoding="utf-8") for run in results]
+    names = {json.loads(file).get("processor") for file in files}
+    known = sorted(names - {None})
+    others = ["others not kept"] if known and None in names else []
+    return f" ({'; '.join([*known, *others])})" if known else ""
 
 
 def peaks(results: Sequence[Result]) -> str:

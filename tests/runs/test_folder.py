@@ -17,7 +17,7 @@ from twig.common.files import FolderLock
 from twig.config.load import load
 from twig.runs.folder import FACTS, RunLog, new_folder, newest_folder
 from twig.runs.reader import is_run, read_metrics, read_summary
-from twig.runtime.machine import environment
+from twig.runtime.machine import environment, processor
 
 SUMMARY = {
     "status": "finished",
@@ -318,13 +318,26 @@ def test_the_environment_is_an_allow_list(log, monkeypatch):
     log.save_environment(device="cpu", dtype="float32")
     text = (log.folder / "environment.json").read_text()
     values = json.loads(text)
-    assert set(values) == {"python", "platform", "machine", "cpu_count", "versions", "commit", *FACTS}
+    own = {"python", "platform", "machine", "processor", "cpu_count", "versions", "commit"}
+    assert set(values) == {*own, *FACTS}
     assert (values["device"], values["dtype"], values["device_name"]) == ("cpu", "float32", None)
     assert {"twig-rl", "torch", "transformers", "peft"} <= set(values["versions"])
     assert "hf_secret" not in text
     assert not re.search(r"/(home|Users|root)/", text)
     with pytest.raises(AssertionError, match="on the list"):
         log.save_environment(token="x")
+
+
+def test_the_processor_has_a_name(tmp_path):
+    """Runs of one study may be made on several kinds of machines, whose seconds are not to be compared."""
+    place = tmp_path / "cpuinfo"
+    place.write_text("model name\t: Some Xeon\nflags\t\t: fpu avx2 avx512f avx512vl amx_bf16\n" * 2)
+    assert processor(place) == "Some Xeon (avx2, avx512f, amx_bf16)"
+    place.write_text("model name\t: An older one\nflags\t\t: fpu\n")
+    assert processor(place) == "An older one"
+    place.write_text("Features\t: fp asimd\n")
+    assert processor(place) is None
+    assert environment()["processor"] == processor()
 
 
 def test_the_commit_is_that_of_twigs_own_checkout():

@@ -20,6 +20,7 @@ def env_command() -> None:
         "python": record["python"],
         **{name: value or "not installed" for name, value in record["versions"].items() if name != "twig-rl"},
         "platform": record["platform"],
+        "processor": record["processor"] or "unknown",
         "processors": record["cpu_count"],
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
         "device": device,

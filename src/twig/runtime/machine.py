@@ -15,19 +15,35 @@ from typing import Any
 from twig.common.errors import UserError
 
 PACKAGES = ("twig-rl", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+# What decides how fast a processor multiplies matrices, as Linux names it.
+PRODUCTS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 TORCH_PAGE = "https://pytorch.org/get-started/locally/"
 
 
 def environment() -> dict[str, Any]:
-    """Returns versions, platform, processor count, and the commit of Twig's own source."""
+    """Returns versions, platform, processor and how many, and the commit of Twig's own source."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "processor": processor(),
         "cpu_count": os.cpu_count(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
     }
+
+
+def processor(place: Path = Path("/proc/cpuinfo")) -> str | None:
+    """Returns the processor's name, on Linux with those of PRODUCTS that it has; None if it has no name."""
+    try:
+        lines = [line.partition(":") for line in place.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        brand = _run("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else None
+        return brand or platform.processor() or None
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    has = [name for name in PRODUCTS if name in facts.get("flags", "").split()]
+    name = facts.get("model name")
+    return f"{name} ({', '.join(has)})" if name and has else name
 
 
 def _version(name: str) -> str | None:
