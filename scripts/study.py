@@ -11,6 +11,7 @@
     python scripts/study.py run --study svamp model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-tried model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-long model.name=FOLDER task.path=SVAMP
+    python scripts/study.py run --study svamp-early model.name=EARLIER task.path=SVAMP
     python scripts/study.py run --study svamp-more model.name=FOLDER task.path=MORE
     python scripts/study.py run --study products model.name=FOLDER
     python scripts/study.py sample --study svamp    # pass@k of the base and of what has finished
@@ -68,7 +69,7 @@ HELD_OUT = (
     *("svamp-tuning", "svamp-tuning-long", "svamp-layers", "svamp-tried", "svamp-long"),
     *("svamp-by-name", "svamp-curriculum", "svamp-dtype"),
 )
-REAL = (*HELD_OUT, "svamp-more", "svamp", "products")  # on a real model, which the arguments name
+REAL = (*HELD_OUT, "svamp-more", "svamp-early", "svamp", "products")  # on a real model, which the arguments name
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = (
     *("step", "tokens/sampled", "tokens/selected", "time/step", "entropy", "reward", "answers/right"),
