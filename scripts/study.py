@@ -9,6 +9,7 @@
     python scripts/study.py run --study svamp-tuning-long model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-layers model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp model.name=FOLDER task.path=SVAMP
+    python scripts/study.py run --study svamp-once model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-tried model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-long model.name=FOLDER task.path=SVAMP
     python scripts/study.py run --study svamp-early model.name=EARLIER task.path=SVAMP
@@ -58,9 +59,9 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 TUNED = {
     "tuning": ("study", "replay", "neighbours", "group-size", "adapter"),
     "by-name-tuning": ("by-name",),
-    "svamp-tuning": ("svamp",),
-    "svamp-tuning-long": ("svamp",),
-    "svamp-layers": ("svamp",),
+    "svamp-tuning": ("svamp", "svamp-once"),
+    "svamp-tuning-long": ("svamp", "svamp-once"),
+    "svamp-layers": ("svamp", "svamp-once"),
 }
 # On the embedded model.
 FULL = ("tuning", *TUNED["tuning"], "by-name-tuning", "by-name", "curriculum", "dtype")
@@ -69,7 +70,15 @@ HELD_OUT = (
     *("svamp-tuning", "svamp-tuning-long", "svamp-layers", "svamp-tried", "svamp-long"),
     *("svamp-by-name", "svamp-curriculum", "svamp-dtype"),
 )
-REAL = (*HELD_OUT, "svamp-more", "svamp-early", "svamp", "products")  # on a real model, which the arguments name
+REAL = (
+    *HELD_OUT,
+    "svamp-more",
+    "svamp-early",
+    "svamp-once",
+    "svamp",
+    "products",
+)  # on a real model, which the arguments name
+BESIDE = {"svamp-once": "svamp"}  # which study has the runs without redrawing
 KEPT = ("summary.json", "evaluations.jsonl", "environment.json", "config.yaml")
 COLUMNS = (
     *("step", "tokens/sampled", "tokens/selected", "time/step", "entropy", "reward", "answers/right"),
@@ -449,7 +458,9 @@ def write_tables(page: Path, docs: Path) -> None:
             text = _with_block(text, "study", name, tables(name, kept))
             if f"<!-- words: {name} -->" in text:
                 seeds = len(kept.study.seeds)
-                block = study_words.tables(docs, name, kept.results, seeds)
+                beside = read_study(docs, BESIDE[name]) if name in BESIDE else None
+                others = beside.results if beside else ()
+                block = study_words.tables(docs, name, kept.results, seeds, others)
                 text = _with_block(text, "words", name, so_far(kept) + block)
     if told := study_words.supervised(docs):
         text = _with_block(text, "words", "svamp-supervised", told)

@@ -29,7 +29,7 @@ from twig.common.files import write_whole
 from twig.common.text import percent
 from twig.config.load import load
 from twig.evaluation.record import COMPLETIONS
-from twig.evaluation.statistics import bootstrap_gap, bootstrap_runs, mcnemar, pass_at_k, permutation
+from twig.evaluation.statistics import bootstrap_gap, bootstrap_runs, mcnemar, pass_at_k
 from twig.report.credit_map import SavedGroup, read_groups, saved_steps
 from twig.study.tables import Result, figure_text, gap_text, seeds_text
 
@@ -141,8 +141,13 @@ class Variant:
         return np.stack([run.right for run in self.runs])
 
 
-def tables(docs: Path, name: str, results: Sequence[Result], seeds: int) -> str:
-    """Returns the tables of a study whose every run has `seeds` seeds if all are there."""
+def tables(
+    docs: Path, name: str, results: Sequence[Result], seeds: int, others: Sequence[Result] = ()
+) -> str:
+    """Returns the tables of a study whose every variant has `seeds` seeds if all are there.
+
+    `others` are runs of another study, among them those without redrawing.
+    """
     unlike = unlike_problems(docs, results)
     raw = docs / "study" / "raw" / name / SAMPLED
     problems = results[0].evaluations[0]["problems"]
@@ -152,18 +157,20 @@ def tables(docs: Path, name: str, results: Sequence[Result], seeds: int) -> str:
     ]
     base = Variant(NO_TRAINING, [], *_kept(raw, [BASE], problems))
     parts = [_accuracy(variants, unlike, seeds), _pass([base, *variants], unlike, seeds)]
-    parts += [_redrawn(variants), _mistakes([base, *variants], seeds), _credit(variants, seeds)]
+    parts += [
+        _redrawn(variants, [*results, *others]),
+        _mistakes([base, *variants], seeds),
+        _credit(variants, seeds),
+    ]
     parts += [_costs(variants), _peaks(variants)]
     return "\n".join(part for part in parts if part)
 
 
 def in_short(results: Sequence[Result], seeds: int) -> str:
-    """Returns what training gained and cost, a row for each variant of a study but those with redrawing."""
+    """Returns what training gained and cost, a row for each variant of a study."""
     before = _digits(results[0].evaluations[0]["right"])[None]
     rows = [[NO_TRAINING, "-", _figure(before), *["-"] * 4]]
     for name, runs in _by_variant(results).items():
-        if name.endswith(REDRAW):
-            continue
         after, summaries = np.stack([run.right for run in runs]), [run.summary for run in runs]
         minutes = np.mean([s["seconds"] for s in summaries]) / 60
         row = [name, seeds_text(len(runs), seeds), _figure(after), _gap(after, before), _trained(summaries)]
@@ -224,15 +231,12 @@ def _accuracy(variants: Sequence[Variant], unlike: np.ndarray, seeds: int) -> st
     """Returns accuracy before and after, on all problems and on those that are not alike."""
     rows = []
     for variant in variants:
-        tests = [
-            mcnemar(after.astype(bool), before.astype(bool)).p_value
-            for before, after in zip(variant.before, variant.after, strict=True)
-        ]
+        tests = [_p(*pair) for pair in zip(variant.after, variant.before, strict=True)]
         cells = [variant.name, seeds_text(len(variant.runs), seeds)]
         for which in (np.ones_like(unlike), unlike):
             before, after = variant.before[:, which], variant.after[:, which]
             cells += [_figure(before[:1]), _figure(after), _gap(after, before[:1])]
-        rows.append([*cells, ", ".join(f"{p:.2g}" for p in tests)])
+        rows.append([*cells, ", ".join(tests)])
     header = ["", "seeds", f"{len(unlike)} problems: before", "after", "gain, points"]
     header += [f"the {unlike.sum()} unlike: before", "after", "gain, points", "p of each run, all problems"]
     return "\n".join(["Greedy accuracy, and what training gained:", "", *_table(header, rows)])
@@ -280,25 +284,32 @@ def supervised(docs: Path) -> str:
     return "\n".join(_table(header, [[name, *figures.values()] for name, figures in by_adapter.items()]))
 
 
-def _redrawn(variants: Sequence[Variant]) -> str:
-    """Returns the difference that redrawing makes to each variant; nothing if none was run with it."""
-    by_name = {variant.name: variant for variant in variants}
+def _redrawn(variants: Sequence[Variant], results: Sequence[Result]) -> str:
+    """Returns what redrawing changes, seed by seed; `results` has the runs without it. Or nothing."""
     rows = []
-    for name, variant in by_name.items():
-        plain = by_name.get(name.removesuffix(REDRAW))
-        if plain is None or plain is variant:
+    for variant in variants:
+        name, seeds = variant.name.removesuffix(REDRAW), {run.seed for run in variant.runs}
+        runs = [run for run in results if run.variant == name and run.seed in seeds]
+        if name == variant.name or {run.seed for run in runs} != seeds:
             continue
+        plain = Variant(name, runs, [], [])
         groups = [sum(row.get("redraw/groups", 0) for row in run.steps) for run in variant.runs]
-        p = permutation(variant.after.mean(1).tolist(), plain.after.mean(1).tolist())
         steps = [np.mean([run.summary["steps"] for run in each.runs]) for each in (plain, variant)]
-        row = [plain.name, _gap(variant.after, plain.after), f"{p:.3f}"]
-        rows.append([*row, f"{np.mean(groups):.0f}", f"{steps[0]:.0f}, {steps[1]:.0f}"])
+        row = [name, str(len(runs)), _figure(plain.after), _gap(variant.after, plain.after)]
+        tests = ", ".join(_p(*pair) for pair in zip(variant.after, plain.after, strict=True))
+        rows.append([*row, tests, f"{np.mean(groups):.0f}", f"{steps[0]:.0f}, {steps[1]:.0f}"])
     if not rows:
         return ""
-    header = ["", "gain by redrawing, points", "p, runs exchanged", "groups redrawn", "steps without, with"]
+    header = ["", "seeds", "after, without", "gain by redrawing, points", "p of each run"]
+    header += ["groups redrawn", "steps without, with"]
     return "\n".join(
         ["Redrawing prompts without a signal, at the same number of tokens:", "", *_table(header, rows)]
     )
+
+
+def _p(first: np.ndarray, second: np.ndarray) -> str:
+    """Returns p of McNemar's test of two runs, each float [problems]."""
+    return f"{mcnemar(first.astype(bool), second.astype(bool)).p_value:.2g}"
 
 
 def _costs(variants: Sequence[Variant]) -> str:

@@ -145,9 +145,9 @@ def test_the_tables_are_what_the_runs_say(script, docs, work):
     assert [cell.partition(" (")[0] for cell in sampled[2:]] == [
         *("75.0 %", "75.0 %", "50.0 %", "50.0 %", "150.0 %")  # greedy 75 % against pass@2 of 50 %
     ]
-    # One problem more in the one run; one of the three ways to choose it gives so large a difference.
-    (redrawn,) = [line for line in page.splitlines() if line.startswith("| t-spmo | +25.0 (")]
-    assert redrawn.endswith(" | 0.333 | 10 | 2, 2 |")
+    # One problem more in the one run, of the seed that both have.
+    redrawn = row_of(page, "t-spmo", "1", "75.0 % (25.0 to 100.0)")
+    assert [cell.partition(" (")[0] for cell in redrawn[3:]] == ["+25.0", "1", "10", "2, 2"]
     mistakes = page.partition("by mistake")[2]
     assert row_of(mistakes, "no training", "-")[2:] == ["25.0 %", "25.0 %", "25.0 %", "25.0 %", "0.0 %"]
     assert row_of(mistakes, "t-spmo", "1 of 2")[2:] == ["50.0 %", "0.0 %", "25.0 %", "0.0 %", "25.0 %"]
@@ -159,6 +159,26 @@ def test_the_tables_are_what_the_runs_say(script, docs, work):
     peaks = page.partition("Predicted peaks of memory against")[2]
     assert row_of(peaks, "0")[1:] == ["3", "+0.0 %", "+0.0 %", "grpo, t-spmo, t-spmo, redraw"]
     assert row_of(peaks, "1")[1:] == ["2", "+6.2 %", "+6.2 %", "grpo, t-spmo"]
+
+
+def test_redrawing_is_compared_with_a_study_beside_seed_by_seed(script, docs, work, tmp_path):
+    """Where the runs without it are: another study, with seeds that this one has not."""
+    plain, redrawn = "t-spmo: [algorithm.name=t-spmo]\n", "t-spmo, redraw: [algorithm.name=t-spmo]\n"
+    (docs / "study" / "svamp-once.yaml").write_text(
+        STUDY.partition("variants:")[0].replace("[0, 1]", "[1]") + f"variants:\n  {redrawn}"
+    )
+    assert plain in STUDY
+    (docs / "study-svamp.md").write_text(PAGE + PAGE.replace(": svamp -->", ": svamp-once -->"))
+    for planned in runs_of(load_study(docs / "study" / "svamp-once.yaml")):
+        more = {"frac_reward_zero_std": [0.75, 0.5], "redraw/groups": [5, 6]}
+        write_run(planned, work / "svamp-once", {0: BEFORE, 2: "0000"}, [150, 160], more=more)
+    for name in ("svamp", "svamp-once"):
+        script.keep(name, options_of(script, docs, work))
+    assert script.main(["tables", "--docs", str(docs)]) == 0
+    page = (docs / "study-svamp.md").read_text().rpartition("Redrawing prompts")[2]
+    # Of 1011 in the run of the same seed nothing is left.
+    row = row_of(page, "t-spmo", "1")
+    assert [cell.partition(" (")[0] for cell in row[2:]] == ["75.0 %", "-75.0", "0.25", "11", "2, 2"]
 
 
 def saved(prompt, number, tokens, plus, minus, right):
@@ -221,7 +241,6 @@ def test_the_readme_has_what_training_gained_and_cost(script, docs, work):
     assert row_of(page, "no training")[1:3] == ["-", "25.0 % (0.0 to 75.0)"]
     grpo = row_of(page, "grpo", "2")
     assert [cell.partition(" (")[0] for cell in grpo[2:]] == ["37.5 %", "+12.5", "50.0 %", "0", "2.00 GiB"]
-    assert "redraw" not in page
 
 
 def test_the_curves_of_a_study_are_drawn_from_what_is_kept(script, docs, tmp_path, monkeypatch, capsys):
