@@ -172,6 +172,7 @@ def in_short(results: Sequence[Result], seeds: int) -> str:
     rows = [[NO_TRAINING, "-", _figure(before), *["-"] * 4]]
     for name, runs in _by_variant(results).items():
         after, summaries = np.stack([run.right for run in runs]), [run.summary for run in runs]
+        before = _digits(runs[0].evaluations[0]["right"])[None]  # as in the table of all problems
         minutes = np.mean([s["seconds"] for s in summaries]) / 60
         row = [name, seeds_text(len(runs), seeds), _figure(after), _gap(after, before), _trained(summaries)]
         rows.append([*row, f"{minutes:.0f}", f"{_memory(summaries)[0]} GiB"])
