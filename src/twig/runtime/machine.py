@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 def processor(place: Path = Path("/proc/cpuinfo")) -> str | None:
     """Returns the processor's name, on Linux with those of PRODUCTS that it has; None if it has no name."""
     try:
-        lines = [line.partition(":") for line in place.read_text(encoding="utf-8").splitlines()]
+        lines = [line.partition(":") for line in place.read_text("utf-8", "replace").splitlines()]
     except OSError:
         brand = _run("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else None
         return brand or platform.processor() or None
