@@ -26,8 +26,8 @@ PROMPT_TOKENS = 256  # assumed if the prompts are unknown
 # The sizes to try, the quickest first. More completions at once are hardly faster. On a CPU a larger
 # pack's dense mask costs more than the pack saves; on a GPU every pack and chunk costs launches.
 _MOST_COMPLETIONS, _MOST_QUESTIONS = 256, 128
-_PACK = {"cpu": 1024, "mps": 1024, "cuda": 4096}
-_FORKS_PACK = 512  # on a CPU for weights at forks only: few tokens are run, in two packs as fast as in one
+_PACK = {"cpu": 512, "mps": 1024, "cuda": 4096}
+_FORKS_PACK = 256  # on a CPU for weights at forks only: few tokens are run, which seldom fill a larger one
 _HEAD_CHUNKS = (2**22, 2**20, 2**18, 2**16)
 _CUDA_HEAD_CHUNK = 2**25
 _USED = 0.95  # of the budget
