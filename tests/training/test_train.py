@@ -689,8 +689,8 @@ def test_the_sizes_of_a_run_are_planned_and_go_with_it(run, monkeypatch, tmp_pat
     free(monkeypatch, 10**9)
     whole = run("whole")
     chosen, kept = sizes_of(whole.folder)
-    assert list(chosen.values()) == [8, 512, 2**22, False, 3, False]
-    sizes = {"wave_size": 8, "pack_size": 512, "head_chunk": 2**22, "checkpoint_layers": False}
+    assert list(chosen.values()) == [8, 256, 2**22, False, 3, False]
+    sizes = {"wave_size": 8, "pack_size": 256, "head_chunk": 2**22, "checkpoint_layers": False}
     assert kept == sizes | {"packed_weights": False}
     run("parts", progress=Heard(step=at(3, ask_to_stop)))
     free(monkeypatch, 2**20)
