@@ -283,6 +283,7 @@ def keep(name: str, options: argparse.Namespace) -> bool:
     names = {each.name for each in planned_now}
     for folder in (raw / "runs").glob("*"):
         if folder.name not in names:
+            print(f"{name}: {folder.name} is not in the study any more; removed what was kept of it")
             shutil.rmtree(folder)
             (raw / SAMPLED / f"{folder.name}.json").unlink(missing_ok=True)
     missing = [each.name for each in planned_now if not is_kept(raw, each)]
@@ -504,11 +505,10 @@ def processors(results: Sequence[Result]) -> str:
 
 def peaks(results: Sequence[Result]) -> str:
     """Returns between what shares the peak predicted before a run was off the measured one; or nothing."""
-    pairs = [(r.summary.get("predicted_peak_bytes"), r.summary.get("peak_memory_bytes")) for r in results]
-    off = sorted(100 * (planned - measured) / measured for planned, measured in pairs if planned and measured)
-    if not off:
+    errors = [study_words.prediction_error(run.summary) for run in results]
+    if not (known := [100 * error for error in errors if error is not None]):
         return ""
-    span = " to ".join(dict.fromkeys(f"{each:+.1f}" for each in (off[0], off[-1])))
+    span = " to ".join(dict.fromkeys(f"{each:+.1f}" for each in (min(known), max(known))))
     return f" Predicted peaks of memory were {span} % off the measured ones."
 
 

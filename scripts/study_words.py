@@ -16,7 +16,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ from problems import mask  # noqa: E402  # pyright: ignore[reportMissingImports]
 ALIKE = Path("study") / "svamp-alike.json"  # in docs
 SUPERVISED = Path("study") / "raw" / "svamp-supervised.json"  # in docs
 SAMPLED, BASE = "sampled", "base"  # in the raw results of a study
+AGAIN = f"{BASE}-again"  # the same sampled once more, on another processor, if it was
 NO_TRAINING = "no training"
 REDRAW = ", redraw"  # what the name of a variant with redrawing ends with
 GIB = 2**30
@@ -155,7 +156,7 @@ def tables(
         Variant(own, runs, *_kept(raw, [r.folder.name for r in runs], problems))
         for own, runs in _by_variant(results).items()
     ]
-    base = Variant(NO_TRAINING, [], *_kept(raw, [BASE], problems))
+    base = Variant(NO_TRAINING, [], *_kept(raw, [BASE, AGAIN], problems))
     parts = [_accuracy(variants, unlike, seeds), _pass([base, *variants], unlike, seeds)]
     parts += [
         _redrawn(variants, [*results, *others]),
@@ -351,14 +352,19 @@ def _costs(variants: Sequence[Variant]) -> str:
     return "\n".join([intro, "", *_table(header, rows)])
 
 
+def prediction_error(summary: Mapping[str, Any]) -> float | None:
+    """Returns by what share of the measured peak the predicted one was above it, None if not known."""
+    measured, predicted = (summary.get(key) for key in ("peak_memory_bytes", "predicted_peak_bytes"))
+    return (predicted - measured) / measured if measured and predicted else None
+
+
 def _memory(summaries: Sequence[dict[str, Any]]) -> list[str]:
     """Returns the largest peak, its prediction, and by how much the worst prediction was off."""
-    pairs = [(s.get("peak_memory_bytes") or 0, s.get("predicted_peak_bytes") or 0) for s in summaries]
-    if not all(peak and predicted for peak, predicted in pairs):
+    errors = [error for error in map(prediction_error, summaries) if error is not None]
+    if len(errors) < len(summaries):
         return ["-", "-", "-"]
-    peak, predicted = max(pairs)
-    off = max(((planned - measured) / measured for measured, planned in pairs), key=abs)
-    return [f"{peak / GIB:.2f}", f"{predicted / GIB:.2f}", f"{100 * off:+.1f} %"]
+    peak, predicted = max((s["peak_memory_bytes"], s["predicted_peak_bytes"]) for s in summaries)
+    return [f"{peak / GIB:.2f}", f"{predicted / GIB:.2f}", f"{100 * max(errors, key=abs):+.1f} %"]
 
 
 def _peaks(variants: Sequence[Variant]) -> str:
@@ -366,11 +372,9 @@ def _peaks(variants: Sequence[Variant]) -> str:
     by_commit: dict[str, list[tuple[float, str]]] = {}
     for variant in variants:
         for run in variant.runs:
-            peak, predicted = (run.summary.get(key) for key in ("peak_memory_bytes", "predicted_peak_bytes"))
             began = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
-            if peak and predicted:
-                off = (predicted - peak) / peak
-                by_commit.setdefault((began.get("commit") or "-")[:12], []).append((off, variant.name))
+            if (error := prediction_error(run.summary)) is not None:
+                by_commit.setdefault((began.get("commit") or "-")[:12], []).append((error, variant.name))
     rows = []
     for commit, runs in sorted(by_commit.items(), key=lambda item: -max(abs(off) for off, _ in item[1])):
         low, high = (f"{100 * end(off for off, _ in runs):+.1f} %" for end in (min, max))

@@ -227,6 +227,7 @@ def test_results_are_kept_as_they_come(docs, tmp_path, script, capsys):
     path.write_text(TUNING.partition("  t-spmo:")[0])
     assert script.main([*command, "--only", "trl"]) == 0
     assert sorted({folder.name[:4] for folder in (kept / "runs").iterdir()}) == ["grpo", "trl-"]
+    assert "t-spmo-train.learning_rate-0.001-seed-8 is not in the study any more" in capsys.readouterr().out
     assert "t-spmo" not in (docs / "study.md").read_text()
 
 
