@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 import study_words
-from study_words import BASE, SAMPLED
+from study_words import AGAIN, BASE, SAMPLED
 
 from twig.common.errors import UserError
 from twig.common.files import FolderLock, put_folder, write_whole
@@ -352,7 +352,10 @@ def keep_sampled(name: str, own: str, options: argparse.Namespace) -> None:
     }
     target = options.docs / "study" / "raw" / name / SAMPLED / f"{own}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, json.dumps(kept) + "\n")
+    text = json.dumps(kept) + "\n"
+    if own == BASE and not (target.is_file() and target.read_text(encoding="utf-8") == text):
+        target.with_name(f"{AGAIN}.json").unlink(missing_ok=True)  # perhaps of another model
+    write_whole(target, text)
 
 
 def recorded(name: str, options: argparse.Namespace) -> list[str]:

@@ -375,16 +375,22 @@ def test_the_base_and_what_has_finished_is_sampled_once(script, docs, work, monk
     command = ["sample", "--study", "svamp", "--docs", str(docs), "--work", str(work)]
     command += ["--samples", "3", "--jobs", "1"]
     script.keep("svamp", options_of(script, docs, work))
+    raw = docs / "study" / "raw" / "svamp" / "sampled"
+    raw.mkdir()
+    again = raw / "base-again.json"
+    again.write_text("of a model that was there before")
     assert script.main(command) == 2
     assert len(calls) == 6 and "grpo-seed-0-sampled: failed" in capsys.readouterr().out
-    raw = docs / "study" / "raw" / "svamp" / "sampled"
     names = {"base", "grpo-seed-1", "t-spmo-seed-0", "t-spmo-seed-1", "t-spmo-redraw-seed-0"}
     assert {path.stem for path in raw.iterdir()} == names
     kept = json.loads((raw / "base.json").read_text())
     assert (kept["right"], kept["mistakes"], kept["samples"]) == ([3, 1, 0, 0], ".bb.", 3)
     assert [("model.adapter=null" in each) for each in calls] == [True] + [False] * 5
+    again.write_text((raw / "base.json").read_text())
     assert script.main(command) == 0
     assert len(calls) == 7 and calls[6][4].endswith("grpo-seed-0")
+    assert again.is_file(), "the same base was sampled once more"
+    again.unlink()
     # A run that was made again has not been sampled.
     summary = work / "svamp" / "runs" / "grpo-seed-0" / "summary.json"
     summary.write_text(summary.read_text().replace('"seconds": 4.0', '"seconds": 5.0'))
